@@ -1,0 +1,102 @@
+"""Door checks: what a public call accepts, and the one place that words a refusal.
+
+Every message names the argument, what was wanted and what came. A wrong kind of thing (no tensor,
+an integer tensor, a second dtype) is a TypeError; a wrong value (shape, device, option) is a
+ValueError.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manual_bp._function import values_are_at_hand
+
+
+def tensor(name: str, value: object) -> None:
+    """Refuse anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def inexact(name: str, value: Tensor) -> None:
+    """Refuse anything but a tensor of a real or complex floating dtype."""
+    tensor(name, value)
+    dtype = value.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"{name} must have a floating-point or complex dtype; got {dtype}")
+
+
+def real(name: str, value: Tensor) -> None:
+    """Refuse anything but a tensor of a real floating dtype."""
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a real floating-point dtype; got {value.dtype}")
+
+
+def like(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
+    """Refuse anything but a tensor of the model's dtype, on the model's device."""
+    tensor(name, value)
+    if value.dtype is not model.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {model_name}, {model.dtype}; got {value.dtype}"
+        )
+    same_device(name, value, model_name, model)
+
+
+def same_device(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
+    """Refuse a tensor on another device than the model's."""
+    if value.device != model.device:
+        raise ValueError(
+            f"{name} must be on the device of {model_name}, {model.device}; got {value.device}"
+        )
+
+
+def shape(name: str, value: Tensor, wanted: Sequence[int], why: str) -> None:
+    """Refuse any other shape. `why` says where the wanted shape comes from."""
+    if value.shape != wanted:
+        raise ValueError(f"{name} must have shape {tuple(wanted)}, {why}; got {tuple(value.shape)}")
+
+
+def matrix(name: str, value: Tensor, axes: str) -> None:
+    """Refuse anything but two dimensions. `axes` names them."""
+    if value.ndim != 2:
+        raise ValueError(f"{name} must have shape {axes}; got {tuple(value.shape)}")
+
+
+def components(name: str, value: Tensor, wanted: int | None = None, why: str = "") -> None:
+    """Refuse a tensor without a last dimension, or with one of another size than wanted."""
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, (..., components); got ()")
+    if wanted is not None and value.shape[-1] != wanted:
+        raise ValueError(
+            f"{name} must have last dimension {wanted}, {why}; got {tuple(value.shape)}"
+        )
+
+
+def one_of(name: str, value: object, options: Sequence[str]) -> None:
+    """Refuse anything but one of the options."""
+    if value not in options:
+        wanted = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name} must be one of {wanted}; got {value!r}")
+
+
+def indices(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
+    """Refuse anything but one class index for each sample of the model (..., classes).
+
+    Looks at the values of plain tensors on the CPU only: on an accelerator a look would wait for
+    the device, and a tensor that is being traced or transformed has no values yet. There, PyTorch's
+    own indexing refuses them.
+    """
+    if value.dtype is torch.bool:
+        raise TypeError(f"{name} must hold integers or probabilities; got {value.dtype}")
+    same_device(name, value, model_name, model)
+    classes = model.shape[-1]
+    shape(name, value, model.shape[:-1], f"a class index for each row of {model_name}")
+    if value.device.type != "cpu" or not values_are_at_hand(value) or not value.numel():
+        return
+    least, most = int(value.min()), int(value.max())
+    if least < 0 or most >= classes:
+        raise ValueError(
+            f"{name} must hold class indices from 0 to {classes - 1}; got {least} to {most}"
+        )

@@ -1,0 +1,245 @@
+"""Backpropagation, the whole algorithm, without autograd: BP1 to BP4 in order.
+
+In the notes a sample is a column; here it is a row, so every transpose moves:
+
+    BP1    δ^L = ∇_a C ⊙ σ'(z^L)                  delta[L] = grad_a * sigma_prime(L)
+    BP2    δ^l = ((w^(l+1))ᵀ δ^(l+1)) ⊙ σ'(z^l)   delta[l] = (delta[l+1] @ w[l+1]) * sigma_prime(l)
+    BP3    ∂C/∂b^l = δ^l                          grad_b[l] = delta[l].sum(0)
+    BP4    ∂C/∂w^l = δ^l (a^(l-1))ᵀ               grad_w[l] = delta[l].mT @ a[l-1]
+
+BP3 and BP4 as the notes have them belong to one sample. For a batch they are added up over its
+rows, which `.sum(0)` and the matrix product do.
+
+Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manual_bp import _require
+from manual_bp._function import autocast
+from manual_bp.costs._cost import Cost
+from manual_bp.layers import ACTIVATIONS
+from manual_bp.layers.linear import Linear, as_rows, linear
+from manual_bp.trace import LayerTrace, Trace
+
+
+@torch.no_grad()
+def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
+    """The cost of a network on a batch, and all its gradients, by the four equations alone.
+
+    Args:
+        net: Linear layers and activations, ours or `torch.nn`'s own of the same kind, in an
+            `nn.Sequential`. A linear layer that no activation follows has a = z; one that several
+            follow has their composition for σ.
+        x: Inputs, the a^0 of the notes, shape (N, in); also (in,) and (..., in).
+        y: Targets, as the cost wants them.
+        cost: A `Cost` reduced by "mean" or "sum". The cross-entropies are functions of z: they
+            want a net that ends with a linear layer.
+
+    Returns:
+        A `Trace`. Its gradients are of the reduced cost: they equal `.grad` after
+        `cost(net(x), y).backward()`. Parameters, and their `.grad`, are left as they were.
+
+    Raises:
+        TypeError: net is no nn.Sequential; or it holds a module of another kind, or one that
+            does more than its formula (hooks, a reparametrised weight), and the message names its
+            place. Or x, y or cost is of the wrong kind.
+        ValueError: net has no linear layer; its sizes, x and y do not fit each other; or the cost
+            is not reduced.
+    """
+    input_activations, layers = _read(net)
+    _check(x, layers[0], cost)
+
+    last = len(layers)
+    layer = dict(enumerate(layers, start=1))
+    w = {l: layer[l].w for l in layer}
+    b = {l: layer[l].b for l in layer}
+    a: dict[int, Tensor] = {}
+    z: dict[int, Tensor] = {}
+    delta: dict[int, Tensor] = {}
+    grad_w: dict[int, Tensor] = {}
+    grad_b: dict[int, Tensor] = {}
+
+    def sigma_prime(l: int) -> Tensor | int:
+        return _sigma_prime(layer[l].activations, z[l], a[l])
+
+    # 1. Input.
+    a[0] = _sigma(input_activations, x)
+
+    # 2. Forward: every z and a is kept.
+    for l in range(1, last + 1):
+        z[l] = linear(a[l - 1], w[l], b[l])
+        a[l] = _sigma(layer[l].activations, z[l])
+
+    # 3. Output error.
+    grad_a = cost.gradient(a[last], y).to(a[last].dtype)  # autocast has costs in float32
+    delta[last] = grad_a * sigma_prime(last)  # BP1
+
+    # 4. Backward.
+    for l in range(last - 1, 0, -1):
+        delta[l] = (delta[l + 1] @ w[l + 1]) * sigma_prime(l)  # BP2
+
+    # 5. Gradients, of the parameters that are not frozen.
+    for l in range(1, last + 1):
+        if layer[l].learns_b:
+            grad_b[l] = as_rows(delta[l]).sum(0)  # BP3
+        if layer[l].learns_w:
+            grad_w[l] = as_rows(delta[l]).mT @ as_rows(a[l - 1])  # BP4
+
+    return Trace(
+        cost=cost(a[last], y),
+        output=a[last],
+        layers=tuple(
+            LayerTrace(
+                name=layer[l].name,
+                w=w[l],
+                b=b[l],
+                a_prev=a[l - 1],
+                z=z[l],
+                a=a[l],
+                delta=delta[l],
+                grad_w=_in_dtype_of(w[l], grad_w.get(l)),
+                grad_b=_in_dtype_of(b[l], grad_b.get(l)),
+            )
+            for l in layer
+        ),
+    )
+
+
+class _Activation(NamedTuple):
+    sigma: Callable[[Tensor], Tensor]
+    prime: Callable[[Tensor], Tensor]  # σ' in terms of σ(z)
+
+
+class _Layer(NamedTuple):
+    """A linear layer, and the activations up to the next one: none, one, or a composition."""
+
+    name: str
+    w: nn.Parameter
+    b: nn.Parameter | None
+    activations: list[_Activation]
+
+    @property
+    def learns_w(self) -> bool:
+        return self.w.requires_grad
+
+    @property
+    def learns_b(self) -> bool:
+        return self.b is not None and self.b.requires_grad
+
+
+def _sigma(activations: Sequence[_Activation], z: Tensor) -> Tensor:
+    for activation in activations:
+        z = activation.sigma(z)
+    return z
+
+
+def _sigma_prime(activations: Sequence[_Activation], z: Tensor, a: Tensor) -> Tensor | int:
+    if not activations:
+        return 1  # a = z
+    *inner, outer = activations
+    if not inner:
+        return outer.prime(a)
+    return outer.prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
+
+
+def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor | None:
+    # Under autocast the products come in a lower dtype, and `.grad` must be in the parameter's.
+    return None if parameter is None or grad is None else grad.to(parameter.dtype)
+
+
+def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
+    """The activations before the first linear layer (seldom any), and the layers."""
+    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
+        raise TypeError(
+            f"net must be an nn.Sequential of linear layers and activations; "
+            f"got {type(net).__name__}"
+        )
+    _refuse_hooks("net", net)
+    input_activations: list[_Activation] = []
+    layers: list[_Layer] = []
+    # Not named_children(), which passes over a module that occurs a second time.
+    for name, module in net._modules.items():
+        place = f"net[{name!r}]"
+        if isinstance(module, nn.Linear) and _has_formula_of(Linear, module):
+            layers.append(_linear_layer(place, name, module, layers))
+        else:
+            activations = layers[-1].activations if layers else input_activations
+            activations.append(_activation(place, module))
+        _refuse_hooks(place, module)
+    if not layers:
+        raise ValueError(f"net must hold at least one linear layer; got {len(net)} modules, none")
+    return input_activations, layers
+
+
+def _linear_layer(place: str, name: str, module: nn.Linear, below: Sequence[_Layer]) -> _Layer:
+    w = _parameter(place, "weight", module.weight)
+    b = None if module.bias is None else _parameter(place, "bias", module.bias)
+    if below and below[-1].w.shape[0] != w.shape[1]:
+        raise ValueError(
+            f"{place} must take the {below[-1].w.shape[0]} outputs of net[{below[-1].name!r}]; "
+            f"got in_features={w.shape[1]}"
+        )
+    return _Layer(name, w, b, [])
+
+
+def _parameter(place: str, name: str, value: Tensor) -> nn.Parameter:
+    if not isinstance(value, nn.Parameter):
+        raise TypeError(
+            f"{place} must hold its {name} as a parameter of its own; got a tensor computed from "
+            f"others (pruning, weight norm), which backprop has no gradients for"
+        )
+    return value
+
+
+def _activation(place: str, module: Any) -> _Activation:
+    for ours in ACTIVATIONS:
+        if _has_formula_of(ours, module):
+            # torch's own has the same state as ours, which is its subclass.
+            return _Activation(partial(ours.forward, module), partial(ours.prime, module))
+    known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
+    raise TypeError(
+        f"{place} must be a Linear or an activation ({known}), of manual_bp or torch.nn; "
+        f"got {type(module).__name__}"
+    )
+
+
+def _has_formula_of(ours: Any, module: Any) -> bool:
+    """Whether a module is ours or torch's own of that kind, and computes nothing else."""
+    torchs = ours.__base__
+    return (
+        isinstance(module, torchs)
+        and type(module).forward in (ours.forward, torchs.forward)
+        and "forward" not in vars(module)
+    )
+
+
+def _refuse_hooks(place: str, module: nn.Module) -> None:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        raise TypeError(
+            f"{place} must have no hooks, which backprop would not run; "
+            f"got a {type(module).__name__} with hooks"
+        )
+
+
+def _check(x: Tensor, first: _Layer, cost: Cost) -> None:
+    _require.tensor("x", x)
+    x, w = autocast(x, first.w)
+    _require.like("x", x, f"net[{first.name!r}].weight", w)
+    _require.components("x", x, w.shape[1], f"the in_features of net[{first.name!r}]")
+    if not isinstance(cost, Cost):
+        raise TypeError(
+            f"cost must be a manual_bp.Cost, such as QuadraticCost(); got {type(cost).__name__}"
+        )
+    if cost.reduction == "none":
+        raise ValueError("cost must be reduced by 'mean' or 'sum'; got reduction='none'")

@@ -1,0 +1,73 @@
+"""What all costs share: how C is made of the losses C_x of the samples.
+
+The last dimension of an output holds the components of one sample's output; every index before it
+counts as one sample. The notes tell three things apart, and so does `reduction`:
+
+    "none"  the loss C_x of each sample, shape (...)
+    "mean"  the cost, (1/n) Σ_x C_x, shape ()
+    "sum"   the total, Σ_x C_x, shape ()
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from manual_bp import _require
+from manual_bp._function import autocast_to_float32
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduce_losses(losses: Tensor, reduction: Reduction) -> Tensor:
+    """C from the losses C_x of the samples."""
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses
+
+
+def reduce_gradient(gradient: Tensor, reduction: Reduction) -> Tensor:
+    """∇C from the rows ∇C_x: under "mean" each sample has the weight 1/n, otherwise 1."""
+    return gradient / gradient.shape[:-1].numel() if reduction == "mean" else gradient
+
+
+def checked_pair(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A network's output and a target of the same kind and shape; refuse any other."""
+    output, y = autocast_to_float32(output, y)
+    _require.real(name, output)
+    _require.components(name, output)
+    _require.like("y", y, name, output)
+    _require.shape("y", y, output.shape, f"that of {name}")
+    return output, y
+
+
+class Cost(nn.Module):
+    """The base of every cost: how it is reduced, and the two things the algorithm asks of it.
+
+    To add a cost, write `forward` (C, differentiable by autograd) and `gradient` (the same
+    derivative without autograd); `backprop` takes any subclass of this.
+
+    Args:
+        reduction: "mean" or "sum" over samples, never over components; "none" leaves the losses
+            of the samples.
+
+    Raises:
+        ValueError: reduction is none of these.
+    """
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        _require.one_of("reduction", reduction, REDUCTIONS)
+        self.reduction: Reduction = reduction
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        """C, from the network's output (..., components) and the target y."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(output, y)")
+
+    def gradient(self, output: Tensor, y: Tensor) -> Tensor:
+        """∂C/∂output, shaped as output, of the reduced cost; under "none", a loss a row."""
+        raise NotImplementedError(f"{type(self).__name__} must define gradient(output, y)")
+
+    def extra_repr(self) -> str:
+        """The reduction, unless it is the default."""
+        return "" if self.reduction == "mean" else f"reduction={self.reduction!r}"

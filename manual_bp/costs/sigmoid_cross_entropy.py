@@ -1,0 +1,135 @@
+"""The cross-entropy of sigmoid outputs, as a function of z, where σ' cancels: δ = a − y."""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from manual_bp import _require
+from manual_bp._function import as_callable
+from manual_bp.costs._cost import (
+    REDUCTIONS,
+    Cost,
+    Reduction,
+    checked_pair,
+    reduce_gradient,
+    reduce_losses,
+)
+
+
+def sigmoid_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
+    """δ^L = ∂C/∂z: for one sample a − y with a = σ(z), weighted by the reduction. Shape as z."""
+    a = torch.sigmoid(z)
+    return reduce_gradient(a - y, reduction)
+
+
+class SigmoidCrossEntropyCostFunction(Function):
+    """C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)] with a = σ(z), its gradients by hand.
+
+    Forward, in the joint form, which never takes the logarithm of a rounded a:
+
+        C_x = Σ_j max(z_j, 0) − y_j z_j + ln(1 + e^(−|z_j|))
+
+    Backward, from grad_cost = ∂(whatever is differentiated)/∂C:
+
+        ∂C_x/∂z = a − y             BP1 whole: ∇_a C = (a − y) / (a (1 − a)), σ'(z) = a (1 − a)
+        ∂C_x/∂y = −z                since ln a − ln(1 − a) = z
+
+    and 1/n times that for the mean over n samples.
+
+    Shapes: z and y (..., components); C (), or (...) under "none".
+    Units: C_x sums over components, in nats; "mean" and "sum" reduce over samples.
+    Saves: z and y.
+    Errors: none of its own; `sigmoid_cross_entropy_cost` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 3, the cross-entropy cost.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
+        """Compute C from the losses in their joint form."""
+        losses = z.clamp(min=0) - y * z + torch.log1p(torch.exp(-z.abs()))
+        return reduce_losses(losses.sum(-1), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
+        """Save z and y."""
+        del output
+        z, y, ctx.reduction = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, y)
+        ctx.save_for_forward(z, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_cost: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """From ∂/∂C to ∂/∂z and ∂/∂y."""
+        if grad_cost is None:
+            return None, None, None
+        z, y = ctx.saved_tensors
+        needs_z, needs_y, _ = ctx.needs_input_grad
+        grad_z = grad_y = None
+        if needs_z:
+            delta = sigmoid_cross_entropy_gradient(z, y, ctx.reduction)  # BP1: δ = a − y
+            grad_z = grad_cost.unsqueeze(-1) * delta
+        if needs_y:
+            grad_y = grad_cost.unsqueeze(-1) * reduce_gradient(-z, ctx.reduction)
+        return grad_z, grad_y, None
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
+        """From tangents dz, dy to dC = Σ_x (a − y)·dz − z·dy, reduced."""
+        z, y = ctx.saved_tensors
+        terms = []
+        if dz is not None:
+            terms.append((torch.sigmoid(z) - y) * dz)
+        if dy is not None:
+            terms.append(-z * dy)
+        return reduce_losses(reduce(torch.add, terms).sum(-1), ctx.reduction)
+
+
+_sigmoid_cross_entropy_cost = as_callable(SigmoidCrossEntropyCostFunction)
+
+
+def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)], a = σ(z), differentiated by hand.
+
+    Takes z, not a: do not put a sigmoid before it. C and its gradient are finite for every finite
+    z. Where `binary_cross_entropy_with_logits` averages over components, this sums them.
+
+    Args:
+        z: Weighted inputs of the output layer, shape (..., components); every index before the
+            last is a sample.
+        y: Targets, each from 0 to 1, shaped as z. They may require gradients as well.
+        reduction: "mean" or "sum" over samples, or "none".
+
+    Returns:
+        The cost in nats, shape (); under "none" the loss of each sample, shape (...).
+
+    Raises:
+        TypeError: z or y is no tensor, not of a real floating dtype, or they differ in dtype.
+        ValueError: y has another shape or device than z, z has no dimension, or reduction is
+            unknown.
+
+    See `SigmoidCrossEntropyCostFunction` for the gradients.
+    """
+    z, y = checked_pair("z", z, y)
+    _require.one_of("reduction", reduction, REDUCTIONS)
+    return _sigmoid_cross_entropy_cost(z, y, reduction)
+
+
+class SigmoidCrossEntropyCost(Cost):
+    """The cross-entropy of a = σ(z) against targets y, for a network whose output is z.
+
+    See `sigmoid_cross_entropy_cost` for shapes, units and errors.
+    """
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C, from weighted inputs z and targets y."""
+        return sigmoid_cross_entropy_cost(z, y, self.reduction)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        """δ^L = ∂C/∂z, shaped as z."""
+        return sigmoid_cross_entropy_gradient(*checked_pair("z", z, y), self.reduction)

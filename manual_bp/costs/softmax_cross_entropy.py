@@ -1,0 +1,165 @@
+"""The cross-entropy of softmax outputs, as a function of z: again δ = a − y."""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from manual_bp import _require
+from manual_bp._function import as_callable, autocast_to_float32
+from manual_bp.costs._cost import (
+    REDUCTIONS,
+    Cost,
+    Reduction,
+    checked_pair,
+    reduce_gradient,
+    reduce_losses,
+)
+
+
+def softmax_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
+    """δ^L = ∂C/∂z: for one sample a − y with a = softmax(z), weighted by the reduction.
+
+    For rows y that sum to s, not 1, it is s a − y. Shape as z.
+    """
+    a = torch.softmax(z, -1)
+    if y.is_floating_point():
+        return reduce_gradient(a * y.sum(-1, keepdim=True) - y, reduction)
+    return reduce_gradient(a - _one_hot(y, z), reduction)
+
+
+def _one_hot(y: Tensor, z: Tensor) -> Tensor:
+    # Not torch.nn.functional.one_hot: that looks at the values, which waits for an accelerator.
+    classes = torch.arange(z.shape[-1], device=z.device)
+    return (y.unsqueeze(-1) == classes).to(z.dtype)
+
+
+class SoftmaxCrossEntropyCostFunction(Function):
+    """C_x = −Σ_j y_j ln a_j with a = softmax(z), its gradients written by hand.
+
+    Forward, y as probabilities, or as the index c of the one class with y_c = 1:
+
+        C_x = −Σ_j y_j (z_j − ln Σ_k e^(z_k))
+
+    Backward, from grad_cost = ∂(whatever is differentiated)/∂C:
+
+        ∂C_x/∂z = a − y             BP1 whole, for rows y that sum to 1
+        ∂C_x/∂y = −ln a             for probabilities
+
+    and 1/n times that for the mean over n samples. Here every z_j moves every a_k, so the σ' of
+    BP1 is a matrix, ∂a_k/∂z_j = a_k (1[j=k] − a_j); multiplied by ∇_a C = −y/a it leaves a − y.
+
+    Shapes: z (..., classes); y the same, or (...) for indices; C (), or (...) under "none".
+    Units: C_x in nats; "mean" and "sum" reduce over samples.
+    Saves: z and y.
+    Errors: none of its own; `softmax_cross_entropy_cost` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 3, softmax and log-likelihood.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
+        """Compute C from the losses −Σ_j y_j ln a_j."""
+        log_a = torch.log_softmax(z, -1)
+        if y.is_floating_point():
+            return reduce_losses(-(y * log_a).sum(-1), reduction)
+        return reduce_losses(-log_a.gather(-1, y.long().unsqueeze(-1)).squeeze(-1), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
+        """Save z and y."""
+        del output
+        z, y, ctx.reduction = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, y)
+        ctx.save_for_forward(z, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_cost: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """From ∂/∂C to ∂/∂z and ∂/∂y."""
+        if grad_cost is None:
+            return None, None, None
+        z, y = ctx.saved_tensors
+        needs_z, needs_y, _ = ctx.needs_input_grad
+        grad_z = grad_y = None
+        if needs_z:
+            delta = softmax_cross_entropy_gradient(z, y, ctx.reduction)  # BP1: δ = a − y
+            grad_z = grad_cost.unsqueeze(-1) * delta
+        if needs_y:
+            log_a = torch.log_softmax(z, -1)
+            grad_y = grad_cost.unsqueeze(-1) * reduce_gradient(-log_a, ctx.reduction)
+        return grad_z, grad_y, None
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
+        """From tangents dz, dy to dC = Σ_x (a − y)·dz − ln a·dy, reduced."""
+        z, y = ctx.saved_tensors
+        terms = []
+        if dz is not None:
+            terms.append(softmax_cross_entropy_gradient(z, y, "none") * dz)
+        if dy is not None:
+            terms.append(-torch.log_softmax(z, -1) * dy)
+        return reduce_losses(reduce(torch.add, terms).sum(-1), ctx.reduction)
+
+
+_softmax_cross_entropy_cost = as_callable(SoftmaxCrossEntropyCostFunction)
+
+
+def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """C_x = −Σ_j y_j ln a_j, a = softmax(z), differentiated by hand.
+
+    Takes z, not a: do not put a softmax before it. Classes stand in the last dimension at any
+    number of dimensions, where `torch.nn.functional.cross_entropy` has them in the second.
+
+    Args:
+        z: Weighted inputs of the output layer, shape (..., classes); every index before the last
+            is a sample.
+        y: Targets: class indices, integers from 0 to classes − 1 of shape (...); or probability
+            rows, shaped as z and of its dtype, which may require gradients as well. No index is
+            left out of the cost: there is no `ignore_index`.
+        reduction: "mean" or "sum" over samples, or "none".
+
+    Returns:
+        The cost in nats, shape (); under "none" the loss of each sample, shape (...).
+
+    Raises:
+        TypeError: z or y is no tensor, z is not of a real floating dtype, or y is neither of
+            integers nor of the dtype of z.
+        ValueError: y has the wrong shape or another device than z, an index is out of range (on
+            the CPU; elsewhere PyTorch's own indexing says so), z has no dimension, or reduction
+            is unknown.
+
+    See `SoftmaxCrossEntropyCostFunction` for the gradients.
+    """
+    z, y = _checked(z, y)
+    _require.one_of("reduction", reduction, REDUCTIONS)
+    return _softmax_cross_entropy_cost(z, y, reduction)
+
+
+def _checked(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    _require.tensor("y", y)
+    if y.is_floating_point() or y.is_complex():
+        return checked_pair("z", z, y)
+    (z,) = autocast_to_float32(z)
+    _require.real("z", z)
+    _require.components("z", z)
+    _require.indices("y", y, "z", z)
+    return z, y
+
+
+class SoftmaxCrossEntropyCost(Cost):
+    """The cross-entropy of a = softmax(z) against targets y, for a network whose output is z.
+
+    See `softmax_cross_entropy_cost` for shapes, units and errors.
+    """
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """C, from weighted inputs z and targets y."""
+        return softmax_cross_entropy_cost(z, y, self.reduction)
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:
+        """δ^L = ∂C/∂z, shaped as z."""
+        return softmax_cross_entropy_gradient(*_checked(z, y), self.reduction)

@@ -1,0 +1,143 @@
+"""The linear layer: z = w a + b, with its factors of BP2, BP3 and BP4."""
+
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own abbreviation)
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from manual_bp import _require
+from manual_bp._function import as_callable, autocast
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(..., features) as (samples, features): BP3 and BP4 sum over every sample alike."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+class LinearFunction(Function):
+    """z = w a + b for a batch of samples, with its gradients written by hand.
+
+    Forward, one sample a row:
+
+        z = a @ w.mT + b            z_xj = Σ_k w_jk a_xk + b_j
+
+    Backward, from delta = ∂C/∂z, the error of this layer:
+
+        ∂C/∂a = delta @ w           Σ_j delta_xj w_jk      BP2, its factor wᵀδ
+        ∂C/∂b = Σ_x delta_x         Σ_x delta_xj           BP3
+        ∂C/∂w = delta.mT @ a        Σ_x delta_xj a_xk      BP4
+
+    The other factor of BP2, ⊙ σ'(z), belongs to the activation below this layer, and stands in
+    that activation's backward. Complex tensors take the conjugate of w and a, as PyTorch's
+    gradients do.
+
+    Shapes: a (..., in), w (out, in), b (out,) or None, z and delta (..., out).
+    Units: delta is the error of whatever cost is differentiated, so ∂C/∂w and ∂C/∂b are summed
+    over samples, and averaged just when the cost is.
+    Saves: a, only if ∂C/∂w is asked for; w, only if ∂C/∂a is. Nothing else occurs above.
+    Errors: none of its own; `linear` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP2 to BP4.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Compute z = a @ w.mT + b."""
+        return F.linear(a, w, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
+        """Save what the gradients that were asked for will need."""
+        del output
+        a, w, _ = inputs
+        needs_a, needs_w, _ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a if needs_w else None, w if needs_a else None)
+        ctx.save_for_forward(a, w)
+
+    @staticmethod
+    def backward(
+        ctx: Any, delta: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """From delta = ∂C/∂z to ∂C/∂a, ∂C/∂w and ∂C/∂b."""
+        if delta is None:
+            return None, None, None
+        a, w = ctx.saved_tensors
+        needs_a, needs_w, needs_b = ctx.needs_input_grad
+        grad_a = delta @ w.conj() if needs_a else None  # BP2: the factor wᵀδ
+        grad_b = as_rows(delta).sum(0) if needs_b else None  # BP3
+        grad_w = as_rows(delta).mT @ as_rows(a).conj() if needs_w else None  # BP4
+        return grad_a, grad_w, grad_b
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
+        """From tangents da, dw, db to dz = da @ w.mT + a @ dw.mT + db."""
+        a, w = ctx.saved_tensors
+        terms = []
+        if da is not None:
+            terms.append(da @ w.mT)
+        if dw is not None:
+            terms.append(a @ dw.mT)
+        if db is not None:
+            terms.append(db.expand(*a.shape[:-1], -1))
+        dz: Tensor = reduce(torch.add, terms)
+        return dz
+
+
+_linear = as_callable(LinearFunction)
+
+
+def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Compute z = w a + b: `torch.nn.functional.linear`, differentiated by hand.
+
+    Args:
+        a: Activations of the layer below, shape (..., in): one sample a row, or one sample alone.
+        w: Weights, shape (out, in); w_jk leads from neuron k below to neuron j.
+        b: Biases, shape (out,), or None.
+
+    Returns:
+        z, the weighted inputs, shape (..., out).
+
+    Raises:
+        TypeError: An argument is no tensor, is of integers, or has another dtype than a.
+        ValueError: A shape does not fit, or the devices differ.
+
+    See `LinearFunction` for the gradients.
+    """
+    a, w, b = autocast(a, w, b)
+    _require.inexact("a", a)
+    _require.like("w", w, "a", a)
+    _require.matrix("w", w, "(out, in)")
+    _require.components("a", a, w.shape[1], "the second size of w")
+    if b is not None:
+        _require.like("b", b, "a", a)
+        _require.shape("b", b, w.shape[:1], "the first size of w")
+    return _linear(a, w, b)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, differentiated by hand: the same but for its backward.
+
+    Parameters, initialisation from a given seed, state_dict and repr are those of `nn.Linear`,
+    which this is a subclass of, so that whatever asks for an `nn.Linear` finds one.
+
+    Args:
+        in_features: The number of neurons below, the last dimension of the input.
+        out_features: The number of neurons of this layer.
+        bias: Whether z has a bias; without, `bias` is None.
+        device: Where the parameters are made.
+        dtype: What the parameters are made of.
+
+    Shapes: input (..., in_features), output (..., out_features), weight (out_features,
+    in_features), bias (out_features,).
+
+    See `linear` for the errors raised and `LinearFunction` for the gradients.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
+        """From activations (..., in_features) to weighted inputs z (..., out_features)."""
+        return linear(input, self.weight, self.bias)

@@ -1,0 +1,100 @@
+"""The sigmoid layer: a = σ(z), with the factor σ'(z) of BP1 and BP2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from manual_bp import _require
+from manual_bp._function import as_callable
+
+
+def sigmoid_prime(a: Tensor) -> Tensor:
+    """σ'(z), written in terms of a = σ(z): σ' = σ (1 − σ). Shape as a."""
+    return a * (1 - a)
+
+
+class SigmoidFunction(Function):
+    """a = σ(z) = 1 / (1 + e^(−z)), element by element, with its gradient written by hand.
+
+    Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
+
+        ∂C/∂z = grad_a * a * (1 - a)        ∂C/∂z_xj = ∂C/∂a_xj σ'(z_xj)
+
+    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
+    linear layer above gave grad_a = wᵀδ. Complex tensors take the conjugate of σ', as PyTorch's
+    gradients do.
+
+    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
+    Units: element by element; nothing is summed or averaged.
+    Saves: a alone, since σ'(z) = a (1 − a).
+    Errors: none of its own; `sigmoid` checks the argument.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 1 for σ'.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        """Compute a = σ(z)."""
+        return torch.sigmoid(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Save a, which is enough for σ'(z)."""
+        del inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor | None) -> Tensor | None:
+        """From grad_a = ∂C/∂a to ∂C/∂z."""
+        if grad_a is None:
+            return None
+        (a,) = ctx.saved_tensors
+        return grad_a * sigmoid_prime(a).conj()  # BP1, BP2: the factor ⊙ σ'(z)
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor) -> Tensor:
+        """From a tangent dz to da = σ'(z) dz."""
+        (a,) = ctx.saved_tensors
+        return dz * sigmoid_prime(a)
+
+
+_sigmoid = as_callable(SigmoidFunction)
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """Compute a = σ(z): `torch.sigmoid`, differentiated by hand.
+
+    Args:
+        z: Weighted inputs, of any shape.
+
+    Returns:
+        a, the activations, shaped as z, each between 0 and 1.
+
+    Raises:
+        TypeError: z is no tensor, or is of integers.
+
+    See `SigmoidFunction` for the gradient.
+    """
+    _require.inexact("z", z)
+    return _sigmoid(z)
+
+
+class Sigmoid(nn.Sigmoid):
+    """`torch.nn.Sigmoid`, differentiated by hand: the same but for its backward.
+
+    Input and output are of the same, any shape. See `sigmoid` for the errors raised and
+    `SigmoidFunction` for the gradient.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
+        """From weighted inputs z to activations a."""
+        return sigmoid(input)
+
+    def prime(self, a: Tensor) -> Tensor:
+        """σ'(z) in terms of a = σ(z), shaped as a; the factor that explicit BP1 and BP2 need."""
+        return sigmoid_prime(a)
