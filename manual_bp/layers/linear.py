@@ -1,10 +1,10 @@
 """The linear layer: z = w a + b, with its factors of BP2, BP3 and BP4."""
 
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (PyTorch's own abbreviation)
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -47,7 +47,12 @@ class LinearFunction(Function):
     @staticmethod
     def forward(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute z = a @ w.mT + b."""
-        return F.linear(a, w, b)
+        if a.ndim == 2:
+            return F.linear(a, w, b)
+        # F.linear may return a view here, which nobody could then change in place (as ReLU(inplace)
+        # or += would): PyTorch forbids that for views made inside a Function.
+        z = F.linear(as_rows(a), w, b)
+        return cast("Tensor", torch.ops.aten._unsafe_view(z, (*a.shape[:-1], w.shape[0])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:

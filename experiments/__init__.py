@@ -1,0 +1,1 @@
+"""Experiments with manual_bp, a file for each question: `python -m experiments.<name>`."""

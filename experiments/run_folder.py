@@ -1,0 +1,105 @@
+"""A folder for each run, from which the run can be understood and repeated."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import manual_bp
+
+_PACKAGES = ("torch", "numpy", "tensorboard", "scikit-learn", "matplotlib", "tyro")
+
+
+def run_path(parent: Path, name: str) -> Path:
+    """Where a run of that name goes if it starts now: the name, and the time."""
+    return parent / f"{name}__{datetime.now():%Y%m%d-%H%M%S}"
+
+
+class RunFolder:
+    """One run's folder: `config.json` from the start, then `metrics.csv`, a row at a time.
+
+    Rows are on the disk as soon as they are written, so an interrupted run has all it finished.
+
+    Args:
+        path: The folder to make. One that is there already is left alone: a number is added.
+        config: The run's settings.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = _make(path)
+        self.config = dict(config)
+        self._metrics = self.path / "metrics.csv"
+        description = {
+            "config": self.config,
+            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "versions": _versions(),
+            "git": _git(),
+            "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+        }
+        text = json.dumps(description, indent=2, default=str)
+        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def add_metrics(self, row: Mapping[str, float]) -> None:
+        """Append a row to metrics.csv; the first one writes the header too."""
+        is_first = not self._metrics.exists()
+        with self._metrics.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if is_first:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def _make(path: Path) -> Path:
+    number = 1
+    while True:
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            if not candidate.is_dir():
+                raise
+            number += 1
+        else:
+            return candidate
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "manual_bp": manual_bp.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git() -> dict[str, Any]:
+    """The commit the code stands at, and whether it was changed since; None outside of git."""
+    commit = _git_says("rev-parse", "HEAD")
+    changes = _git_says("status", "--porcelain")
+    return {"commit": commit, "modified": bool(changes) if commit else None}
+
+
+def _git_says(*arguments: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,284 @@
+"""The main job: train a sigmoid network on handwritten digits, every gradient by hand.
+
+    python -m experiments.train
+
+trains 64-30-10 on scikit-learn's digits and writes what happened to a folder below `runs/`.
+"""
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from experiments.board import Board
+from experiments.command_line import parse, refuse
+from experiments.data import Data, Dataset, load
+from experiments.run_folder import RunFolder, run_path
+from manual_bp import (
+    Cost,
+    Linear,
+    QuadraticCost,
+    Sigmoid,
+    SigmoidCrossEntropyCost,
+    SoftmaxCrossEntropyCost,
+    Trace,
+    backprop,
+)
+
+PROGRAM = "python -m experiments.train"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a network by gradient descent, every gradient written by hand."""
+
+    dataset: Dataset = "digits"
+    """What to learn: a dataset that scikit-learn carries with it."""
+    hidden: tuple[int, ...] = (30,)
+    """Sizes of the hidden layers, from the input on."""
+    activation: Literal["sigmoid"] = "sigmoid"
+    """The activation of every layer that has one."""
+    cost: Literal["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"] = "quadratic"
+    """The cost. The cross-entropies work on z: with them the output layer has no activation."""
+    learning_rate: float = 3.0
+    """The step of gradient descent, on the mean cost of a batch."""
+    batch_size: int = 10
+    """Samples in a batch; the last one of an epoch may be smaller."""
+    epochs: int = 30
+    """How many times every training sample is seen."""
+    seed: int = 0
+    """Fixes the first weights and the order of the samples. The test set is always the same."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto is cuda where there is one, else cpu."""
+    method: Literal["autograd", "explicit"] = "autograd"
+    """autograd: our Functions, called by PyTorch. explicit: manual_bp.backprop, without autograd.
+    Both follow the same trajectory."""
+    log_every: int = 100
+    """Updates between two points of the curves of ‖δ‖ and ‖∂C/∂w‖."""
+    run_folder: Path = Path("runs")
+    """Where the run's own folder is made."""
+    dry_run: bool = False
+    """Build everything, try one update, say what would be done, and write nothing."""
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.hidden):
+            raise ValueError(f"--hidden must be sizes of at least 1; got {self.hidden}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"--learning-rate must be above 0; got {self.learning_rate}")
+        for name in ("batch_size", "epochs", "log_every"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {self.seed}")
+        _device(self.device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device must be auto, or one that PyTorch can use here; got {name!r} ({reason})"
+        ) from None
+    return device
+
+
+def build_net(sizes: Sequence[int], cost: str) -> nn.Sequential:
+    """Linear and Sigmoid by turns; the last Sigmoid is left out for a cost that works on z."""
+    modules: list[nn.Module] = []
+    for in_features, out_features in pairwise(sizes):
+        modules += [Linear(in_features, out_features), Sigmoid()]
+    return nn.Sequential(*(modules if cost == "quadratic" else modules[:-1]))
+
+
+def build_cost(name: str) -> Cost:
+    """The cost of that name, as the mean over samples."""
+    costs = {
+        "quadratic": QuadraticCost,
+        "sigmoid-cross-entropy": SigmoidCrossEntropyCost,
+        "softmax-cross-entropy": SoftmaxCrossEntropyCost,
+    }
+    return costs[name]()
+
+
+def targets(labels: Tensor, classes: int, cost: Cost) -> Tensor:
+    """Labels as the cost wants them: class indices for the softmax, else rows of 0 and 1."""
+    if isinstance(cost, SoftmaxCrossEntropyCost):
+        return labels
+    return F.one_hot(labels, classes).float()
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The indices of one epoch's batches, in a random order."""
+    yield from torch.split(torch.randperm(count, generator=generator), batch_size)
+
+
+class Training:
+    """A network, its data and its optimiser, ready for one update after another."""
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.device = _device(config.device)
+        self.data = data.to(self.device)
+        sizes = (data.features, *config.hidden, data.classes)
+        self.net_name = "-".join(map(str, sizes))
+        self.cost = build_cost(config.cost)
+        self.y_train = targets(self.data.label_train, data.classes, self.cost)
+        self.y_test = targets(self.data.label_test, data.classes, self.cost)
+        torch.manual_seed(config.seed)
+        self.net = build_net(sizes, config.cost).to(self.device)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.learning_rate)
+        self.explicit = config.method == "explicit"
+        self.batch_size = config.batch_size
+        self._order = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return math.ceil(len(self.y_train) / self.batch_size)
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the next epoch."""
+        for indices in batches(len(self.y_train), self.batch_size, self._order):
+            there = indices.to(self.device)
+            yield self.data.x_train[there], self.y_train[there]
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """One step of gradient descent on one batch."""
+        self.optimizer.zero_grad()
+        if self.explicit:
+            self.trace(x, y).assign_grads()
+        else:
+            self.cost(self.net(x), y).backward()
+        self.optimizer.step()
+
+    def trace(self, x: Tensor, y: Tensor) -> Trace:
+        """What the algorithm sees on a batch; the network stays as it is."""
+        return backprop(self.net, x, y, self.cost)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Cost and accuracy over all training and all test samples."""
+        parts = {
+            "train": (self.data.x_train, self.y_train, self.data.label_train),
+            "test": (self.data.x_test, self.y_test, self.data.label_test),
+        }
+        found = {}
+        for split, (x, y, labels) in parts.items():
+            output = self.net(x)
+            found[f"{split}_cost"] = self.cost(output, y).item()
+            found[f"{split}_accuracy"] = (output.argmax(-1) == labels).float().mean().item()
+        return found
+
+
+def observe(board: Board, training: Training, step: int) -> dict[str, float]:
+    """Log what is looked at once an epoch; the metrics."""
+    metrics = training.metrics()
+    board.log_metrics(metrics, step)
+    trace = training.trace(training.data.x_test, training.y_test)
+    board.log_histograms(trace, step)
+    if training.data.image_shape is not None:
+        board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
+    predictions = trace.output.argmax(-1)
+    board.log_confusion(training.data.label_test, predictions, training.data.class_names, step)
+    return metrics
+
+
+def train(config: Config, training: Training, folder: RunFolder) -> dict[str, float]:
+    """Train for all epochs, or until the cost is no number; the last metrics.
+
+    A bar on a terminal; where the output goes elsewhere, a plain line for each epoch.
+    """
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    total = config.epochs * training.updates_per_epoch
+    step = 0
+    with (
+        Board(folder.path) as board,
+        tqdm(total=total, unit=" updates", disable=not on_terminal) as bar,
+    ):
+        metrics = observe(board, training, step)
+        for epoch in range(1, config.epochs + 1):
+            for x, y in training.epoch():
+                if step % config.log_every == 0:
+                    board.log_trace(training.trace(x, y), step)
+                training.update(x, y)
+                step += 1
+                bar.update()
+            metrics = observe(board, training, step)
+            folder.add_metrics({"epoch": epoch, "step": step} | metrics)
+            bar.set_postfix_str(f"test accuracy {metrics['test_accuracy']:.2%}")
+            if not on_terminal:
+                print(f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}  {line(metrics)}")
+            if not math.isfinite(metrics["train_cost"]):
+                break
+        board.log_config(folder.config, metrics)
+    return metrics
+
+
+def settings(config: Config, training: Training) -> dict[str, Any]:
+    """The options that made the run, with what they came to."""
+    options = asdict(config)
+    del options["dry_run"]
+    return options | {"net": training.net_name, "device": str(training.device)}
+
+
+def line(metrics: dict[str, float]) -> str:
+    """The metrics as a person reads them."""
+    return (
+        f"cost {metrics['train_cost']:.4f} train, {metrics['test_cost']:.4f} test;  "
+        f"accuracy {metrics['train_accuracy']:.2%} train, {metrics['test_accuracy']:.2%} test"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment; the exit code."""
+    config = parse(Config, arguments, PROGRAM)
+    training = Training(config, load(config.dataset))
+    name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
+    path = run_path(config.run_folder, name)
+    print(
+        f"{training.net_name} {config.activation}, {config.cost} cost, on {config.dataset}: "
+        f"{len(training.y_train)} samples to learn from, {len(training.y_test)} to test; "
+        f"epochs: {config.epochs}, of {training.updates_per_epoch} updates; on {training.device}",
+        flush=True,
+    )
+    if config.dry_run:
+        training.update(*next(training.epoch()))
+        print(f"one update made; a run would write to {path}; nothing was written")
+        return 0
+    try:
+        folder = RunFolder(path, settings(config, training))
+    except OSError as error:
+        refuse(PROGRAM, f"--run-folder must be a place to make folders in; got {error}")
+    started = time.perf_counter()
+    try:
+        metrics = train(config, training, folder)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was finished is in {folder.path}", file=sys.stderr)
+        return 130
+    seconds = time.perf_counter() - started
+    diverged = not math.isfinite(metrics["train_cost"])
+    if diverged:
+        print(f"stopped: the cost is {metrics['train_cost']}; a smaller learning rate may help")
+    print(f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s")
+    print(f"run folder: {folder.path}")
+    print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
+    return int(diverged)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""What the tests of several layers and costs ask of each of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Call = Callable[..., Tensor]
+
+# float64 gradients agree to rounding; a mistake of 0.1 % is ten million times larger.
+RTOL, ATOL = 1e-10, 1e-13
+
+# Of the finite differences of gradcheck, which are right to about 1e-9 here.
+CHECK: Any = {"rtol": 1e-6, "atol": 1e-8}
+
+MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "offset": lambda t: torch.cat([t[:1], t])[1:] if t.ndim else t,
+    "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
+}
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A leaf that wants a gradient, of the same strides."""
+    return tensor.detach().requires_grad_()
+
+
+def is_differentiable(argument: object) -> bool:
+    return isinstance(argument, Tensor) and (argument.is_floating_point() or argument.is_complex())
+
+
+def gradients(
+    call: Call, arguments: Sequence[Any], upstream: Tensor, **options: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of a call, and its gradients for every argument that wants one."""
+    output = call(*arguments)
+    wanted = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    return output, list(torch.autograd.grad(output, wanted, upstream, **options))
+
+
+def assert_same(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], rtol: float = RTOL, atol: float = ATOL
+) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=rtol, atol=atol)
+
+
+def assert_matches(
+    ours: Call, reference: Call, arguments: Sequence[Any], upstream: Tensor | None = None
+) -> None:
+    """Value and gradients as the reference's, for a random upstream gradient."""
+    arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
+    if upstream is None:
+        upstream = torch.randn_like(reference(*arguments))
+    our_output, our_gradients = gradients(ours, arguments, upstream)
+    output, expected = gradients(reference, arguments, upstream)
+    assert_same([our_output, *our_gradients], [output, *expected])
+
+
+def assert_gradchecks(call: Call, arguments: Sequence[Any]) -> None:
+    """First and second derivatives, in all the ways that PyTorch can ask for them."""
+    arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
+    assert gradcheck(
+        call,
+        arguments,
+        check_undefined_grad=True,
+        check_batched_grad=True,
+        check_forward_ad=True,
+        check_batched_forward_grad=True,
+        **CHECK,
+    )
+    assert gradgradcheck(
+        call,
+        arguments,
+        check_undefined_grad=True,
+        check_batched_grad=True,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+        **CHECK,
+    )
+
+
+def assert_as_accurate(
+    ours: Call, reference: Call, arguments: Sequence[Any], dtype: torch.dtype
+) -> None:
+    """In a low precision, no further from float64 than twice the reference's own error."""
+
+    def run(call: Call, dtype: torch.dtype) -> list[Tensor]:
+        cast = [leaf(t.to(dtype)) if is_differentiable(t) else t for t in low]
+        output, grads = gradients(call, cast, upstream.to(dtype))
+        return [t.double() for t in (output, *grads)]
+
+    # Rounded once, so that all three runs start from the same numbers.
+    low = [t.to(dtype) if is_differentiable(t) else t for t in arguments]
+    upstream = torch.randn_like(reference(*low))
+    exact = run(reference, torch.float64)
+    for ours_, theirs, right in zip(run(ours, dtype), run(reference, dtype), exact, strict=True):
+        error = (ours_ - right).norm()
+        allowed = 2 * (theirs - right).norm() + torch.finfo(dtype).eps * right.norm()
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} in {dtype}"
+
+
+class Operations(TorchDispatchMode):
+    """The names of the kernels that ran inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def matrix_products(self) -> int:
+        return sum(name in MATRIX_PRODUCTS for name in self.names)
+
+
+def backward_operations(call: Call, arguments: Sequence[Any]) -> Operations:
+    """The kernels that the backward of a call runs."""
+    output = call(*arguments)
+    upstream = torch.randn_like(output)
+    wanted = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    operations = Operations()
+    with operations:
+        torch.autograd.grad(output, wanted, upstream)
+    return operations
+
+
+def saved_tensors(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
+    """What a call keeps for its backward."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call(*arguments)
+    assert output.requires_grad
+    return saved
+
+
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def assert_backward_is_clean(call: Call, arguments: Sequence[Any]) -> None:
+    """Uses no derivative kernel of PyTorch's, writes to nothing it was given, can run twice."""
+    arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
+    names = backward_operations(call, arguments).names
+    assert names
+    assert not [name for name in names if name.endswith("_backward")]
+
+    output = call(*arguments)
+    upstream = torch.randn_like(output)
+    given = [t for t in (*arguments, output, upstream) if isinstance(t, Tensor)]
+    before = [t.detach().clone() for t in given]
+    wanted = [t for t in arguments if is_differentiable(t)]
+    first = torch.autograd.grad(output, wanted, upstream, retain_graph=True)
+    second = torch.autograd.grad(output, wanted, upstream)
+    assert all(torch.equal(t, was) for t, was in zip(given, before, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def assert_transforms(ours: Call, reference: Call, arguments: Sequence[Tensor]) -> None:
+    """Under every transform of `torch.func`, alone and over one another, as the reference."""
+    numbers = tuple(range(len(arguments)))
+
+    def scalar(call: Call) -> Call:
+        return lambda *args: call(*args).pow(3).sum()
+
+    def third(call: Call) -> Callable[..., Any]:
+        def summed(derivative: Callable[..., Any]) -> Call:
+            return lambda *args: sum(g.sum() for g in derivative(*args))
+
+        first = torch.func.grad(scalar(call), numbers)
+        second = torch.func.grad(summed(first), numbers)
+        return torch.func.grad(summed(second), numbers)
+
+    transforms: dict[str, Callable[[Call], Callable[..., Any]]] = {
+        "grad": lambda call: torch.func.grad(scalar(call), numbers),
+        "jacrev": lambda call: torch.func.jacrev(call, numbers),
+        "jacfwd": lambda call: torch.func.jacfwd(call, numbers),
+        "hessian": lambda call: torch.func.hessian(scalar(call), numbers),
+        "reverse over forward": lambda call: torch.func.jacrev(
+            torch.func.jacfwd(scalar(call), numbers), numbers
+        ),
+        "third order": third,
+    }
+    for name, transform in transforms.items():
+        found = torch.utils._pytree.tree_leaves(transform(ours)(*arguments))
+        expected = torch.utils._pytree.tree_leaves(transform(reference)(*arguments))
+        try:
+            assert_same(found, expected)
+        except AssertionError as error:
+            raise AssertionError(f"under {name}: {error}") from error
+
+
+def assert_compiles(ours: Call, arguments: Sequence[Any], others: Sequence[Any]) -> None:
+    """Compiled whole, with dynamic shapes, value and gradients as in eager, at two shapes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sample in (arguments, others):
+        sample = [leaf(t) if is_differentiable(t) else t for t in sample]
+        upstream = torch.randn_like(ours(*sample))
+        output, found = gradients(compiled, sample, upstream)
+        expected_output, expected = gradients(ours, sample, upstream)
+        assert_same([output, *found], [expected_output, *expected])
