@@ -41,9 +41,13 @@ def refuse(program: str, reason: object) -> NoReturn:
 
 
 def _reason(box: str, config: type) -> str:
-    """What tyro says above the first rule in its box, without the box."""
-    lines = [re.sub(r"^│|│$", "", line).strip() for line in box.splitlines()]
-    lines = [line for line in lines if not line.startswith(("╭", "╰"))]
-    ends = [i for i, line in enumerate(lines) if line.startswith("──")]
-    reason = " ".join(lines[: ends[0]] if ends else lines)
+    """What tyro says in its box: the first paragraph below the title.
+
+    Where it may draw, the title stands in the border; where it may not, above a rule.
+    """
+    has_border = box.lstrip().startswith("╭")
+    text = "\n".join(line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰")
+    paragraphs = re.split(r"^[─-]{2,}$", text, flags=re.MULTILINE)
+    words = " ".join(paragraphs[0 if has_border or len(paragraphs) == 1 else 1].split())
+    reason = re.sub(r" ([.,])", r"\1", words)  # a line that was broken before a full stop
     return reason.removeprefix(f"Error parsing {config.__name__}: ")

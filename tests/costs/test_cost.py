@@ -1,0 +1,297 @@
+"""What every cost has in common."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from manual_bp import (
+    Cost,
+    QuadraticCost,
+    SigmoidCrossEntropyCost,
+    SoftmaxCrossEntropyCost,
+    quadratic_cost,
+    sigmoid_cross_entropy_cost,
+    softmax_cross_entropy_cost,
+)
+from manual_bp.costs._cost import REDUCTIONS
+from tests.helpers import (
+    LAYOUTS,
+    assert_as_accurate,
+    assert_backward_is_clean,
+    assert_compiles,
+    assert_gradchecks,
+    assert_matches,
+    assert_same,
+    assert_transforms,
+    gradients,
+    is_differentiable,
+    is_same_memory,
+    leaf,
+    saved_tensors,
+)
+
+
+class Case(NamedTuple):
+    """A cost, PyTorch's way to write its losses, and targets for an output."""
+
+    cost: type[Cost]
+    call: Callable[..., Tensor]
+    losses: Callable[[Tensor, Tensor], Tensor]
+    targets: Callable[[Tensor], Tensor]
+
+
+def random_indices(output: Tensor) -> Tensor:
+    return torch.randint(output.shape[-1], output.shape[:-1], device=output.device)
+
+
+def index_losses(z: Tensor, y: Tensor) -> Tensor:
+    # PyTorch has the classes in the second dimension.
+    losses = F.cross_entropy(z.reshape(-1, z.shape[-1]), y.reshape(-1), reduction="none")
+    return losses.reshape(y.shape)
+
+
+CASES = {
+    "quadratic": Case(
+        QuadraticCost,
+        quadratic_cost,
+        lambda a, y: F.mse_loss(a, y, reduction="none").sum(-1) / 2,
+        torch.rand_like,
+    ),
+    "sigmoid": Case(
+        SigmoidCrossEntropyCost,
+        sigmoid_cross_entropy_cost,
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1),
+        torch.rand_like,
+    ),
+    "softmax of probabilities": Case(
+        SoftmaxCrossEntropyCost,
+        softmax_cross_entropy_cost,
+        lambda z, y: -(y * torch.log_softmax(z, -1)).sum(-1),
+        lambda z: torch.softmax(torch.randn_like(z), -1),
+    ),
+    "softmax of indices": Case(
+        SoftmaxCrossEntropyCost, softmax_cross_entropy_cost, index_losses, random_indices
+    ),
+}
+LEADING = [(5,), (), (1,), (2, 3)]
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def sample(
+    case: Case,
+    *leading: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    output = torch.randn(*leading, 4, dtype=dtype, device=device)
+    return output, case.targets(output)
+
+
+def ours(case: Case, reduction: str) -> Callable[..., Tensor]:
+    return lambda output, y: case.call(output, y, reduction)
+
+
+def reference(case: Case, reduction: str) -> Callable[..., Tensor]:
+    reduces: Any = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}
+    reduce = reduces[reduction]
+    return lambda output, y: reduce(case.losses(output, y))
+
+
+@every_case
+@every_reduction
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_derivatives_of_first_and_second_order(
+    case: Case, reduction: str, leading: tuple[int, ...], device: torch.device
+) -> None:
+    assert_gradchecks(ours(case, reduction), sample(case, *leading, device=device))
+
+
+@every_case
+@every_reduction
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_pytorch(
+    case: Case, reduction: str, leading: tuple[int, ...], layout: str, device: torch.device
+) -> None:
+    output, y = sample(case, *leading, device=device)
+    assert_matches(ours(case, reduction), reference(case, reduction), (LAYOUTS[layout](output), y))
+
+
+@given(
+    name=st.sampled_from(sorted(CASES)),
+    reduction=st.sampled_from(REDUCTIONS),
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_any_shape(name: str, reduction: str, shape: list[int], layout: str) -> None:
+    case = CASES[name]
+    output = torch.randn(*shape, dtype=torch.float64)
+    arguments = (LAYOUTS[layout](output), case.targets(output))
+    assert_matches(ours(case, reduction), reference(case, reduction), arguments)
+
+
+@every_case
+def test_no_samples(case: Case, device: torch.device) -> None:
+    arguments = sample(case, 0, device=device)
+    for reduction, expected in (("sum", 0.0), ("mean", torch.nan)):
+        output = leaf(arguments[0])
+        cost = case.call(output, arguments[1], reduction)
+        torch.testing.assert_close(cost.item(), expected, equal_nan=True)
+        cost.backward()
+        assert output.grad is not None
+        assert output.grad.shape == (0, 4)
+    assert case.call(*arguments, "none").shape == (0,)
+
+
+@every_case
+@every_reduction
+def test_gradient_without_autograd_is_that_of_autograd(
+    case: Case, reduction: str, device: torch.device
+) -> None:
+    output, y = sample(case, 5, device=device)
+    cost = case.cost(reduction)  # type: ignore[arg-type]
+    value, (expected,) = gradients(cost, (leaf(output), y), torch.ones_like(cost(output, y)))
+    assert torch.equal(value, cost(output, y))
+    assert torch.equal(cost.gradient(output, y), expected)
+
+
+@every_case
+@every_reduction
+def test_backward_is_clean(case: Case, reduction: str, device: torch.device) -> None:
+    assert_backward_is_clean(ours(case, reduction), sample(case, 5, device=device))
+
+
+@every_case
+def test_every_subset_and_what_is_kept(case: Case, device: torch.device) -> None:
+    output, y = sample(case, 5, device=device)
+    call, torchs = ours(case, "mean"), reference(case, "mean")
+    upstream = torch.randn((), dtype=torch.float64, device=device)
+    subsets = [(leaf(output), y)]
+    if is_differentiable(y):
+        subsets += [(output, leaf(y)), (leaf(output), leaf(y))]
+    for arguments in subsets:
+        assert_same(
+            gradients(call, arguments, upstream)[1], gradients(torchs, arguments, upstream)[1]
+        )
+        kept = saved_tensors(call, arguments)
+        assert len(kept) == 2
+        assert all(is_same_memory(one, two) for one, two in zip(kept, arguments, strict=True))
+        if is_differentiable(y):
+            assert torch.autograd.gradcheck(call, arguments, check_forward_ad=True)
+
+
+@every_case
+@every_reduction
+def test_transforms(case: Case, reduction: str, device: torch.device) -> None:
+    output, y = sample(case, 2, device=device)
+    assert_transforms(
+        lambda output: case.call(output, y, reduction),
+        lambda output: reference(case, reduction)(output, y),
+        [output],
+    )
+    if is_differentiable(y):
+        assert_transforms(ours(case, reduction), reference(case, reduction), [output, y])
+
+
+@every_case
+def test_per_sample_gradients(case: Case, device: torch.device) -> None:
+    output, y = sample(case, 5, device=device)
+    found = torch.func.vmap(torch.func.grad(ours(case, "mean")))(output, y)
+    expected = torch.func.vmap(torch.func.grad(reference(case, "mean")))(output, y)
+    assert_same([found], [expected])
+
+
+@every_case
+@every_reduction
+def test_compiles(case: Case, reduction: str, device: torch.device) -> None:
+    assert_compiles(
+        ours(case, reduction), sample(case, 5, device=device), sample(case, 7, device=device)
+    )
+
+
+@every_case
+@every_reduction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_accurate_as_pytorch(
+    case: Case, reduction: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    output = torch.randn(100, 10, device=device)
+    arguments = (output, case.targets(output))
+    assert_as_accurate(ours(case, reduction), reference(case, reduction), arguments, dtype)
+
+
+@every_case
+def test_autocast_computes_in_float32_as_pytorch_does(case: Case, device: torch.device) -> None:
+    output, y = sample(case, 5, dtype=torch.float32, device=device)
+    low = leaf(output.to(torch.bfloat16))
+    with torch.autocast(device.type, torch.bfloat16):
+        cost = case.call(low, y)
+        expected = case.call(low.detach().float(), y)
+    assert cost.dtype is torch.float32
+    assert torch.equal(cost, expected)
+    cost.backward()
+    assert low.grad is not None
+    assert low.grad.dtype is torch.bfloat16
+
+
+@every_case
+def test_module(case: Case) -> None:
+    assert repr(case.cost()) == f"{case.cost.__name__}()"
+    assert repr(case.cost("sum")) == f"{case.cost.__name__}(reduction='sum')"
+    assert not case.cost().state_dict()
+
+
+@every_case
+def test_bad_input(case: Case) -> None:
+    output, y = sample(case, 5)
+    name = "a" if case.cost is QuadraticCost else "z"
+    bad: list[tuple[Any, type[Exception], str]] = [
+        ((1.0, y), TypeError, f"{name} must be a torch.Tensor; got float"),
+        ((output, 1.0), TypeError, "y must be a torch.Tensor; got float"),
+        ((output.long(), y), TypeError, f"{name} must have a real floating-point dtype; got"),
+        (
+            (output.to(torch.complex64), y),
+            TypeError,
+            f"{name} must have a real floating-point dtype; got",
+        ),
+        ((output[0, 0], y), ValueError, f"{name} must have at least one dimension"),
+        ((output, y[:4]), ValueError, r"y must have shape \(5"),
+        ((output, y.to("meta")), ValueError, f"y must be on the device of {name}, cpu; got meta"),
+        (
+            (output, y, "avg"),
+            ValueError,
+            "reduction must be one of 'mean', 'sum', 'none'; got 'avg'",
+        ),
+    ]
+    if is_differentiable(y):
+        bad += [
+            ((output, y.float()), TypeError, f"y must have the dtype of {name}, torch.float64"),
+            ((output, y[:, :1]), ValueError, rf"y must have shape \(5, 4\), that of {name}"),
+        ]
+    for arguments, error, message in bad:
+        with pytest.raises(error, match=message):
+            case.call(*arguments)
+        if len(arguments) == 2:
+            with pytest.raises(error, match=message):
+                case.cost().gradient(*arguments)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        case.cost("avg")  # type: ignore[arg-type]
+
+
+def test_a_cost_of_ones_own_must_say_both_things() -> None:
+    class Unfinished(Cost):
+        pass
+
+    output = torch.ones(2, 3)
+    with pytest.raises(NotImplementedError, match=r"Unfinished must define forward\(output, y\)"):
+        Unfinished()(output, output)
+    with pytest.raises(NotImplementedError, match=r"Unfinished must define gradient\(output, y\)"):
+        Unfinished().gradient(output, output)

@@ -1,0 +1,180 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments import train
+from experiments.data import load
+from experiments.train import Config, Training, main
+from manual_bp import Linear, Sigmoid
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--hidden", "8", "--epochs", "2", "--batch-size", "100", "--log-every", "5"]
+
+
+def only(folder: Path) -> Path:
+    (found,) = folder.iterdir()
+    return found
+
+
+def test_the_main_job_reads_digits(tmp_path: Path) -> None:
+    """As the README has it, but for the place; with its promise of 96 %."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train", "--run-folder", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *epochs, last, where, how = done.stdout.splitlines()[1:]
+    assert len(epochs) == 30
+    assert epochs[0].startswith("epoch  1/30  cost ")
+    accuracy = re.fullmatch(r"test accuracy (\S+)% after \S+ s", last)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 96
+
+    folder = only(tmp_path)
+    assert re.fullmatch(r"digits__64-30-10__seed0__\d{8}-\d{6}", folder.name)
+    assert where == f"run folder: {folder}"
+    assert how == f"to see it:  tensorboard --logdir {folder}"
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 31))
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(float(accuracy[1]) / 100, abs=1e-4)
+    assert float(rows[-1]["train_cost"]) < float(rows[0]["train_cost"]) / 10
+    config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
+    assert config["net"] == "64-30-10"
+    assert config["learning_rate"] == 3.0
+
+
+def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
+    assert main([*QUICK, "--run-folder", str(tmp_path)]) == 0
+    folder = only(tmp_path)
+    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
+    logged: Any = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
+    logged.Reload()
+    tags = logged.Tags()
+    curves = {"cost/train", "cost/test", "accuracy/train", "accuracy/test"}
+    norms = {"delta/0", "delta/2", "grad_w/0", "grad_w/2"}
+    assert curves | norms <= set(tags["scalars"])
+    assert {"weights/0", "weights/2", "activations/0", "activations/2"} <= set(tags["histograms"])
+    assert set(tags["images"]) == {"first_layer", "confusion"}
+    # Before the first update, and after every epoch of 15.
+    assert [point.step for point in logged.Scalars("cost/test")] == [0, 15, 30]
+    assert [point.step for point in logged.Histograms("weights/0")] == [0, 15, 30]
+    assert [point.step for point in logged.Scalars("delta/0")] == [0, 5, 10, 15, 20, 25]
+
+
+@pytest.mark.parametrize("cost", ["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"])
+def test_both_methods_follow_the_same_trajectory(cost: Any, device: torch.device) -> None:
+    data = load("digits")
+    trainings = [
+        Training(Config(hidden=(20, 15), cost=cost, method=method, device=str(device)), data)
+        for method in ("autograd", "explicit")
+    ]
+    start = [p.detach().clone() for p in trainings[0].net.parameters()]
+    for _, batches in zip(
+        range(25), zip(*(t.epoch() for t in trainings), strict=True), strict=False
+    ):
+        for training, batch in zip(trainings, batches, strict=True):
+            training.update(*batch)
+        ours, theirs = (list(training.net.parameters()) for training in trainings)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert not any(torch.equal(p, was) for p, was in zip(ours, start, strict=True))
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    rows: list[str] = []
+    for seed in ("1", "1", "2"):
+        folder = tmp_path / str(len(rows))
+        assert main([*QUICK, "--seed", seed, "--run-folder", str(folder)]) == 0
+        rows.append((only(folder) / "metrics.csv").read_text("utf-8"))
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dataset", "iris"],
+        ["--dataset", "wine", "--method", "explicit"],
+        ["--dataset", "breast_cancer", "--cost", "sigmoid-cross-entropy"],
+        ["--cost", "softmax-cross-entropy", "--hidden", "9", "7", "--learning-rate", "0.5"],
+    ],
+)
+def test_other_settings(options: list[str], tmp_path: Path) -> None:
+    assert main([*QUICK, *options, "--run-folder", str(tmp_path)]) == 0
+    assert (only(tmp_path) / "metrics.csv").exists()
+
+
+def test_the_net_is_made_of_our_modules() -> None:
+    training = Training(Config(), load("digits"))
+    assert [type(module) for module in training.net] == [Linear, Sigmoid, Linear, Sigmoid]
+    on_z = Training(Config(cost="softmax-cross-entropy"), load("digits"))
+    assert [type(module) for module in on_z.net] == [Linear, Sigmoid, Linear]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--run-folder", str(tmp_path / "runs")]) == 0
+    assert not list(tmp_path.iterdir())
+    assert "nothing was written" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--cost", "softmax-cross-entropy", "--learning-rate", "1e38", "--epochs", "5"]
+    assert main([*options, "--run-folder", str(tmp_path)]) == 1
+    assert "stopped: the cost is nan; a smaller learning rate may help" in capsys.readouterr().out
+    assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) == 2
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+    observe = train.observe
+
+    def interrupt(*arguments: Any) -> Any:
+        epochs.append(len(epochs))
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return observe(*arguments)
+
+    monkeypatch.setattr(train, "observe", interrupt)
+    assert main([*QUICK, "--run-folder", str(tmp_path)]) == 130
+    folder = only(tmp_path)
+    assert f"interrupted; what was finished is in {folder}" in capsys.readouterr().err
+    assert len((folder / "metrics.csv").read_text("utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate must be above 0; got nan"),
+        (["--learning-rate", "-1"], "--learning-rate must be above 0; got -1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1; got 0"),
+        (["--log-every", "0"], "--log-every must be at least 1; got 0"),
+        (["--hidden", "30", "0"], "--hidden must be sizes of at least 1; got (30, 0)"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1; got -1"),
+        (["--device", "abacus"], "--device must be auto, or one that PyTorch can use here"),
+        (["--device", "meta"], "--device must be auto, or one that PyTorch can use here"),
+        (["--dataset", "mnist"], "invalid choice 'mnist' for argument '--dataset'"),
+        (["--epoch", "3"], "Unrecognized options: --epoch"),
+        (["--run-folder", "/dev/null"], "--run-folder must be a place to make folders in; got"),
+    ],
+)
+def test_bad_options(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1

@@ -1,0 +1,49 @@
+"""By hand means by hand: what the package may not call, read off its own source."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import manual_bp
+
+PACKAGE = Path(manual_bp.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+FORBIDDEN = {"backward", "enable_grad", "grad", "jacobian", "vjp", "requires_grad_"}
+
+
+def calls(source: str) -> list[str]:
+    functions = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        for function in functions
+    ]
+
+
+def is_forbidden(name: str) -> bool:
+    is_kernel = name.endswith("_backward") and name != "save_for_backward"
+    return is_kernel or name in FORBIDDEN
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
+def test_no_file_calls_a_derivative_kernel_or_autograd(file: Path) -> None:
+    assert not [name for name in calls(file.read_text("utf-8")) if is_forbidden(name)]
+
+
+def test_the_reading_finds_what_it_looks_for() -> None:
+    source = "torch.sigmoid_backward(g, a); torch.autograd.grad(y, x); ctx.save_for_backward(a)"
+    assert [name for name in calls(source) if is_forbidden(name)] == ["sigmoid_backward", "grad"]
+
+
+@pytest.mark.parametrize("equation", ["BP1", "BP2", "BP3", "BP4"])
+def test_each_equation_is_tagged_once_whole_and_where_its_factor_is(equation: str) -> None:
+    tagged = {
+        str(file.relative_to(PACKAGE)): len(re.findall(rf"# .*{equation}", file.read_text("utf-8")))
+        for file in FILES
+    }
+    assert tagged["backprop.py"] == 1
+    assert tagged["layers/linear.py"] == (equation != "BP1")
+    assert tagged["layers/sigmoid.py"] == (equation in ("BP1", "BP2"))
+    for cost in ("quadratic", "sigmoid_cross_entropy", "softmax_cross_entropy"):
+        assert tagged[f"costs/{cost}.py"] == (equation == "BP1")

@@ -1,0 +1,120 @@
+"""The three faces of a Function, each tried on one that is written once."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from manual_bp import _function
+from manual_bp._function import as_callable, autocast, autocast_to_float32, values_are_at_hand
+
+
+class Cube(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return 3 * x * x * grad
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return 3 * x * x * dx
+
+
+cube = as_callable(Cube)
+
+
+def test_eager_takes_the_cheap_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The dear face binds the signature of forward at every call.
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("the dear face"))
+    x = torch.tensor(2.0, requires_grad=True)
+    y = cube(x)
+    assert y.item() == 8
+    assert torch.autograd.grad(y, x)[0].item() == 12
+    assert type(y.grad_fn).__name__ == "CubeBackward"
+
+
+def test_transforms_take_the_face_they_need() -> None:
+    assert torch.func.grad(cube)(torch.tensor(2.0)).item() == 12
+    assert torch.func.hessian(cube)(torch.tensor(2.0)).item() == 12
+    assert torch.func.vmap(torch.func.grad(cube))(torch.arange(3.0)).tolist() == [0, 3, 12]
+    tangent = torch.func.jvp(cube, (torch.tensor(2.0),), (torch.tensor(1.0),))[1]
+    assert tangent.item() == 12
+
+
+def test_eager_forward_mode() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+        tangent = torch.autograd.forward_ad.unpack_dual(cube(dual)).tangent
+    assert tangent is not None
+    assert tangent.item() == 12
+
+
+def test_the_compiler_takes_the_face_without_jvp() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(cube, fullgraph=True, backend="aot_eager")
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [12, 27]
+
+
+def test_compiled_transforms() -> None:
+    torch._dynamo.reset()
+    per_sample = torch.func.vmap(torch.func.grad(cube))
+    compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.arange(3.0)).tolist() == [0, 3, 12]
+
+
+def test_without_the_private_names_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_function, "_transforms_are_active", lambda: True)
+    monkeypatch.setattr(_function, "_any_autocast_is_on", lambda: True)
+    x = torch.tensor(2.0, requires_grad=True)
+    assert torch.autograd.grad(cube(x), x)[0].item() == 12
+    assert autocast(x, None) == (x, None)
+    assert not values_are_at_hand(torch.ones(2))
+
+
+def test_autocast_casts_as_pytorch_does(device: torch.device) -> None:
+    tensors = [torch.ones(2, dtype=dtype, device=device) for dtype in (
+        torch.float32, torch.float64, torch.float16, torch.int64, torch.complex64
+    )]  # fmt: skip
+    assert all(one is two for one, two in zip(autocast(*tensors), tensors, strict=True))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert [t.dtype for t in autocast(*tensors)] == [
+            torch.bfloat16, torch.float64, torch.bfloat16, torch.int64, torch.complex64
+        ]  # fmt: skip
+        assert [t.dtype for t in autocast_to_float32(*tensors)] == [
+            torch.float32, torch.float64, torch.float32, torch.int64, torch.complex64
+        ]  # fmt: skip
+        with torch.autocast(device.type, enabled=False):
+            assert autocast(*tensors)[0].dtype is torch.float32
+
+
+def test_autocast_passes_over_devices_that_have_none() -> None:
+    meta = torch.ones(2, device="meta")
+    with torch.autocast("cpu"):
+        assert autocast(meta, "no tensor") == (meta, "no tensor")  # type: ignore[arg-type]
+
+
+def test_which_tensors_have_values_to_look_at() -> None:
+    seen = []
+    torch.func.vmap(lambda x: seen.append(values_are_at_hand(x)) or x)(torch.ones(2))  # type: ignore[func-returns-value]
+    assert seen == [False]
+    assert values_are_at_hand(torch.ones(2))
+    assert not values_are_at_hand(torch.nn.Parameter(torch.ones(2)))

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return nn.Sequential(Linear(5, 4), Sigmoid(), Linear(4, 2), Sigmoid())
+
+
+@pytest.fixture
+def trace(net: nn.Sequential) -> Trace:
+    return backprop(net, torch.randn(6, 5), torch.rand(6, 2), QuadraticCost())
+
+
+def test_layers_in_forward_order_by_name(net: nn.Sequential, trace: Trace) -> None:
+    assert [layer.name for layer in trace.layers] == ["0", "2"]
+    first, second = trace.layers
+    assert trace["2"] is second
+    assert first.w is net[0].weight
+    assert second.b is net[2].bias
+    shapes = [(6, 5), (6, 4), (6, 4), (6, 4), (4, 5), (4,)]
+    fields = (first.a_prev, first.z, first.a, first.delta, first.grad_w, first.grad_b)
+    assert [None if t is None else tuple(t.shape) for t in fields] == shapes
+    assert torch.equal(first.a, second.a_prev)
+    assert trace.output is second.a
+
+
+def test_an_unknown_layer(trace: Trace) -> None:
+    with pytest.raises(KeyError, match="no layer '1' in this trace, which has '0', '2'"):
+        trace["1"]
+
+
+def test_assign_grads_adds(net: nn.Sequential, trace: Trace) -> None:
+    trace.assign_grads()
+    once = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    assert len(once) == 4
+    assert torch.equal(once[0], trace.layers[0].grad_w)  # type: ignore[arg-type]
+    trace.assign_grads()
+    for parameter, grad in zip(net.parameters(), once, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, 2 * grad)
+
+
+def test_what_is_done_to_grad_does_not_reach_the_trace(net: nn.Sequential, trace: Trace) -> None:
+    kept = trace["0"].grad_w
+    assert kept is not None
+    before = kept.clone()
+    trace.assign_grads()
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-6)
+    trace.assign_grads()
+    assert torch.equal(kept, before)
+
+
+def test_any_optimizer_can_step(net: nn.Sequential) -> None:
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    x, y, cost = torch.randn(6, 5), torch.rand(6, 2), QuadraticCost()
+    costs = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        trace = backprop(net, x, y, cost)
+        trace.assign_grads()
+        optimizer.step()
+        costs.append(trace.cost.item())
+    assert costs[-1] < costs[0] / 2
+
+
+def test_repr_is_short(trace: Trace) -> None:
+    assert repr(trace["0"]) == "LayerTrace('0', 5 to 4)"
+    assert repr(trace) == (
+        f"Trace(cost={trace.cost.item():.6g}, "
+        "layers=[LayerTrace('0', 5 to 4), LayerTrace('2', 4 to 2)])"
+    )
