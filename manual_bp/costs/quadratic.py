@@ -21,7 +21,7 @@ from manual_bp.costs._cost import (
 
 def quadratic_gradient(a: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
     """∇_a C: for one sample ∇_a C_x = a − y, then weighted by the reduction. Shape as a."""
-    return reduce_gradient(a - y, reduction)
+    return reduce_gradient(a - y, reduction)  # BP1: ∇_a C_x = a − y
 
 
 class QuadraticCostFunction(Function):
@@ -68,7 +68,7 @@ class QuadraticCostFunction(Function):
             return None, None, None
         a, y = ctx.saved_tensors
         needs_a, needs_y, _ = ctx.needs_input_grad
-        grad_a = grad_cost.unsqueeze(-1) * quadratic_gradient(a, y, ctx.reduction)  # BP1: ∇_a C
+        grad_a = grad_cost.unsqueeze(-1) * quadratic_gradient(a, y, ctx.reduction)
         return grad_a if needs_a else None, -grad_a if needs_y else None, None
 
     @staticmethod

@@ -22,7 +22,7 @@ from manual_bp.costs._cost import (
 def sigmoid_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
     """δ^L = ∂C/∂z: for one sample a − y with a = σ(z), weighted by the reduction. Shape as z."""
     a = torch.sigmoid(z)
-    return reduce_gradient(a - y, reduction)
+    return reduce_gradient(a - y, reduction)  # BP1: δ = a − y
 
 
 class SigmoidCrossEntropyCostFunction(Function):
@@ -72,7 +72,7 @@ class SigmoidCrossEntropyCostFunction(Function):
         needs_z, needs_y, _ = ctx.needs_input_grad
         grad_z = grad_y = None
         if needs_z:
-            delta = sigmoid_cross_entropy_gradient(z, y, ctx.reduction)  # BP1: δ = a − y
+            delta = sigmoid_cross_entropy_gradient(z, y, ctx.reduction)
             grad_z = grad_cost.unsqueeze(-1) * delta
         if needs_y:
             grad_y = grad_cost.unsqueeze(-1) * reduce_gradient(-z, ctx.reduction)

@@ -26,8 +26,10 @@ def softmax_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -
     """
     a = torch.softmax(z, -1)
     if y.is_floating_point():
-        return reduce_gradient(a * y.sum(-1, keepdim=True) - y, reduction)
-    return reduce_gradient(a - _one_hot(y, z), reduction)
+        a = a * y.sum(-1, keepdim=True)
+    else:
+        y = _one_hot(y, z)
+    return reduce_gradient(a - y, reduction)  # BP1: δ = a − y
 
 
 def _one_hot(y: Tensor, z: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class SoftmaxCrossEntropyCostFunction(Function):
         needs_z, needs_y, _ = ctx.needs_input_grad
         grad_z = grad_y = None
         if needs_z:
-            delta = softmax_cross_entropy_gradient(z, y, ctx.reduction)  # BP1: δ = a − y
+            delta = softmax_cross_entropy_gradient(z, y, ctx.reduction)
             grad_z = grad_cost.unsqueeze(-1) * delta
         if needs_y:
             log_a = torch.log_softmax(z, -1)
