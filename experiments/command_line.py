@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -38,6 +39,18 @@ def refuse(program: str, reason: object) -> NoReturn:
     """Say in one line what is wrong, and end with exit code 2."""
     print(f"{program}: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a program as a command; where its output's reader stops reading, end without a fuss."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at the end, which must find somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13  # as a shell reports the signal SIGPIPE
+    sys.exit(code)
 
 
 def _reason(box: str, config: type) -> str:

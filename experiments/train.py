@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from experiments.board import Board
-from experiments.command_line import parse, refuse
+from experiments.command_line import parse, refuse, run
 from experiments.data import Data, Dataset, load
 from experiments.run_folder import RunFolder, run_path
 from manual_bp import (
@@ -64,7 +64,7 @@ class Config:
     """autograd: our Functions, called by PyTorch. explicit: manual_bp.backprop, without autograd.
     Both follow the same trajectory."""
     log_every: int = 100
-    """Updates between two points of the curves of ‖δ‖ and ‖∂C/∂w‖."""
+    """Updates between two points of the curves of the norms of delta and of dC/dw."""
     run_folder: Path = Path("runs")
     """Where the run's own folder is made."""
     dry_run: bool = False
@@ -281,4 +281,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
     "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
     "offset": lambda t: torch.cat([t[:1], t])[1:] if t.ndim else t,
+    "constant": lambda t: t.flatten()[0].expand(t.shape) if t.numel() else t,
     "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
 }
 

@@ -327,6 +327,12 @@ def pruned() -> nn.Sequential:
     return nn.Sequential(layer)
 
 
+def patched() -> nn.Sequential:
+    net = nn.Sequential(Linear(5, 2))
+    net[0].forward = lambda a: 2 * a
+    return net
+
+
 class Doubled(nn.Linear):
     def forward(self, a: Tensor) -> Tensor:
         return 2 * super().forward(a)
@@ -355,6 +361,7 @@ def weight_normed() -> nn.Sequential:
         ),
         (nn.Sequential(GOOD), TypeError, r"net\['0'\] must be a Linear .* got Sequential"),
         (nn.Sequential(Doubled(5, 2)), TypeError, r"net\['0'\] must be a Linear .* got Doubled"),
+        (patched(), TypeError, r"net\['0'\] must be a Linear .* got Linear"),
         (hooked(), TypeError, r"net\['1'\] must have no hooks"),
         (pruned(), TypeError, r"net\['0'\] must hold its weight as a parameter of its own"),
         (weight_normed(), TypeError, r"net\['0'\] must hold its weight as a parameter of its own"),

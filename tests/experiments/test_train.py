@@ -154,6 +154,26 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert len((folder / "metrics.csv").read_text("utf-8").splitlines()) == 2
 
 
+def test_a_reader_that_stops_reading_ends_the_run_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.train", *QUICK, "--run-folder", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
+def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    words = re.sub("[│─╭╮╰╯]", "", capsys.readouterr().out)
+    assert words.isascii()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

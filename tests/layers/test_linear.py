@@ -167,6 +167,16 @@ def test_nothing_outlives_the_graph(device: torch.device) -> None:
         gc.enable()
 
 
+def test_a_frozen_weight_does_not_keep_its_input(device: torch.device) -> None:
+    a, w, b = sample(5, device=device)
+    hidden = leaf(a) * 2
+    watch = weakref.ref(hidden)
+    z = linear(hidden, w, leaf(b))
+    del hidden
+    assert z.requires_grad
+    assert watch() is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_as_accurate_as_pytorch(dtype: torch.dtype, device: torch.device) -> None:
     a, w, b = (torch.randn(*shape, device=device) for shape in ((64, 50), (30, 50), (30,)))

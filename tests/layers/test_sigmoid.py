@@ -28,8 +28,8 @@ from tests.helpers import (
 SHAPES = [(5, 3), (), (3,), (1, 3), (0, 3), (2, 3, 2)]
 
 
-def sample(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, device=device)
+def sample(*shape: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -37,7 +37,9 @@ def sample(*shape: int, device: torch.device) -> Tensor:
 def test_derivatives_of_first_and_second_order(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    assert_gradchecks(sigmoid, [sample(*shape, device=device).to(dtype)])
+    arguments = [sample(*shape, device=device, dtype=dtype)]
+    assert_gradchecks(sigmoid, arguments)
+    assert_matches(sigmoid, torch.sigmoid, arguments)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
