@@ -19,6 +19,9 @@ from manual_bp import Trace
 
 IMAGE_SCALE = 8
 
+# The last bin of a TensorBoard histogram ends at 1e20; what lies beyond is as good as infinite.
+HISTOGRAM_LIMIT = 1e20
+
 # One chart for each question, all layers or both splits in it.
 LAYOUT = {
     "learning": {
@@ -112,9 +115,9 @@ class Board:
 
     def _histogram(self, tag: str, values: Tensor, step: int) -> None:
         values = values.detach().float().flatten()
-        finite = values[values.isfinite()]
-        left_out = values.numel() - finite.numel()
+        shown = values[values.abs() < HISTOGRAM_LIMIT]
+        left_out = values.numel() - shown.numel()
         if left_out:
             self._writer.add_scalar(f"nonfinite/{tag}", left_out, step)
-        if finite.numel():
-            self._writer.add_histogram(tag, finite, step)
+        if shown.numel():
+            self._writer.add_histogram(tag, shown, step)

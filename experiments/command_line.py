@@ -42,10 +42,17 @@ def refuse(program: str, reason: object) -> NoReturn:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program as a command; where its output's reader stops reading, end without a fuss."""
+    """Run a program as a command: an end from outside is an end without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal can write
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + 2  # as a shell reports the signal SIGINT
     except BrokenPipeError:
         # Python flushes stdout once more at the end, which must find somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

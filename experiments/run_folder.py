@@ -22,6 +22,16 @@ def run_path(parent: Path, name: str) -> Path:
     return parent / f"{name}__{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def can_be_made(folder: Path) -> bool:
+    """Whether a folder is there to write in, or can be made there; nothing is made yet."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # TensorBoard wants a name that UTF-8 can write
+        return False
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 class RunFolder:
     """One run's folder: `config.json` from the start, then `metrics.csv`, a row at a time.
 

@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from experiments.board import Board
 from experiments.command_line import parse, refuse, run
 from experiments.data import Data, Dataset, load
-from experiments.run_folder import RunFolder, run_path
+from experiments.run_folder import RunFolder, can_be_made, run_path
 from manual_bp import (
     Cost,
     Linear,
@@ -37,6 +38,8 @@ from manual_bp import (
 
 PROGRAM = "python -m experiments.train"
 
+ACTIVATIONS = {"sigmoid": Sigmoid}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -45,13 +48,14 @@ class Config:
     dataset: Dataset = "digits"
     """What to learn: a dataset that scikit-learn carries with it."""
     hidden: tuple[int, ...] = (30,)
-    """Sizes of the hidden layers, from the input on."""
+    """Sizes of the hidden layers, from the input on; none at all is possible."""
     activation: Literal["sigmoid"] = "sigmoid"
     """The activation of every layer that has one."""
     cost: Literal["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"] = "quadratic"
     """The cost. The cross-entropies work on z: with them the output layer has no activation."""
     learning_rate: float = 3.0
-    """The step of gradient descent, on the mean cost of a batch."""
+    """The step of gradient descent, on the mean cost of a batch. 3 suits the digits with the
+    quadratic cost; the cross-entropies and the smaller datasets want less."""
     batch_size: int = 10
     """Samples in a batch; the last one of an epoch may be smaller."""
     epochs: int = 30
@@ -73,14 +77,21 @@ class Config:
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
             raise ValueError(f"--hidden must be sizes of at least 1; got {self.hidden}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"--learning-rate must be above 0; got {self.learning_rate}")
+        most = torch.finfo(torch.float32).max
+        if not 0 < self.learning_rate <= most:
+            raise ValueError(
+                f"--learning-rate must be above 0 and at most {most:.1e}; got {self.learning_rate}"
+            )
         for name in ("batch_size", "epochs", "log_every"):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {self.seed}")
+        if not can_be_made(self.run_folder):
+            raise ValueError(
+                f"--run-folder must be a place to make folders in; got {str(self.run_folder)!r}"
+            )
         _device(self.device)
 
 
@@ -88,21 +99,24 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        with warnings.catch_warnings(action="ignore"):  # of devices that are no longer used
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()
+        is_usable = str(device) == name  # PyTorch reads cpu:300 as cpu:44
+    except (RuntimeError, AssertionError, ImportError):
+        is_usable = False
+    if not is_usable:
         raise ValueError(
-            f"--device must be auto, or one that PyTorch can use here; got {name!r} ({reason})"
-        ) from None
+            f"--device must be auto, or one that PyTorch can use here, such as cpu; got {name!r}"
+        )
     return device
 
 
-def build_net(sizes: Sequence[int], cost: str) -> nn.Sequential:
-    """Linear and Sigmoid by turns; the last Sigmoid is left out for a cost that works on z."""
+def build_net(sizes: Sequence[int], activation: str, cost: str) -> nn.Sequential:
+    """Linear and activation by turns, the last activation left out for a cost that works on z."""
     modules: list[nn.Module] = []
     for in_features, out_features in pairwise(sizes):
-        modules += [Linear(in_features, out_features), Sigmoid()]
+        modules += [Linear(in_features, out_features), ACTIVATIONS[activation]()]
     return nn.Sequential(*(modules if cost == "quadratic" else modules[:-1]))
 
 
@@ -140,10 +154,10 @@ class Training:
         self.y_train = targets(self.data.label_train, data.classes, self.cost)
         self.y_test = targets(self.data.label_test, data.classes, self.cost)
         torch.manual_seed(config.seed)
-        self.net = build_net(sizes, config.cost).to(self.device)
+        self.net = build_net(sizes, config.activation, config.cost).to(self.device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.learning_rate)
         self.explicit = config.method == "explicit"
-        self.batch_size = config.batch_size
+        self.batch_size = min(config.batch_size, len(self.y_train))
         self._order = torch.Generator().manual_seed(config.seed)
 
     @property
@@ -203,7 +217,7 @@ def train(config: Config, training: Training, folder: RunFolder) -> dict[str, fl
 
     A bar on a terminal; where the output goes elsewhere, a plain line for each epoch.
     """
-    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    on_terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
     total = config.epochs * training.updates_per_epoch
     step = 0
     with (
@@ -247,7 +261,10 @@ def line(metrics: dict[str, float]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; the exit code."""
     config = parse(Config, arguments, PROGRAM)
-    training = Training(config, load(config.dataset))
+    try:
+        training = Training(config, load(config.dataset))
+    except (RuntimeError, TypeError) as error:  # what PyTorch raises for sizes beyond its memory
+        refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
     name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
     path = run_path(config.run_folder, name)
     print(

@@ -1,13 +1,17 @@
 """How one hand-written `torch.autograd.Function` is called: the cheapest way the moment allows.
 
-PyTorch has three callers, and each wants another face of a Function:
+PyTorch has several callers, and each wants another form of a Function:
 
 - `torch.func` (vmap, grad, jvp, hessian ...) asks for `setup_context` apart from `forward`.
-- Eager code takes that face too, but then binds the signature by `inspect` at every call: some
+- Eager code takes that form too, but then binds the signature by `inspect` at every call: some
   16 µs, against 6 µs for a Function whose `forward` takes `ctx`.
 - `torch.compile` refuses any Function that defines `jvp`.
+- `torch.func` inside a compiled region tells a Function the wrong `needs_input_grad` (gradients
+  are then silently zero) and can neither batch it nor push it forward. `torch.export` cuts it out
+  of the graph that autograd sees. Both are given the bare forward, whose derivatives are PyTorch's.
 
-So each Function here is written once, in the first face; `as_callable` derives the other two.
+So each Function here is written once, in the first form; `as_callable` derives the others. For the
+same reason every forward must be differentiable everywhere by PyTorch too.
 """
 
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import Parameter
 
 # Two private names, asked at every call because they are cheap. Should they go, the answer "yes"
 # leads to the way that works everywhere and only costs more.
@@ -30,14 +35,16 @@ _any_autocast_is_on: Callable[[], bool] = getattr(
 def as_callable(function: Any) -> Callable[..., Tensor]:
     """The call of a Function written with `setup_context`, `backward` and `jvp`.
 
-    The three faces are variables of the closure, because the compiler follows those and does not
-    follow an attribute of a Function class.
+    The forms are variables of the closure, because the compiler follows those and does not follow
+    an attribute of a Function class.
     """
     eager = _with_ctx_in_forward(function)
     compiled = _without_jvp(function)
 
     def call(*args: object) -> Any:
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() or _transforms_are_active():
+                return function.forward(*args)
             return compiled.apply(*args)
         if _transforms_are_active():
             return function.apply(*args)
@@ -52,11 +59,11 @@ def _with_ctx_in_forward(function: Any) -> Any:
         function.setup_context(ctx, args, output)
         return output
 
-    face = {
+    form = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(Function.setup_context),
     }
-    return type(function.__name__, (function,), face)
+    return type(function.__name__, (function,), form)
 
 
 def _without_jvp(function: Any) -> Any:
@@ -65,8 +72,10 @@ def _without_jvp(function: Any) -> Any:
 
 def values_are_at_hand(value: Tensor) -> bool:
     """Whether a tensor has values to look at: it is neither traced, transformed nor a subclass."""
-    return not (
-        type(value) is not Tensor or torch.compiler.is_compiling() or _transforms_are_active()
+    return (
+        type(value) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()
+        and not _transforms_are_active()
     )
 
 

@@ -1,4 +1,4 @@
-"""Door checks: what a public call accepts, and the one place that words a refusal.
+"""What a public call accepts, and the one place that words a refusal.
 
 Every message names the argument, what was wanted and what came. A wrong kind of thing (no tensor,
 an integer tensor, a second dtype) is a TypeError; a wrong value (shape, device, option) is a
@@ -14,9 +14,14 @@ from manual_bp._function import values_are_at_hand
 
 
 def tensor(name: str, value: object) -> None:
-    """Refuse anything but a tensor."""
+    """Refuse anything but a dense tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+        kind = type(value).__name__
+        hint = ", which torch.from_numpy turns into one" if kind == "ndarray" else ""
+        raise TypeError(f"{name} must be a torch.Tensor; got {kind}{hint}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
 
 
 def inexact(name: str, value: Tensor) -> None:
@@ -34,21 +39,21 @@ def real(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must have a real floating-point dtype; got {value.dtype}")
 
 
-def like(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
-    """Refuse anything but a tensor of the model's dtype, on the model's device."""
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse anything but a tensor of another's dtype, on its device."""
     tensor(name, value)
-    if value.dtype is not model.dtype:
+    if value.dtype is not other.dtype:
         raise TypeError(
-            f"{name} must have the dtype of {model_name}, {model.dtype}; got {value.dtype}"
+            f"{name} must have the dtype of {other_name}, {other.dtype}; got {value.dtype}"
         )
-    same_device(name, value, model_name, model)
+    same_device(name, value, other_name, other)
 
 
-def same_device(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
-    """Refuse a tensor on another device than the model's."""
-    if value.device != model.device:
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor on a device of its own."""
+    if value.device != other.device:
         raise ValueError(
-            f"{name} must be on the device of {model_name}, {model.device}; got {value.device}"
+            f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
         )
 
 
@@ -81,20 +86,23 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {wanted}; got {value!r}")
 
 
-def indices(name: str, value: Tensor, model_name: str, model: Tensor) -> None:
-    """Refuse anything but one class index for each sample of the model (..., classes).
+def indices(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse anything but one class index for each sample of another (..., classes).
 
     Looks at the values of plain tensors on the CPU only: on an accelerator a look would wait for
-    the device, and a tensor that is being traced or transformed has no values yet. There, PyTorch's
-    own indexing refuses them.
+    the device, and a tensor that is being traced or transformed has no values yet. There, the
+    indexing itself (gather, scatter) refuses them, in PyTorch's words.
     """
     if value.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers or probabilities; got {value.dtype}")
-    same_device(name, value, model_name, model)
-    classes = model.shape[-1]
-    shape(name, value, model.shape[:-1], f"a class index for each row of {model_name}")
+    same_device(name, value, other_name, other)
+    classes = other.shape[-1]
+    shape(name, value, other.shape[:-1], f"a class index for each row of {other_name}")
     if value.device.type != "cpu" or not values_are_at_hand(value) or not value.numel():
         return
+    if classes == 0:
+        raise ValueError(f"{other_name} must have at least one class; got {tuple(other.shape)}")
+    value = value.long()  # not every integer dtype has a minimum
     least, most = int(value.min()), int(value.max())
     if least < 0 or most >= classes:
         raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from manual_bp import _require
 from manual_bp._function import autocast
@@ -43,14 +44,15 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
 
     Returns:
         A `Trace`. Its gradients are of the reduced cost: they equal `.grad` after
-        `cost(net(x), y).backward()`. Parameters, and their `.grad`, are left as they were.
+        `cost(net(x), y).backward()`. Parameters, and their `.grad`, are left as they were. Nothing
+        in the Trace is part of an autograd graph.
 
     Raises:
         TypeError: net is no nn.Sequential; or it holds a module of another kind, or one that
             does more than its formula (hooks, a reparametrised weight), and the message names its
-            place. Or x, y or cost is of the wrong kind.
-        ValueError: net has no linear layer; its sizes, x and y do not fit each other; or the cost
-            is not reduced.
+            place. Or x, y or cost is of the wrong kind: real numbers only.
+        ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
+            or the cost is not reduced.
     """
     input_activations, layers = _read(net)
     _check(x, layers[0], cost)
@@ -69,7 +71,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
         return _sigma_prime(layer[l].activations, z[l], a[l])
 
     # 1. Input.
-    a[0] = _sigma(input_activations, x)
+    a[0] = _sigma(input_activations, x.detach())
 
     # 2. Forward: every z and a is kept.
     for l in range(1, last + 1):
@@ -77,7 +79,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
         a[l] = _sigma(layer[l].activations, z[l])
 
     # 3. Output error.
-    grad_a = cost.gradient(a[last], y).to(a[last].dtype)  # autocast has costs in float32
+    grad_a = _gradient(cost, a[last], y)
     delta[last] = grad_a * sigma_prime(last)  # BP1
 
     # 4. Backward.
@@ -148,6 +150,14 @@ def _sigma_prime(activations: Sequence[_Activation], z: Tensor, a: Tensor) -> Te
     return outer.prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
 
 
+def _gradient(cost: Cost, a: Tensor, y: Tensor) -> Tensor:
+    grad_a = cost.gradient(a, y)
+    name = f"{type(cost).__name__}.gradient(output, y)"
+    _require.real(name, grad_a)
+    _require.shape(name, grad_a, a.shape, "that of the output")
+    return grad_a.to(a.dtype)  # autocast has costs in float32
+
+
 def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor | None:
     # Under autocast the products come in a lower dtype, and `.grad` must be in the parameter's.
     return None if parameter is None or grad is None else grad.to(parameter.dtype)
@@ -155,7 +165,7 @@ def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor 
 
 def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
     """The activations before the first linear layer (seldom any), and the layers."""
-    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
+    if not _has_formula_of(nn.Sequential, net):
         raise TypeError(
             f"net must be an nn.Sequential of linear layers and activations; "
             f"got {type(net).__name__}"
@@ -166,7 +176,7 @@ def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
     # Not named_children(), which passes over a module that occurs a second time.
     for name, module in net._modules.items():
         place = f"net[{name!r}]"
-        if isinstance(module, nn.Linear) and _has_formula_of(Linear, module):
+        if _has_formula_of(Linear, module) or _has_formula_of(nn.Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
         else:
             activations = layers[-1].activations if layers else input_activations
@@ -177,9 +187,13 @@ def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
     return input_activations, layers
 
 
-def _linear_layer(place: str, name: str, module: nn.Linear, below: Sequence[_Layer]) -> _Layer:
-    w = _parameter(place, "weight", module.weight)
-    b = None if module.bias is None else _parameter(place, "bias", module.bias)
+def _linear_layer(place: str, name: str, module: Any, below: Sequence[_Layer]) -> _Layer:
+    w = _parameter(f"{place}.weight", module.weight)
+    b = None if module.bias is None else _parameter(f"{place}.bias", module.bias)
+    if b is not None:
+        _require.like(f"{place}.bias", b, f"{place}.weight", w)
+    if below:
+        _require.like(f"{place}.weight", w, f"net[{below[-1].name!r}].weight", below[-1].w)
     if below and below[-1].w.shape[0] != w.shape[1]:
         raise ValueError(
             f"{place} must take the {below[-1].w.shape[0]} outputs of net[{below[-1].name!r}]; "
@@ -188,18 +202,22 @@ def _linear_layer(place: str, name: str, module: nn.Linear, below: Sequence[_Lay
     return _Layer(name, w, b, [])
 
 
-def _parameter(place: str, name: str, value: Tensor) -> nn.Parameter:
+def _parameter(place: str, value: Tensor) -> nn.Parameter:
+    if is_lazy(value):
+        raise TypeError(f"{place} must be initialised; got a lazy one that has seen no input yet")
     if not isinstance(value, nn.Parameter):
         raise TypeError(
-            f"{place} must hold its {name} as a parameter of its own; got a tensor computed from "
-            f"others (pruning, weight norm), which backprop has no gradients for"
+            f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
+            f"weight norm), which backprop has no gradients for"
         )
+    if value._backward_hooks or value._post_accumulate_grad_hooks:
+        raise TypeError(f"{place} must have no hooks, which backprop would not run; got some")
     return value
 
 
 def _activation(place: str, module: Any) -> _Activation:
     for ours in ACTIVATIONS:
-        if _has_formula_of(ours, module):
+        if _has_formula_of(ours, module) or _has_formula_of(ours.__base__, module):
             # torch's own has the same state as ours, which is its subclass.
             return _Activation(partial(ours.forward, module), partial(ours.prime, module))
     known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
@@ -209,12 +227,12 @@ def _activation(place: str, module: Any) -> _Activation:
     )
 
 
-def _has_formula_of(ours: Any, module: Any) -> bool:
-    """Whether a module is ours or torch's own of that kind, and computes nothing else."""
-    torchs = ours.__base__
+def _has_formula_of(kind: Any, module: Any) -> bool:
+    """Whether a module is of that kind, and a call of it computes nothing else."""
     return (
-        isinstance(module, torchs)
-        and type(module).forward in (ours.forward, torchs.forward)
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module).__call__ is nn.Module.__call__
         and "forward" not in vars(module)
     )
 
@@ -233,7 +251,7 @@ def _refuse_hooks(place: str, module: nn.Module) -> None:
 
 
 def _check(x: Tensor, first: _Layer, cost: Cost) -> None:
-    _require.tensor("x", x)
+    _require.real("x", x)
     x, w = autocast(x, first.w)
     _require.like("x", x, f"net[{first.name!r}].weight", w)
     _require.components("x", x, w.shape[1], f"the in_features of net[{first.name!r}]")
@@ -241,5 +259,6 @@ def _check(x: Tensor, first: _Layer, cost: Cost) -> None:
         raise TypeError(
             f"cost must be a manual_bp.Cost, such as QuadraticCost(); got {type(cost).__name__}"
         )
+    _refuse_hooks("cost", cost)
     if cost.reduction == "none":
         raise ValueError("cost must be reduced by 'mean' or 'sum'; got reduction='none'")

@@ -22,7 +22,8 @@ class LayerTrace:
         grad_b   ∂C/∂b, likewise                                        (out,)
 
     Under the mean over samples, a row of delta carries its 1/N. A gradient is None where the
-    parameter is frozen or absent, as `.grad` would be.
+    parameter is frozen or absent, as `.grad` would be. The first layer's a_prev shares the memory
+    of x: nothing is copied.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Trace:
             if layer.name == name:
                 return layer
         names = ", ".join(repr(layer.name) for layer in self.layers)
-        raise KeyError(f"no layer {name!r} in this trace, which has {names}")
+        raise KeyError(f"no layer {name!r} in this trace, which has {names}; see trace.layers")
 
     def assign_grads(self) -> None:
         """Add every ∂C/∂w and ∂C/∂b to its parameter's `.grad`, as `backward()` would.
@@ -75,11 +76,12 @@ class Trace:
         return f"Trace(cost={self.cost.item():.6g}, layers={list(self.layers)})"
 
 
-@torch.no_grad()
 def _accumulate(parameter: nn.Parameter | None, grad: Tensor | None) -> None:
     if parameter is None or grad is None:
         return
-    if parameter.grad is None:
-        parameter.grad = grad.clone()
-    else:
-        parameter.grad += grad
+    # Outside of any inference mode: what that makes, a later backward() could not add to.
+    with torch.inference_mode(False), torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = grad.clone()
+        else:
+            parameter.grad += grad

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import Function, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,6 +135,30 @@ def backward_operations(call: Call, arguments: Sequence[Any]) -> Operations:
     with operations:
         torch.autograd.grad(output, wanted, upstream)
     return operations
+
+
+class Cut(Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def assert_undefined_gradient_costs_nothing(call: Call, arguments: Sequence[Any]) -> None:
+    arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
+    cut = Cut.apply(call(*arguments))
+    upstream = torch.ones_like(cut)
+    wanted = [t for t in arguments if is_differentiable(t)]
+    operations = Operations()
+    with operations:
+        found = torch.autograd.grad(cut, wanted, upstream, allow_unused=True)
+    assert found == (None,) * len(wanted)
+    assert operations.names == []
 
 
 def saved_tensors(call: Call, arguments: Sequence[Any]) -> list[Tensor]:

@@ -298,6 +298,13 @@ def test_under_autocast_as_the_functions(device: torch.device) -> None:
         assert layer.grad_w is not None
         assert layer.grad_w.dtype is torch.float32
         assert torch.equal(layer.grad_w, layer.w.grad)
+        assert layer.b is not None
+        assert layer.b.grad is not None
+        assert layer.grad_b is not None
+        assert layer.grad_b.dtype is torch.float32
+        assert torch.equal(layer.grad_b, layer.b.grad)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(backprop(net, x.bfloat16(), y, cost).output, trace.output)
 
 
 def test_leaves_the_network_as_it_was() -> None:
@@ -314,9 +321,15 @@ X5, Y2 = torch.ones(6, 5), torch.ones(6, 2)
 GOOD = nn.Sequential(Linear(5, 2), Sigmoid())
 
 
-def hooked() -> nn.Sequential:
+def hooked(register: str, place: str) -> nn.Sequential:
     net = nn.Sequential(Linear(5, 2), Sigmoid())
-    net[1].register_forward_hook(lambda *_: None)
+    getattr(net.get_submodule(place), register)(lambda *_: None)
+    return net
+
+
+def hooked_weight(register: str) -> nn.Sequential:
+    net = nn.Sequential(Linear(5, 2), Sigmoid())
+    getattr(net.get_parameter("0.weight"), register)(lambda _: None)
     return net
 
 
@@ -343,6 +356,17 @@ class Residual(nn.Sequential):
         return a + super().forward(a)  # type: ignore[no-any-return]
 
 
+class Logged(nn.Linear):
+    def __call__(self, a: Tensor) -> Tensor:
+        return 2 * super().__call__(a)  # type: ignore[no-any-return]
+
+
+def patched_net() -> nn.Sequential:
+    net = nn.Sequential(Linear(5, 2))
+    net.forward = lambda a: 2 * a  # type: ignore[method-assign]
+    return net
+
+
 def weight_normed() -> nn.Sequential:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 2)))
 
@@ -357,14 +381,41 @@ def weight_normed() -> nn.Sequential:
         (
             nn.Sequential(Linear(5, 4), nn.Dropout(), Linear(4, 2)),
             TypeError,
-            r"net\['1'\] must be a Linear or an activation \(Sigmoid\), .* got Dropout",
+            r"net\['1'\] must be a Linear or an activation \(.*Sigmoid.*\), .* got Dropout",
         ),
         (nn.Sequential(GOOD), TypeError, r"net\['0'\] must be a Linear .* got Sequential"),
         (nn.Sequential(Doubled(5, 2)), TypeError, r"net\['0'\] must be a Linear .* got Doubled"),
         (patched(), TypeError, r"net\['0'\] must be a Linear .* got Linear"),
-        (hooked(), TypeError, r"net\['1'\] must have no hooks"),
-        (pruned(), TypeError, r"net\['0'\] must hold its weight as a parameter of its own"),
-        (weight_normed(), TypeError, r"net\['0'\] must hold its weight as a parameter of its own"),
+        (nn.Sequential(Logged(5, 2)), TypeError, r"net\['0'\] must be a Linear .* got Logged"),
+        (patched_net(), TypeError, "net must be an nn.Sequential of .* got Sequential"),
+        (hooked("register_forward_hook", "1"), TypeError, r"net\['1'\] must have no hooks"),
+        (hooked("register_forward_pre_hook", "1"), TypeError, r"net\['1'\] must have no hooks"),
+        (hooked("register_full_backward_hook", "0"), TypeError, r"net\['0'\] must have no hooks"),
+        (hooked("register_full_backward_pre_hook", "0"), TypeError, "must have no hooks"),
+        (hooked("register_forward_hook", ""), TypeError, "net must have no hooks"),
+        (hooked_weight("register_hook"), TypeError, r"net\['0'\].weight must have no hooks"),
+        (
+            hooked_weight("register_post_accumulate_grad_hook"),
+            TypeError,
+            r"net\['0'\].weight must have no hooks",
+        ),
+        (pruned(), TypeError, r"net\['0'\].weight must be a parameter of its own"),
+        (weight_normed(), TypeError, r"net\['0'\].weight must be a parameter of its own"),
+        (
+            nn.Sequential(nn.LazyLinear(2)),
+            TypeError,
+            r"net\['0'\].weight must be initialised; got a lazy one",
+        ),
+        (
+            nn.Sequential(Linear(5, 4), Linear(4, 2).double()),
+            TypeError,
+            r"net\['1'\].weight must have the dtype of net\['0'\].weight, torch.float32; got",
+        ),
+        (
+            nn.Sequential(Linear(5, 4), Linear(4, 2, device="meta")),
+            ValueError,
+            r"net\['1'\].weight must be on the device of net\['0'\].weight, cpu; got meta",
+        ),
         (
             nn.Sequential(Linear(5, 4), Sigmoid(), Linear(3, 2)),
             ValueError,
@@ -388,7 +439,8 @@ def test_bad_net(net: Any, error: type[Exception], message: str) -> None:
             TypeError,
             r"x must have the dtype of net\['0'\].weight, torch.float32; got torch.float64",
         ),
-        (X5.long(), Y2, QuadraticCost(), TypeError, "x must have the dtype of"),
+        (X5.long(), Y2, QuadraticCost(), TypeError, "x must have a real floating-point dtype"),
+        (X5 + 1j, Y2, QuadraticCost(), TypeError, "x must have a real floating-point dtype"),
         (X5.to("meta"), Y2, QuadraticCost(), ValueError, "x must be on the device of"),
         (
             X5[:, :4],
@@ -406,3 +458,56 @@ def test_bad_net(net: Any, error: type[Exception], message: str) -> None:
 def test_bad_arguments(x: Any, y: Any, cost: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         backprop(GOOD, x, y, cost)
+
+
+def test_a_cost_with_hooks() -> None:
+    cost = QuadraticCost()
+    cost.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="cost must have no hooks"):
+        backprop(GOOD, X5, Y2, cost)
+
+
+class CostOfOnesOwn(Cost):
+    """C = Σ a³ y, with a gradient that may be told to be wrong."""
+
+    wrong: Any = None
+
+    def forward(self, a: Tensor, y: Tensor) -> Tensor:
+        return (a**3 * y).sum()
+
+    def gradient(self, a: Tensor, y: Tensor) -> Tensor:
+        gradient: Tensor = 3 * a**2 * y
+        return self.wrong(gradient) if self.wrong else gradient
+
+
+def test_a_cost_of_ones_own() -> None:
+    net, x, y = GOOD, torch.randn(6, 5), torch.rand(6, 2)
+    trace = backprop(net, x, y, CostOfOnesOwn())
+    value, expected = autograd_gradients(net, x, y, CostOfOnesOwn())
+    assert_same([trace.cost, *parameter_gradients(trace)], [value, *expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            lambda gradient: gradient[:, :1],
+            ValueError,
+            r"CostOfOnesOwn.gradient\(output, y\) must have shape \(6, 2\), that of the output",
+        ),
+        (lambda _: 1.0, TypeError, r"CostOfOnesOwn.gradient\(output, y\) must be a torch.Tensor"),
+    ],
+)
+def test_a_cost_of_ones_own_that_is_wrong(wrong: Any, error: type[Exception], message: str) -> None:
+    cost = CostOfOnesOwn()
+    cost.wrong = wrong
+    with pytest.raises(error, match=message):
+        backprop(GOOD, X5, Y2, cost)
+
+
+def test_the_trace_is_no_part_of_a_graph() -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    trace = backprop(GOOD, x, torch.rand(6, 2, requires_grad=True), QuadraticCost())
+    first = trace.layers[0]
+    for t in (trace.cost, trace.output, first.a_prev, first.z, first.a, first.delta):
+        assert not t.requires_grad

@@ -36,6 +36,13 @@ def test_the_reading_finds_what_it_looks_for() -> None:
     assert [name for name in calls(source) if is_forbidden(name)] == ["sigmoid_backward", "grad"]
 
 
+def test_every_layer_and_cost_names_its_equations() -> None:
+    rooms = [file for file in FILES if file.parent.name in ("layers", "costs")]
+    written = [file for file in rooms if "(Function)" in file.read_text("utf-8")]
+    assert len(written) >= 5
+    assert not [file for file in written if "# BP" not in file.read_text("utf-8")]
+
+
 @pytest.mark.parametrize("equation", ["BP1", "BP2", "BP3", "BP4"])
 def test_each_equation_is_tagged_once_whole_and_where_its_factor_is(equation: str) -> None:
     tagged = {

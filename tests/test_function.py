@@ -1,15 +1,18 @@
-"""The three faces of a Function, each tried on one that is written once."""
+"""The three forms of a Function, each tried on one that is written once."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._pytree import tree_leaves
 
-from manual_bp import _function
+from manual_bp import Linear, Sigmoid, _function
 from manual_bp._function import as_callable, autocast, autocast_to_float32, values_are_at_hand
+from tests.helpers import assert_same
 
 
 class Cube(Function):
@@ -40,8 +43,8 @@ cube = as_callable(Cube)
 
 
 def test_eager_takes_the_cheap_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The dear face binds the signature of forward at every call.
-    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("the dear face"))
+    # The dear form binds the signature of forward at every call.
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("the dear form"))
     x = torch.tensor(2.0, requires_grad=True)
     y = cube(x)
     assert y.item() == 8
@@ -117,4 +120,61 @@ def test_which_tensors_have_values_to_look_at() -> None:
     torch.func.vmap(lambda x: seen.append(values_are_at_hand(x)) or x)(torch.ones(2))  # type: ignore[func-returns-value]
     assert seen == [False]
     assert values_are_at_hand(torch.ones(2))
-    assert not values_are_at_hand(torch.nn.Parameter(torch.ones(2)))
+    assert values_are_at_hand(torch.nn.Parameter(torch.ones(2)))
+    assert not values_are_at_hand(torch.ones(2).as_subclass(Labelled))
+
+
+class Labelled(Tensor):
+    pass
+
+
+def network(linear: type[nn.Linear], sigmoid: type[nn.Sigmoid]) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(linear(3, 4), sigmoid(), linear(4, 2)).double()
+
+
+def transformed(net: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
+    """What torch.func does to a network whose own parameters require gradients."""
+    parameters: dict[str, Any] = dict(net.named_parameters())
+
+    def loss(parameters: dict[str, Any], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, parameters, (x,)).pow(3).sum()  # type: ignore[no-any-return]
+
+    def of_input(x: Tensor) -> Tensor:
+        return net(x).pow(3).sum()  # type: ignore[no-any-return]
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    return {
+        "vmap": torch.func.vmap(net),
+        "grad by the input": torch.func.grad(of_input),
+        "grad by the parameters": lambda x: torch.func.grad(loss)(parameters, x),
+        "per-sample gradients": lambda x: per_sample(parameters, x),
+        "jvp": lambda x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
+        "jacrev": torch.func.jacrev(net),
+        "jacfwd": torch.func.jacfwd(net),
+        "hessian": torch.func.hessian(of_input),
+    }
+
+
+@pytest.mark.parametrize("name", transformed(network(nn.Linear, nn.Sigmoid)))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_transforms_of_a_network(name: str, compiled: bool, device: torch.device) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, device=device)
+    call = transformed(network(Linear, Sigmoid).to(device))[name]
+    expected = transformed(network(nn.Linear, nn.Sigmoid).to(device))[name]
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend="eager")
+    assert_same(tree_leaves(call(x)), tree_leaves(expected(x)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_network_can_still_be_trained(strict: bool) -> None:
+    net, theirs = network(Linear, Sigmoid), network(nn.Linear, nn.Sigmoid)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    exported = torch.export.export(net, (x,), strict=strict).module()
+    exported(x).pow(3).sum().backward()
+    theirs(x).pow(3).sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in exported.named_parameters():
+        assert_same([parameter.grad], [expected[name].grad])  # type: ignore[list-item]

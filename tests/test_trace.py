@@ -67,6 +67,17 @@ def test_any_optimizer_can_step(net: nn.Sequential) -> None:
     assert costs[-1] < costs[0] / 2
 
 
+def test_gradients_made_in_inference_mode_can_be_added_to(net: nn.Sequential) -> None:
+    x, y, cost = torch.randn(6, 5), torch.rand(6, 2), QuadraticCost()
+    with torch.inference_mode():
+        backprop(net, x, y, cost).assign_grads()
+    once = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    cost(net(x), y).backward()
+    for parameter, grad in zip(net.parameters(), once, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+
+
 def test_repr_is_short(trace: Trace) -> None:
     assert repr(trace["0"]) == "LayerTrace('0', 5 to 4)"
     assert repr(trace) == (

@@ -100,7 +100,7 @@ def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tenso
         The cost, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: a or y is no tensor, not of a real floating dtype, or they differ in dtype.
+        TypeError: a or y is no dense tensor, not of a real floating dtype, or they differ in dtype.
         ValueError: y has another shape or device than a, a has no dimension, or reduction is
             unknown.
 

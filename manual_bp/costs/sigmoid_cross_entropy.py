@@ -4,6 +4,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -30,7 +31,7 @@ class SigmoidCrossEntropyCostFunction(Function):
 
     Forward, in the joint form, which never takes the logarithm of a rounded a:
 
-        C_x = Σ_j max(z_j, 0) − y_j z_j + ln(1 + e^(−|z_j|))
+        C_x = Σ_j y_j ln(1 + e^(−z_j)) + (1 − y_j) ln(1 + e^(z_j))
 
     Backward, from grad_cost = ∂(whatever is differentiated)/∂C:
 
@@ -51,7 +52,7 @@ class SigmoidCrossEntropyCostFunction(Function):
     @staticmethod
     def forward(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
         """Compute C from the losses in their joint form."""
-        losses = z.clamp(min=0) - y * z + torch.log1p(torch.exp(-z.abs()))
+        losses = -(y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z))
         return reduce_losses(losses.sum(-1), reduction)
 
     @staticmethod
@@ -96,8 +97,8 @@ _sigmoid_cross_entropy_cost = as_callable(SigmoidCrossEntropyCostFunction)
 def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
     """C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)], a = σ(z), differentiated by hand.
 
-    Takes z, not a: do not put a sigmoid before it. C and its gradient are finite for every finite
-    z. Where `binary_cross_entropy_with_logits` averages over components, this sums them.
+    Takes z, not a: do not put a sigmoid before it. Every term of C, and the gradient, is finite for
+    every finite z. Components are summed, where `binary_cross_entropy_with_logits` averages them.
 
     Args:
         z: Weighted inputs of the output layer, shape (..., components); every index before the
@@ -109,7 +110,7 @@ def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no tensor, not of a real floating dtype, or they differ in dtype.
+        TypeError: z or y is no dense tensor, not of a real floating dtype, or they differ in dtype.
         ValueError: y has another shape or device than z, z has no dimension, or reduction is
             unknown.
 

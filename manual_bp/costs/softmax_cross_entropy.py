@@ -34,8 +34,7 @@ def softmax_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -
 
 def _one_hot(y: Tensor, z: Tensor) -> Tensor:
     # Not torch.nn.functional.one_hot: that looks at the values, which waits for an accelerator.
-    classes = torch.arange(z.shape[-1], device=z.device)
-    return (y.unsqueeze(-1) == classes).to(z.dtype)
+    return torch.zeros_like(z).scatter(-1, y.long().unsqueeze(-1), 1)
 
 
 class SoftmaxCrossEntropyCostFunction(Function):
@@ -128,7 +127,7 @@ def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no tensor, z is not of a real floating dtype, or y is neither of
+        TypeError: z or y is no dense tensor, z is not of a real floating dtype, or y is neither of
             integers nor of the dtype of z.
         ValueError: y has the wrong shape or another device than z, an index is out of range (on
             the CPU; elsewhere PyTorch's own indexing says so), z has no dimension, or reduction

@@ -47,12 +47,12 @@ class LinearFunction(Function):
     @staticmethod
     def forward(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute z = a @ w.mT + b."""
+        z = F.linear(a, w, b)
         if a.ndim == 2:
-            return F.linear(a, w, b)
-        # F.linear may return a view here, which nobody could then change in place (as ReLU(inplace)
-        # or += would): PyTorch forbids that for views made inside a Function.
-        z = F.linear(as_rows(a), w, b)
-        return cast("Tensor", torch.ops.aten._unsafe_view(z, (*a.shape[:-1], w.shape[0])))
+            return z
+        # Here z may be a view, which nobody could change in place afterwards (as ReLU(inplace) or
+        # += do): PyTorch forbids that for views made inside a Function. So, no view of it.
+        return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
@@ -108,19 +108,24 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         z, the weighted inputs, shape (..., out).
 
     Raises:
-        TypeError: An argument is no tensor, is of integers, or has another dtype than a.
-        ValueError: A shape does not fit, or the devices differ.
+        TypeError: An argument is no dense tensor, is of integers, or has another dtype than w.
+        ValueError: A shape does not fit w, or a device is another than that of w.
 
     See `LinearFunction` for the gradients.
     """
+    return _checked_linear(a, w, b, ("a", "w", "b"))
+
+
+def _checked_linear(a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]) -> Tensor:
+    name_a, name_w, name_b = names
     a, w, b = autocast(a, w, b)
-    _require.inexact("a", a)
-    _require.like("w", w, "a", a)
-    _require.matrix("w", w, "(out, in)")
-    _require.components("a", a, w.shape[1], "the second size of w")
+    _require.inexact(name_w, w)
+    _require.matrix(name_w, w, "(out, in)")
+    _require.like(name_a, a, name_w, w)
+    _require.components(name_a, a, w.shape[1], f"the second size of {name_w}")
     if b is not None:
-        _require.like("b", b, "a", a)
-        _require.shape("b", b, w.shape[:1], "the first size of w")
+        _require.like(name_b, b, name_w, w)
+        _require.shape(name_b, b, w.shape[:1], f"the first size of {name_w}")
     return _linear(a, w, b)
 
 
@@ -145,4 +150,4 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to weighted inputs z (..., out_features)."""
-        return linear(input, self.weight, self.bias)
+        return _checked_linear(input, self.weight, self.bias, ("input", "weight", "bias"))

@@ -76,11 +76,15 @@ def sigmoid(z: Tensor) -> Tensor:
         a, the activations, shaped as z, each between 0 and 1.
 
     Raises:
-        TypeError: z is no tensor, or is of integers.
+        TypeError: z is no dense tensor, or is of integers.
 
     See `SigmoidFunction` for the gradient.
     """
-    _require.inexact("z", z)
+    return _checked_sigmoid(z, "z")
+
+
+def _checked_sigmoid(z: Tensor, name: str) -> Tensor:
+    _require.inexact(name, z)
     return _sigmoid(z)
 
 
@@ -93,7 +97,7 @@ class Sigmoid(nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
         """From weighted inputs z to activations a."""
-        return sigmoid(input)
+        return _checked_sigmoid(input, "input")
 
     def prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = σ(z), shaped as a; the factor that explicit BP1 and BP2 need."""

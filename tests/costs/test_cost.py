@@ -29,6 +29,7 @@ from tests.helpers import (
     assert_matches,
     assert_same,
     assert_transforms,
+    assert_undefined_gradient_costs_nothing,
     gradients,
     is_differentiable,
     is_same_memory,
@@ -164,6 +165,11 @@ def test_gradient_without_autograd_is_that_of_autograd(
 
 
 @every_case
+def test_an_undefined_gradient_costs_nothing(case: Case, device: torch.device) -> None:
+    assert_undefined_gradient_costs_nothing(case.call, sample(case, 5, device=device))
+
+
+@every_case
 @every_reduction
 def test_backward_is_clean(case: Case, reduction: str, device: torch.device) -> None:
     assert_backward_is_clean(ours(case, reduction), sample(case, 5, device=device))
@@ -215,6 +221,23 @@ def test_compiles(case: Case, reduction: str, device: torch.device) -> None:
     assert_compiles(
         ours(case, reduction), sample(case, 5, device=device), sample(case, 7, device=device)
     )
+
+
+@every_case
+@pytest.mark.parametrize("at", ["anywhere", "zero"])
+def test_compiled_transforms(case: Case, at: str, device: torch.device) -> None:
+    """There PyTorch differentiates our forward, which must be smooth for it everywhere."""
+    output, y = sample(case, 2, device=device)
+    if at == "zero":
+        output = torch.zeros_like(output)
+
+    def derivatives(call: Callable[..., Tensor]) -> Callable[..., Any]:
+        first = torch.func.grad(call)
+        return lambda output: (first(output, y), torch.func.hessian(call)(output, y))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(derivatives(case.call), fullgraph=True, backend="eager")
+    assert_same(compiled(output), derivatives(reference(case, "mean"))(output))
 
 
 @every_case

@@ -46,6 +46,13 @@ def test_finite_for_any_finite_z(dtype: torch.dtype, device: torch.device) -> No
         assert torch.equal(delta, torch.sigmoid(z.detach()) - y)
 
 
+def test_targets_close_to_one_lose_no_accuracy() -> None:
+    z = torch.tensor([[90.0]])
+    y = torch.tensor([[1 - 2.0**-23]])
+    loss = sigmoid_cross_entropy_cost(z, y)
+    assert loss.item() == pytest.approx(90 * 2.0**-23, rel=1e-6)
+
+
 def test_a_confident_right_answer_still_has_its_small_cost() -> None:
     z = torch.tensor([[-30.0], [-80.0]], dtype=torch.float64)
     losses = sigmoid_cross_entropy_cost(z, torch.zeros_like(z), "none")

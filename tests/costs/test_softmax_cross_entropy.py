@@ -27,7 +27,7 @@ def test_indices_are_rows_with_a_single_one(device: torch.device) -> None:
     assert_same([value, *grads], [other_value, *other_grads])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.uint16], ids=str)
 def test_indices_of_any_integer_dtype(dtype: torch.dtype) -> None:
     z, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     assert torch.equal(softmax_cross_entropy_cost(z, y.to(dtype)), softmax_cross_entropy_cost(z, y))
@@ -49,6 +49,21 @@ def test_large_weighted_inputs(device: torch.device) -> None:
     assert cost.isfinite().all()
     (delta,) = torch.autograd.grad(cost.sum(), z)
     assert delta.isfinite().all()
+
+
+def test_indices_out_of_range_where_values_are_not_looked_at() -> None:
+    z, y = torch.randn(2, 4), torch.tensor([0, 7])
+    cost = SoftmaxCrossEntropyCost()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        torch.func.vmap(cost.gradient)(z, y)
+    parameter = torch.nn.Parameter(y, requires_grad=False)
+    with pytest.raises(ValueError, match="y must hold class indices from 0 to 3; got 0 to 7"):
+        cost.gradient(z, parameter)
+
+
+def test_no_classes() -> None:
+    with pytest.raises(ValueError, match=r"z must have at least one class; got \(2, 0\)"):
+        softmax_cross_entropy_cost(torch.randn(2, 0), torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_the_main_job_reads_digits(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
     assert config["net"] == "64-30-10"
     assert config["learning_rate"] == 3.0
+    assert "dry_run" not in config
 
 
 def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
@@ -126,6 +127,20 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "nothing was written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rate", ["1e25", "1e38"])
+@pytest.mark.parametrize("method", ["autograd", "explicit"])
+def test_enormous_weights_can_still_be_shown(rate: str, method: str, tmp_path: Path) -> None:
+    options = ["--learning-rate", rate, "--method", method, "--run-folder", str(tmp_path)]
+    assert main([*QUICK, *options]) in (0, 1)
+    assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) >= 2
+
+
+def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
+    options = ["--batch-size", "1" + "0" * 20, "--run-folder", str(tmp_path)]
+    assert main([*QUICK, *options]) == 0
+    assert (only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()[2].startswith("2,2,")
+
+
 def test_a_run_that_diverges_says_so_and_keeps_what_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,8 +192,22 @@ def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--learning-rate", "nan"], "--learning-rate must be above 0; got nan"),
-        (["--learning-rate", "-1"], "--learning-rate must be above 0; got -1"),
+        (
+            ["--learning-rate", "nan"],
+            "--learning-rate must be above 0 and at most 3.4e+38; got nan",
+        ),
+        (["--learning-rate", "-1"], "--learning-rate must be above 0 and at most 3.4e+38; got -1"),
+        (["--learning-rate", "1e39"], "--learning-rate must be above 0 and at most 3.4e+38; got"),
+        (["--hidden", "10000000000000"], "the network cannot be made: "),
+        (["--hidden", "9" * 30], "the network cannot be made: "),
+        (["--device", "cpu:300"], "--device must be auto, or one that PyTorch can use here"),
+        (["--device", "mkldnn"], "--device must be auto, or one that PyTorch can use here"),
+        (["--device", "hpu"], "--device must be auto, or one that PyTorch can use here"),
+        (
+            ["--dry-run", "--run-folder", "/dev/null"],
+            "--run-folder must be a place to make folders",
+        ),
+        (["--run-folder", "\udcff"], "--run-folder must be a place to make folders in; got"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--epochs", "0"], "--epochs must be at least 1; got 0"),
         (["--log-every", "0"], "--log-every must be at least 1; got 0"),

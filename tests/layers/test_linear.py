@@ -22,6 +22,7 @@ from tests.helpers import (
     assert_matches,
     assert_same,
     assert_transforms,
+    assert_undefined_gradient_costs_nothing,
     backward_operations,
     gradients,
     is_same_memory,
@@ -88,6 +89,7 @@ def test_any_layout_of_input_and_gradient(
     upstream = LAYOUTS[upstream_layout](torch.randn(*leading, OUT, dtype=dtype, device=device))
     arguments = [LAYOUTS[layout](t) for t in (a, w, b)]
     assert_matches(linear, F.linear, arguments, upstream)
+    assert torch.equal(linear(*arguments), F.linear(*arguments))
 
 
 @given(
@@ -124,6 +126,10 @@ def test_computes_and_keeps_only_what_was_asked_for(
     assert len(kept) == needs_a + needs_w
     assert any(is_same_memory(t, a) for t in kept) == needs_w
     assert any(is_same_memory(t, w) for t in kept) == needs_a
+
+
+def test_an_undefined_gradient_costs_nothing(device: torch.device) -> None:
+    assert_undefined_gradient_costs_nothing(linear, sample(5, device=device))
 
 
 def test_backward_is_clean(device: torch.device) -> None:
@@ -280,18 +286,23 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
         (
             (torch.ones(5, 3, dtype=torch.int64), torch.ones(4, 3)),
             TypeError,
-            "a must have a floating-point or complex dtype; got torch.int64",
+            "a must have the dtype of w, torch.float32; got torch.int64",
+        ),
+        (
+            (torch.ones(5, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64)),
+            TypeError,
+            "w must have a floating-point or complex dtype; got torch.int64",
         ),
         ((torch.ones(5, 3), [[1.0]]), TypeError, "w must be a torch.Tensor; got list"),
         (
             (torch.ones(5, 3), torch.ones(4, 3, dtype=torch.float64)),
             TypeError,
-            "w must have the dtype of a, torch.float32; got torch.float64",
+            "a must have the dtype of w, torch.float64; got torch.float32",
         ),
         (
             (torch.ones(5, 3), torch.ones(4, 3, device="meta")),
             ValueError,
-            "w must be on the device of a, cpu; got meta",
+            "a must be on the device of w, meta; got cpu",
         ),
         (
             (torch.ones(5, 3), torch.ones(3)),
@@ -317,7 +328,7 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
         (
             (torch.ones(5, 3), torch.ones(4, 3), torch.ones(4, dtype=torch.float16)),
             TypeError,
-            "b must have the dtype of a",
+            "b must have the dtype of w",
         ),
         (
             (torch.ones(5, 3), torch.ones(4, 3), 1.0),
@@ -329,3 +340,41 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
 def test_bad_input(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        (torch.ones(5, 3).to_sparse(), "a must be a dense tensor; got layout torch.sparse_coo"),
+        (
+            torch.nested.nested_tensor([torch.ones(2, 3)], layout=torch.jagged),
+            "a must be a dense tensor; got a nested tensor",
+        ),
+        (torch.ones(5, 3).numpy(), "got ndarray, which torch.from_numpy turns into one"),
+    ],
+)
+def test_other_kinds_of_tensor(a: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        linear(a, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("a", "error", "message"),
+    [
+        (
+            torch.ones(5, 3, dtype=torch.float64),
+            TypeError,
+            "input must have the dtype of weight, torch.float32; got torch.float64",
+        ),
+        (
+            torch.ones(5, 2),
+            ValueError,
+            r"input must have last dimension 3, the second size of weight; got \(5, 2\)",
+        ),
+    ],
+)
+def test_the_module_calls_things_as_nn_linear_does(
+    a: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Linear(IN, OUT)(a)

@@ -19,6 +19,7 @@ from tests.helpers import (
     assert_matches,
     assert_same,
     assert_transforms,
+    assert_undefined_gradient_costs_nothing,
     gradients,
     is_same_memory,
     leaf,
@@ -85,6 +86,10 @@ def test_keeps_only_its_output(device: torch.device) -> None:
     assert not is_same_memory(kept, z)
 
 
+def test_an_undefined_gradient_costs_nothing(device: torch.device) -> None:
+    assert_undefined_gradient_costs_nothing(sigmoid, [sample(5, 3, device=device)])
+
+
 def test_backward_is_clean(device: torch.device) -> None:
     assert_backward_is_clean(sigmoid, [sample(5, 3, device=device)])
 
@@ -146,3 +151,5 @@ def test_module_is_nn_sigmoid_but_for_its_backward() -> None:
 def test_bad_input(z: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         sigmoid(z)
+    with pytest.raises(TypeError, match=message.replace("z must", "input must")):
+        Sigmoid()(z)

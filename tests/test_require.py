@@ -1,0 +1,74 @@
+from typing import Any
+
+import pytest
+import torch
+
+from manual_bp import _require
+
+ROW = torch.ones(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments", "error", "message"),
+    [
+        ("tensor", ("a", 1), TypeError, "a must be a torch.Tensor; got int"),
+        ("tensor", ("a", ROW.to_sparse()), TypeError, "a must be a dense tensor; got layout torch"),
+        ("inexact", ("a", ROW.int()), TypeError, "a must have a floating-point or complex dtype"),
+        (
+            "real",
+            ("a", ROW + 1j),
+            TypeError,
+            "a must have a real floating-point dtype; got torch.c",
+        ),
+        (
+            "like",
+            ("a", ROW.double(), "w", ROW),
+            TypeError,
+            "a must have the dtype of w, torch.float32; got torch.float64",
+        ),
+        ("like", ("a", ROW.to("meta"), "w", ROW), ValueError, "a must be on the device of w, cpu"),
+        (
+            "same_device",
+            ("a", ROW.to("meta"), "w", ROW),
+            ValueError,
+            "a must be on the device of w",
+        ),
+        (
+            "shape",
+            ("a", ROW, (3,), "why"),
+            ValueError,
+            r"a must have shape \(3,\), why; got \(1, 3",
+        ),
+        ("matrix", ("a", ROW[0], "(m, n)"), ValueError, r"a must have shape \(m, n\); got \(3,\)"),
+        ("components", ("a", ROW[0, 0]), ValueError, "a must have at least one dimension"),
+        ("components", ("a", ROW, 4, "why"), ValueError, "a must have last dimension 4, why; got"),
+        ("one_of", ("a", "c", ("a", "b")), ValueError, "a must be one of 'a', 'b'; got 'c'"),
+        ("indices", ("y", ROW[0].bool(), "z", ROW), TypeError, "y must hold integers or prob"),
+        ("indices", ("y", torch.tensor([3]), "z", ROW), ValueError, "class indices from 0 to 2"),
+        ("indices", ("y", torch.tensor([-1]), "z", ROW), ValueError, "class indices from 0 to 2"),
+    ],
+)
+def test_refusals(check: str, arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(_require, check)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments"),
+    [
+        ("tensor", ("a", ROW)),
+        ("inexact", ("a", ROW + 1j)),
+        ("real", ("a", ROW.half())),
+        ("like", ("a", ROW, "w", ROW)),
+        ("shape", ("a", ROW, (1, 3), "why")),
+        ("matrix", ("a", ROW, "(m, n)")),
+        ("components", ("a", ROW, 3, "why")),
+        ("one_of", ("a", "b", ("a", "b"))),
+        ("indices", ("y", torch.tensor([2]), "z", ROW)),
+        ("indices", ("y", torch.tensor([], dtype=torch.int64), "z", ROW[:0])),
+        # Values that nobody can look at yet.
+        ("indices", ("y", torch.tensor([7], device="meta"), "z", ROW.to("meta"))),
+    ],
+)
+def test_what_passes(check: str, arguments: Any) -> None:
+    getattr(_require, check)(*arguments)
