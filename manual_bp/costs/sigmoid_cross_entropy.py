@@ -42,7 +42,7 @@ class SigmoidCrossEntropyCostFunction(Function):
 
     Shapes: z and y (..., components); C (), or (...) under "none".
     Units: C_x sums over components, in nats; "mean" and "sum" reduce over samples.
-    Saves: z and y.
+    Saves: z; and y, only if ∂C/∂z is asked for.
     Errors: none of its own; `sigmoid_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, the cross-entropy cost.
     """
@@ -57,11 +57,12 @@ class SigmoidCrossEntropyCostFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
-        """Save z and y."""
+        """Save what the gradients that were asked for will need."""
         del output
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, y)
+        needs_z, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(z, y if needs_z else None)
         ctx.save_for_forward(z, y)
 
     @staticmethod

@@ -54,7 +54,7 @@ class SoftmaxCrossEntropyCostFunction(Function):
 
     Shapes: z (..., classes); y the same, or (...) for indices; C (), or (...) under "none".
     Units: C_x in nats; "mean" and "sum" reduce over samples.
-    Saves: z and y.
+    Saves: z; and y, only if ∂C/∂z is asked for.
     Errors: none of its own; `softmax_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, softmax and log-likelihood.
     """
@@ -71,11 +71,12 @@ class SoftmaxCrossEntropyCostFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
-        """Save z and y."""
+        """Save what the gradients that were asked for will need."""
         del output
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, y)
+        needs_z, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(z, y if needs_z else None)
         ctx.save_for_forward(z, y)
 
     @staticmethod

@@ -88,7 +88,8 @@ class LinearFunction(Function):
         if dw is not None:
             terms.append(a @ dw.mT)
         if db is not None:
-            terms.append(db.expand(*a.shape[:-1], -1))
+            # A copy: where it is the only term, a view would share memory with the caller's db.
+            terms.append(db.expand(*a.shape[:-1], -1).clone())
         dz: Tensor = reduce(torch.add, terms)
         return dz
 

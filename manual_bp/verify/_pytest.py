@@ -1,0 +1,59 @@
+"""One pytest test for each case and check."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from manual_bp.verify._case import Case
+from manual_bp.verify._run import run
+from manual_bp.verify.checks import CHECKS
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pytest.MarkDecorator":
+    """A decorator for a test of one argument, `check`, which it should call.
+
+        @parametrize_with_checks([function_case(...), module_case(...)])
+        def test_my_layers(check):
+            check()
+
+    Tests are named `<case>-<check>`, so that `-k` finds them. What is not applicable is skipped
+    with its reason, an expected failure is an xfail, and a case on a device that is not there is
+    skipped.
+
+    Args:
+        cases: What to judge.
+        slow: Whether to run the compiler's checks too.
+    """
+    import pytest
+
+    parameters = [
+        pytest.param(
+            partial(_judge, case, check.name),
+            id=f"{case.name}-{check.name}" + ("" if case.device.type == "cpu" else "-cuda"),
+            marks=pytest.mark.skipif(
+                case.device.type == "cuda" and not torch.cuda.is_available(),
+                reason="PyTorch sees no CUDA device",
+            ),
+        )
+        for case in cases
+        for check in CHECKS
+        if slow or not check.is_slow
+    ]
+    return pytest.mark.parametrize("check", parameters)
+
+
+def _judge(case: Case, check: str) -> None:
+    import pytest
+
+    (outcome,) = run(case, only=[check]).outcomes
+    if outcome.status == "not applicable":
+        pytest.skip(outcome.message)
+    if outcome.status == "expected failure":
+        pytest.xfail(outcome.message)
+    if outcome.is_failure:
+        pytest.fail(f"{case.name}, {check}, seed {case.seed}: {outcome.message}", pytrace=False)

@@ -1,0 +1,85 @@
+"""What was found: one outcome a check, and the table of them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Status = Literal["passed", "failed", "not applicable", "expected failure", "unexpected pass"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one check found, from how many comparisons, in how many seconds."""
+
+    check: str
+    status: Status
+    comparisons: int
+    seconds: float
+    message: str = ""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether it counts against the case: an expected failure that passes does."""
+        return self.status in ("failed", "unexpected pass")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All outcomes of one case."""
+
+    case: str
+    seed: int
+    device: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def ran(self) -> int:
+        """How many checks compared something."""
+        return sum(outcome.status != "not applicable" for outcome in self.outcomes)
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The outcomes that count against the case."""
+        return tuple(outcome for outcome in self.outcomes if outcome.is_failure)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something ran and nothing failed."""
+        return self.ran > 0 and not self.failures
+
+    def raise_if_failed(self) -> None:
+        """Raise an AssertionError that holds the whole report, unless it is ok."""
+        if not self.ok:
+            raise AssertionError(str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "case": self.case,
+            "seed": self.seed,
+            "device": self.device,
+            "ok": self.ok,
+            "ran": self.ran,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+        }
+
+    def __str__(self) -> str:
+        width = max((len(outcome.check) for outcome in self.outcomes), default=0)
+        lines = [f"{self.case} on {self.device}, seed {self.seed}"]
+        for outcome in self.outcomes:
+            first, *rest = outcome.message.splitlines() or [""]
+            lines.append(
+                f"  {outcome.check:{width}}  {outcome.status:16}  {outcome.comparisons:4}  "
+                f"{outcome.seconds:6.2f} s  {first}".rstrip()
+            )
+            lines += [f"      {line}" for line in rest]
+        counts = {
+            status: sum(outcome.status == status for outcome in self.outcomes)
+            for status in ("passed", "failed", "expected failure", "unexpected pass")
+        }
+        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        left = len(self.outcomes) - self.ran
+        lines.append(
+            f"{'ok' if self.ok else 'NOT OK'}: {self.ran} checks ran ({told or 'none'}), "
+            f"{left} not applicable"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""Running the checks on a case, and the two calls that most users need."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from manual_bp.verify._bench import Bench
+from manual_bp.verify._case import Case, Samples, function_case, module_case
+from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._report import Outcome, Report, Status
+from manual_bp.verify.checks import CHECKS, Check, _line
+
+
+def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> Report:
+    """Judge a case by all checks, by those named, or by all but the compiler's, which are slow.
+
+    Raises:
+        ValueError: A name is no check's.
+    """
+    names = [check.name for check in CHECKS]
+    unknown = sorted({*(only or ()), *case.expected_failures} - set(names))
+    if unknown:
+        raise ValueError(f"only and expected_failures must name checks of {names}; got {unknown}")
+    chosen = [
+        check
+        for check in CHECKS
+        if (only is None or check.name in set(only)) and (slow or not check.is_slow)
+    ]
+    outcomes = tuple(_outcome(case, check) for check in chosen)
+    return Report(case.name, case.seed, str(case.device), outcomes)
+
+
+def check_function(
+    fn: Any,
+    samples: Samples,
+    reference: Callable[..., Any] | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    slow: bool = True,
+    **options: Any,
+) -> Report:
+    """Judge a callable or an `autograd.Function` class.
+
+    Args:
+        fn: What is judged, as for `function_case`.
+        samples: A list of argument tuples, or a function of a generator that makes one.
+        reference: What is right, as ordinary differentiable PyTorch.
+        only: Names of checks; all, if None.
+        slow: Whether to run the compiler's checks too.
+        options: name, supports, in_dims, device, seed and expected_failures of `function_case`.
+
+    Raises:
+        TypeError: fn or reference cannot be called, or samples are no argument tuples.
+        ValueError: A capability or the name of a check is unknown.
+    """
+    return run(function_case(fn, samples, reference, **options), only, slow=slow)
+
+
+def check_module(
+    factory: Callable[..., nn.Module],
+    samples: Samples,
+    reference: Callable[..., nn.Module] | None = None,
+    *,
+    only: Iterable[str] | None = None,
+    slow: bool = True,
+    **options: Any,
+) -> Report:
+    """Judge a module, its parameters lifted to arguments, so that their gradients count.
+
+    Arguments and errors are those of `check_function`, with functions that make the module and
+    its reference in the place of both; see `module_case`.
+    """
+    return run(module_case(factory, samples, reference, **options), only, slow=slow)
+
+
+def _outcome(case: Case, check: Check) -> Outcome:
+    started = time.perf_counter()
+    declared = not check.is_capability or check.name in case.supports
+    comparisons = 0
+    status: Status = "passed"
+    message = "" if declared else "not declared, but it works"
+    try:
+        bench = Bench(case, check.name)
+        check.run(bench)
+        comparisons = bench.comparisons
+        if not comparisons:
+            status, message = "not applicable", "nothing to compare"
+    except NotApplicable as reason:
+        status, message = "not applicable", str(reason)
+    except Mismatch as mismatch:
+        if check.is_thrift and not declared:
+            status, message = "not applicable", f"not declared; {str(mismatch).splitlines()[0]}"
+        else:
+            status, message = "failed", f"{mismatch}\n{_again(case, check)}"
+    except Exception as error:
+        if declared:
+            status, message = "failed", f"raised {_line(error)}\n{_again(case, check)}"
+        else:
+            status, message = "not applicable", f"not declared; it refuses: {_line(error)}"
+    if check.name in case.expected_failures:
+        reason_given = case.expected_failures[check.name]
+        if status == "failed":
+            status, message = "expected failure", reason_given
+        elif status == "passed":
+            status, message = "unexpected pass", f"expected to fail: {reason_given}"
+    return Outcome(check.name, status, comparisons, time.perf_counter() - started, message)
+
+
+def _again(case: Case, check: Check) -> str:
+    call = "check_module" if case.factory is not None else "check_function"
+    return f"again: {call}({case.name}, ..., seed={case.seed}, only=[{check.name!r}])"

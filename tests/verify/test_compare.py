@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from manual_bp.verify._compare import Mismatch, compare
+
+RIGHT = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], dtype=torch.float64)
+SQUARE = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
+
+
+def mistaken(got: Tensor | None, expected: Tensor, **options: Any) -> str:
+    with pytest.raises(Mismatch) as mismatch:
+        compare("gradient of w", got, expected, **options)
+    return str(mismatch.value)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "options", "diagnosis"),
+    [
+        (RIGHT / 5, RIGHT, {"sizes": [2, 5]}, "1/5 of the right one: a mean over 5 where a sum"),
+        (RIGHT * 5, RIGHT, {"sizes": [2, 5]}, "5 times the right one: a sum over 5 where a mean"),
+        (RIGHT * 1.001, RIGHT, {}, "1.001 times the right one, everywhere"),
+        (-RIGHT, RIGHT, {}, "equal to -1 times the right one: a sign"),
+        (RIGHT * 0, RIGHT, {}, "zero everywhere"),
+        (SQUARE.mT, SQUARE, {}, "equal to the transpose"),
+        (RIGHT.mT, RIGHT, {}, "equal to the transpose"),
+        (RIGHT.expand(5, 2, 3), RIGHT, {}, "missing a sum over the batch"),
+        (RIGHT.float(), RIGHT, {}, "dtype demoted"),
+        ((RIGHT / 3).float().double(), RIGHT / 3, {}, "right to float32 precision only"),
+        (RIGHT * (RIGHT < 5), RIGHT, {}, "zero where it should not be"),
+        (RIGHT + 1, RIGHT, {"clues": {"one too much": RIGHT + 1}}, "one too much"),
+        (SQUARE - 1j * SQUARE**2, SQUARE + 1j * SQUARE**2, {}, "equal to the complex conjugate"),
+    ],
+)
+def test_diagnoses(got: Tensor, expected: Tensor, options: Any, diagnosis: str) -> None:
+    assert f"diagnosis: {diagnosis}" in mistaken(got, expected, **options)
+
+
+def test_the_message_says_where_and_how_much() -> None:
+    got = RIGHT.clone()
+    got[1, 2] = 14
+    assert mistaken(got, RIGHT) == (
+        "gradient of w, at index (1, 2): expected 7, got 14, ratio 2; 1 of 6 elements differ"
+    )
+    assert "got None: no gradient came at all" in mistaken(None, RIGHT)
+
+
+@pytest.mark.parametrize("got", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_wrong_unless_it_should_be(got: float) -> None:
+    bad = RIGHT.clone()
+    bad[0, 0] = got
+    assert "1 of 6 elements differ" in mistaken(bad, RIGHT)
+    assert "1 of 6 elements differ" in mistaken(RIGHT, bad)
+    compare("same", bad, bad.clone())
+
+
+def test_what_passes() -> None:
+    compare("same", RIGHT, RIGHT * (1 + 1e-12))
+    compare("none", None, None)
+    compare("zero", None, RIGHT * 0)
+    compare("zero", RIGHT * 0, None)
+    compare("empty", RIGHT[:0], RIGHT[:0])
+    # Rounding of a sum that cancels: tiny beside its largest neighbour.
+    compare("cancelled", RIGHT + 1e-15, RIGHT)
+
+
+def test_a_small_element_counts_beside_a_large_one() -> None:
+    right = torch.tensor([1.0, 1e-12], dtype=torch.float64)
+    wrong = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert "zero where it should not be" in mistaken(wrong, right)

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from manual_bp.verify.__main__ import main
+
+CASES = """
+import torch
+from manual_bp.verify import function_case
+
+def wrong(x):
+    return x.detach() * x
+
+samples = [(torch.randn(5, 3),)]
+GOOD = function_case(torch.tanh, samples, torch.tanh)
+BAD = function_case(wrong, samples, torch.square)
+BOTH = [GOOD, BAD]
+NONE = []
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"cases_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CASES)
+    (tmp_path / f"broken_{name}.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_exit_codes(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"{module}:GOOD", "--no-compiler"]) == 0
+    assert "tanh on cpu, seed 0" in capsys.readouterr().out
+    assert main([f"{module}:BAD", "--check", "gradients_match_reference", "--seed", "5"]) == 1
+    said = capsys.readouterr().out
+    assert "wrong on cpu, seed 5" in said
+    assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in said
+
+
+def test_a_list_and_json(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"{module}:BOTH", "--json", "--check", "finite_differences"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [report["ok"] for report in found] == [True, False]
+
+
+def test_only_what_does_not_apply_is_no_success(module: str) -> None:
+    assert main([f"{module}:GOOD", "--check", "pickle"]) == 1
+
+
+def test_self_test(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--self-test", "--seeds", "1"]) == 0
+    *_, mutants, layers = capsys.readouterr().out.splitlines()
+    assert "the kit caught" in mutants
+    assert layers.endswith(" 0 false alarms")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "either package.module:Name of a Case is wanted, or --self-test"),
+        (["{}:GOOD", "--self-test"], "either package.module:Name of a Case is wanted, or"),
+        (["{}"], "package.module:Name is wanted; got"),
+        (["no_such_module:CASE"], "no_such_module cannot be imported: ModuleNotFoundError"),
+        (["broken_{}:CASE"], "cannot be imported: ZeroDivisionError"),
+        (["{}:MISSING"], "has no MISSING"),
+        (["{}:NUMBER"], "must be a Case (function_case, module_case) or a list of them; got int"),
+        (["{}:NONE"], "must be a Case (function_case, module_case) or a list of them; got list"),
+        (["{}:GOOD", "--check", "vmpa"], "--check must be one of "),
+        (["{}:GOOD", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--self-test", "--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_unusable_input_is_one_line(
+    arguments: list[str], reason: str, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(module) for argument in arguments])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("python -m manual_bp.verify: ")
+    assert reason in said
+    assert said.count("\n") == 1

@@ -1,0 +1,192 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from manual_bp.verify import check_function, check_module, function_case, module_case, run
+from manual_bp.verify._bench import Bench
+from manual_bp.verify.checks import CHECKS
+from manual_bp.verify.mutants import MUTANTS
+
+
+class Square(Function):
+    """Written with ctx in forward: no torch.func, no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        result: Tensor = 2 * x * grad
+        return result
+
+
+class Wrong(Square):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        result: Tensor = 2.002 * x * grad
+        return result
+
+
+SAMPLES = [(torch.randn(5, 3, dtype=torch.float64),)]
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def status(report: Any, check: str) -> str:
+    (found,) = [outcome for outcome in report.outcomes if outcome.check == check]
+    return str(found.status)
+
+
+def message(report: Any, check: str) -> str:
+    (found,) = [outcome for outcome in report.outcomes if outcome.check == check]
+    return str(found.message)
+
+
+def test_a_function_class_that_is_right() -> None:
+    report = check_function(Square, SAMPLES, square, in_dims=(0,), slow=False)
+    assert report.ok, report
+    assert report.case == "Square"
+    assert status(report, "double_backward") == "passed"
+    assert message(report, "double_backward") == "not declared, but it works"
+    assert status(report, "forward_ad") == "not applicable"
+    assert message(report, "forward_ad").startswith("not declared; it refuses: ")
+    assert message(report, "vmap").startswith("not declared; it refuses: RuntimeError: ")
+
+
+def test_what_was_declared_must_work() -> None:
+    report = check_function(Square, SAMPLES, square, supports=["vmap"], in_dims=(0,), only=["vmap"])
+    assert status(report, "vmap") == "failed"
+    assert "raised RuntimeError" in message(report, "vmap")
+
+
+def test_a_function_that_is_wrong() -> None:
+    report = check_function(Wrong, SAMPLES, square, seed=4, slow=False)
+    assert not report.ok
+    told = message(report, "gradients_match_reference")
+    assert "gradient of argument 0, at index" in told
+    assert "ratio 1.001" in told
+    assert "diagnosis: 1.001 times the right one, everywhere" in told
+    assert told.endswith(
+        "again: check_function(Wrong, ..., seed=4, only=['gradients_match_reference'])"
+    )
+
+
+def test_a_refusal_by_once_differentiable_is_a_refusal() -> None:
+    class Once(Square):
+        backward: Any = staticmethod(once_differentiable(Square.backward))
+
+    report = check_function(Once, SAMPLES, square, only=["double_backward", "third_order"])
+    assert status(report, "double_backward") == status(report, "third_order") == "not applicable"
+    assert "it refuses: RuntimeError: a derivative is marked" in message(report, "third_order")
+
+
+def test_without_a_reference_finite_differences_judge() -> None:
+    report = check_function(Wrong, SAMPLES, slow=False)
+    assert message(report, "gradients_match_reference") == "no reference was given"
+    assert status(report, "finite_differences") == "failed"
+    assert check_function(Square, SAMPLES, slow=False).ok
+
+
+def test_the_same_seed_asks_the_same_and_another_asks_another() -> None:
+    def draw(g: torch.Generator) -> list[tuple[Tensor]]:
+        return [(torch.randn(5, generator=g),)]
+
+    case = function_case(Square, draw)
+    (one,), (again,) = (Bench(case, "vmap").samples[0] for _ in range(2))
+    (other,) = Bench(replace(case, seed=1), "vmap").samples[0]
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert one.dtype is torch.float64
+
+
+def test_an_expected_failure() -> None:
+    known = {"gradients_match_reference": "a thousandth too large"}
+    only = ["gradients_match_reference"]
+    report = check_function(Wrong, SAMPLES, square, expected_failures=known, only=only)
+    assert report.ok
+    assert status(report, *only) == "expected failure"
+    report = check_function(Square, SAMPLES, square, expected_failures=known, only=only)
+    assert not report.ok
+    assert status(report, *only) == "unexpected pass"
+
+
+def test_a_module_whose_parameter_gradients_are_wrong() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.weight * 2 - self.weight.detach()
+            return F.linear(x, w, self.bias)
+
+    def samples(g: torch.Generator) -> list[tuple[Tensor]]:
+        return [(torch.randn(5, 3, generator=g),)]
+
+    assert torch.autograd.gradcheck(Doubling(3, 4).double(), SAMPLES[0][0].requires_grad_())
+    report = check_module(lambda: Doubling(3, 4), samples, lambda: nn.Linear(3, 4), slow=False)
+    told = message(report, "gradients_match_reference")
+    assert "gradient of weight" in told
+    assert "diagnosis: 2 times the right one, everywhere" in told
+
+
+STORIES = {
+    "flat_beyond_15": "right except where the argument is large",
+    "reads_memory_in_order": "right only for contiguous upstream gradients",
+    "drops_curvature": "a term of order 2 is missing",
+    "scaled_by_first": "not linear in the upstream gradient",
+    "first_row_only": "missing a sum over the batch",
+    "keeps_on_ctx": "hidden from saved-tensor hooks",
+    "saves_data": "the change went unnoticed",
+    "returns_float32": "dtype demoted",
+    "ignores_needs": "ctx.needs_input_grad is not asked",
+    "keeps_output": "a reference cycle",
+    "shared_buffer": "overwritten by the next backward",
+}
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_the_diagnosis_fits_the_mistake(name: str) -> None:
+    (mutant,) = [mutant for mutant in MUTANTS if mutant.name == name]
+    (outcome,) = run(mutant.case, only=[mutant.caught_by]).outcomes
+    assert "diagnosis: " in outcome.message
+    assert STORIES[name] in outcome.message
+
+
+def test_every_check_has_a_description() -> None:
+    assert all(check.run.__doc__ for check in CHECKS)
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"supports": ["vmpa"]}, ValueError, r"supports must be of .*'vmap'.*; got \['vmpa'\]"),
+        ({"only": ["vmpa"]}, ValueError, r"must name checks of .*; got \['vmpa'\]"),
+        ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
+        ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
+        ({"samples": [torch.ones(2)]}, TypeError, "argument tuples; got a Tensor"),
+        ({"samples": [(1, 2)]}, TypeError, "samples must hold floating or complex tensors; got"),
+        ({"fn": 3}, TypeError, "fn must be callable; got int"),
+        ({"reference": 3}, TypeError, "reference must be callable; got int"),
+    ],
+)
+def test_unusable_input(options: dict[str, Any], error: type[Exception], told: str) -> None:
+    arguments: dict[str, Any] = {"fn": Square, "samples": SAMPLES} | options
+    with pytest.raises(error, match=told):
+        check_function(**arguments)
+
+
+def test_unusable_modules() -> None:
+    with pytest.raises(TypeError, match=r"factory must make an nn.Module; got Tensor"):
+        module_case(lambda: torch.ones(2), SAMPLES)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=r"reference must have the parameters of the module, \["):
+        module_case(lambda: nn.Linear(3, 4), SAMPLES, lambda: nn.Linear(3, 4, bias=False))

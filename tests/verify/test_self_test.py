@@ -1,0 +1,42 @@
+"""Every planted mistake is caught by the check meant for it; PyTorch's own layers are not."""
+
+from collections import Counter
+
+import pytest
+
+from manual_bp.verify import run
+from manual_bp.verify.checks import CHECKS
+from manual_bp.verify.mutants import MUTANTS, Mutant
+from manual_bp.verify.self_test import default_gradcheck, pytorchs_cases, pytorchs_own
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_caught_by_the_check_meant_for_it(mutant: Mutant) -> None:
+    (outcome,) = run(mutant.case, only=[mutant.caught_by]).outcomes
+    assert outcome.status == "failed", outcome
+    assert outcome.message
+
+
+def test_there_are_mutants_for_every_check() -> None:
+    meant = Counter(mutant.caught_by for mutant in MUTANTS)
+    # Parity needs a second device.
+    assert set(meant) == {check.name for check in CHECKS} - {"device_parity"}
+    assert len(MUTANTS) >= 25
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_default_gradcheck_misses_most() -> None:
+    missed = [m for m in MUTANTS if default_gradcheck(m.case) == "missed"]
+    assert len(missed) > len(MUTANTS) / 2
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_no_false_alarm_on_pytorchs_own_layers(seed: int) -> None:
+    for report in pytorchs_own(seed):
+        report.raise_if_failed()
+
+
+def test_nor_by_the_compilers_checks() -> None:
+    for case in pytorchs_cases():
+        report = run(case, only=[check.name for check in CHECKS if check.is_slow])
+        assert not report.failures, report
