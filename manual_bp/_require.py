@@ -93,7 +93,7 @@ def indices(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     the device, and a tensor that is being traced or transformed has no values yet. There, the
     indexing itself (gather, scatter) refuses them, in PyTorch's words.
     """
-    if value.dtype is torch.bool:
+    if value.dtype is torch.bool or value.dtype.is_complex:
         raise TypeError(f"{name} must hold integers or probabilities; got {value.dtype}")
     same_device(name, value, other_name, other)
     classes = other.shape[-1]

@@ -143,7 +143,7 @@ def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
 
 def _checked(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     _require.tensor("y", y)
-    if y.is_floating_point() or y.is_complex():
+    if y.is_floating_point():
         return checked_pair("z", z, y)
     (z,) = autocast_to_float32(z)
     _require.real("z", z)

@@ -1,5 +1,6 @@
 """What is to be judged: a call, samples of its arguments, and a reference that is trusted."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,7 @@ def function_case(
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
+        labels=_argument_names(fn.forward if is_function else fn, is_function),
     )
 
 
@@ -169,6 +171,16 @@ def module_case(
         factory=factory,
         reference_factory=reference,
     )
+
+
+def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
+    """What the arguments are called in the signature, as far as it says."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # what is written in C has none
+        return ()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
 
 
 def _lifted(module: nn.Module, names: list[str]) -> Callable[..., Any]:

@@ -20,13 +20,20 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
         ValueError: A name is no check's.
     """
     names = [check.name for check in CHECKS]
+    only = None if only is None else list(only)
     unknown = sorted({*(only or ()), *case.expected_failures} - set(names))
     if unknown:
         raise ValueError(f"only and expected_failures must name checks of {names}; got {unknown}")
+    named = set(only or ())
     chosen = [
         check
         for check in CHECKS
-        if (only is None or check.name in set(only)) and (slow or not check.is_slow)
+        if check.name in named
+        or (
+            only is None
+            and (slow or not check.is_slow)
+            and (case.factory is not None or not check.is_for_modules)
+        )
     ]
     outcomes = tuple(_outcome(case, check) for check in chosen)
     return Report(case.name, case.seed, str(case.device), outcomes)
@@ -78,14 +85,12 @@ def check_module(
 def _outcome(case: Case, check: Check) -> Outcome:
     started = time.perf_counter()
     declared = not check.is_capability or check.name in case.supports
-    comparisons = 0
+    bench = Bench(case, check.name)
     status: Status = "passed"
     message = "" if declared else "not declared, but it works"
     try:
-        bench = Bench(case, check.name)
         check.run(bench)
-        comparisons = bench.comparisons
-        if not comparisons:
+        if not bench.comparisons:
             status, message = "not applicable", "nothing to compare"
     except NotApplicable as reason:
         status, message = "not applicable", str(reason)
@@ -105,7 +110,8 @@ def _outcome(case: Case, check: Check) -> Outcome:
             status, message = "expected failure", reason_given
         elif status == "passed":
             status, message = "unexpected pass", f"expected to fail: {reason_given}"
-    return Outcome(check.name, status, comparisons, time.perf_counter() - started, message)
+    seconds = time.perf_counter() - started
+    return Outcome(check.name, status, bench.comparisons, seconds, message)
 
 
 def _again(case: Case, check: Check) -> str:

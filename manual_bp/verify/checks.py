@@ -1034,7 +1034,8 @@ def _numbered(results: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
 
 def _line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+    line = f"{type(error).__name__}: {text[0] if text else ''}"
+    return line if len(line) <= 100 else f"{line[:97]}..."
 
 
 @dataclass(frozen=True)
@@ -1050,6 +1051,7 @@ class Check:
     is_capability: bool = False
     is_thrift: bool = False
     is_slow: bool = False
+    is_for_modules: bool = False
 
 
 CHECKS: tuple[Check, ...] = (
@@ -1090,11 +1092,11 @@ CHECKS: tuple[Check, ...] = (
     Check("large_values", large_values),
     Check("infinite_values", infinite_values),
     Check("device_parity", device_parity),
-    Check("state_dict", state_dict),
-    Check("pickle", pickled),
-    Check("deepcopy", deepcopied),
-    Check("to_dtype", to_dtype),
-    Check("factory_kwargs", factory_kwargs, is_capability=True),
-    Check("frozen_parameters", frozen_parameters),
-    Check("train_eval", train_eval),
+    Check("state_dict", state_dict, is_for_modules=True),
+    Check("pickle", pickled, is_for_modules=True),
+    Check("deepcopy", deepcopied, is_for_modules=True),
+    Check("to_dtype", to_dtype, is_for_modules=True),
+    Check("factory_kwargs", factory_kwargs, is_capability=True, is_for_modules=True),
+    Check("frozen_parameters", frozen_parameters, is_for_modules=True),
+    Check("train_eval", train_eval, is_for_modules=True),
 )

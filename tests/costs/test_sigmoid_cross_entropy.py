@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manual_bp import Sigmoid, SigmoidCrossEntropyCost, sigmoid_cross_entropy_cost
-from tests.helpers import assert_same, leaf
+from tests.helpers import assert_same, is_same_memory, leaf, saved_tensors
 
 
 def test_the_formula_in_numbers() -> None:
@@ -44,6 +44,12 @@ def test_finite_for_any_finite_z(dtype: torch.dtype, device: torch.device) -> No
         assert losses.isfinite().all()
         assert (losses >= 0).all()
         assert torch.equal(delta, torch.sigmoid(z.detach()) - y)
+
+
+def test_the_gradient_of_targets_keeps_no_targets() -> None:
+    z, y = torch.randn(5, 3), leaf(torch.rand(5, 3))
+    (kept,) = saved_tensors(sigmoid_cross_entropy_cost, (z, y))
+    assert is_same_memory(kept, z)
 
 
 def test_targets_close_to_one_lose_no_accuracy() -> None:

@@ -73,6 +73,7 @@ def test_no_classes() -> None:
         (torch.tensor([-100, 1]), ValueError, "class indices from 0 to 3; got -100 to 1"),
         (torch.tensor([[0], [1]]), ValueError, r"y must have shape \(2,\), a class index for each"),
         (torch.tensor([True, False]), TypeError, "y must hold integers or probabilities; got"),
+        (torch.tensor([1j, 1]), TypeError, "y must hold integers or probabilities; got"),
     ],
 )
 def test_bad_targets(y: torch.Tensor, error: type[Exception], message: str) -> None:

@@ -45,7 +45,7 @@ def test_one_test_for_each_case_and_check(tmp_path: Path) -> None:
     assert "PASSED test_layers.py::test_layers[good-gradients_match_reference]" in said
     assert "FAILED test_layers.py::test_layers[bad-gradients_match_reference]" in said
     assert "XFAIL test_layers.py::test_layers[known-gradients_match_reference]" in said
-    assert "bad, gradients_match_reference, seed 0: gradient of argument 0, at index" in said
+    assert "bad, gradients_match_reference, seed 0: gradient of x, at index" in said
     assert "diagnosis: 0.5 times the right one, everywhere" in said
 
 

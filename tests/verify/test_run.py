@@ -75,7 +75,7 @@ def test_a_function_that_is_wrong() -> None:
     report = check_function(Wrong, SAMPLES, square, seed=4, slow=False)
     assert not report.ok
     told = message(report, "gradients_match_reference")
-    assert "gradient of argument 0, at index" in told
+    assert "gradient of x, at index" in told
     assert "ratio 1.001" in told
     assert "diagnosis: 1.001 times the right one, everywhere" in told
     assert told.endswith(
