@@ -10,7 +10,8 @@ from manual_bp.verify._bench import Bench
 from manual_bp.verify._case import Case, Samples, function_case, module_case
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._report import Outcome, Report, Status
-from manual_bp.verify.checks import CHECKS, Check, _line
+from manual_bp.verify.checks import CHECKS, Check
+from manual_bp.verify.checks._shared import first_line
 
 
 def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> Report:
@@ -101,9 +102,9 @@ def _outcome(case: Case, check: Check) -> Outcome:
             status, message = "failed", f"{mismatch}\n{_again(case, check)}"
     except Exception as error:
         if declared:
-            status, message = "failed", f"raised {_line(error)}\n{_again(case, check)}"
+            status, message = "failed", f"raised {first_line(error)}\n{_again(case, check)}"
         else:
-            status, message = "not applicable", f"not declared; it refuses: {_line(error)}"
+            status, message = "not applicable", f"not declared; it refuses: {first_line(error)}"
     if check.name in case.expected_failures:
         reason_given = case.expected_failures[check.name]
         if status == "failed":

@@ -1,0 +1,82 @@
+"""What several checks share."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_bp.verify._bench import Bench, custom_nodes, gradients, gradients_of, leaves, outputs_of
+from manual_bp.verify._case import Sample, is_differentiable
+from manual_bp.verify._compare import Mismatch, NotApplicable
+
+
+def compare_with_reference(bench: Bench, arguments: Sample, where: str) -> None:
+    """Compare outputs and gradients with the reference's."""
+    upstream = bench.upstream(bench.reference, arguments)
+    result, found = gradients(bench.case.call, leaves(arguments), upstream)
+    right, expected = gradients(bench.reference, leaves(arguments), upstream)
+    bench.same_outputs(result, right, where)
+    bench.same_gradients(arguments, found, expected, where)
+
+
+def dims_of(in_dims: tuple[int | None, ...], sample: Sample) -> tuple[int | None, ...]:
+    """The in_dims, if they fit the sample."""
+    if len(in_dims) != len(sample):
+        raise NotApplicable(f"in_dims has {len(in_dims)} entries, the sample {len(sample)}")
+    return in_dims
+
+
+def compare_raw(bench: Bench, arguments: Sample, result: Any) -> None:
+    """Call every hand-written backward once more, by itself, with what came to it from above."""
+    nodes = custom_nodes(result)
+    above: dict[Any, Any] = {}
+    for node in nodes:
+        node.register_prehook(partial(above.__setitem__, node))
+    upstream = [bench.random_like(t) for t in outputs_of(result)]
+    gradients_of(result, arguments, upstream, retain_graph=True)
+    for node in nodes:
+        with torch.no_grad():
+            returned = node.apply(*above[node])
+        returned = returned if isinstance(returned, tuple) else (returned,)
+        edges = iter([edge for edge in node.next_functions if edge[0] is not None])
+        for i, (gradient, needed) in enumerate(zip(returned, node.needs_input_grad, strict=True)):
+            if not needed:
+                continue
+            next_node, slot = next(edges)
+            if gradient is not None:
+                bench.comparisons += 1
+                _compare_kind(node, i, gradient, next_node._input_metadata[slot])
+
+
+def _compare_kind(node: Any, i: int, gradient: Tensor, wanted: Any) -> None:
+    for what, got, expected in (
+        ("shape", tuple(gradient.shape), tuple(wanted.shape)),
+        ("dtype", gradient.dtype, wanted.dtype),
+        ("device", gradient.device, wanted.device),
+    ):
+        if got != expected:
+            story = "dtype demoted" if what == "dtype" else "missing a sum over the batch"
+            raise Mismatch(
+                f"{what} of gradient {i} as {node_name(node)} returned it: expected {expected}, "
+                f"got {got}\ndiagnosis: {story}; the engine hides it by a cast"
+            )
+
+
+def node_name(node: Any) -> str:
+    """What a hand-written Function is called."""
+    return type(node).__name__.removesuffix("Backward")
+
+
+def cast(sample: Sample, dtype: torch.dtype) -> Sample:
+    """The real tensors of a sample in another dtype."""
+    return tuple(
+        t.detach().to(dtype) if is_differentiable(t) and not t.is_complex() else t for t in sample
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one short line."""
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0] if text else ''}"
+    return line if len(line) <= 100 else f"{line[:97]}..."

@@ -1,0 +1,54 @@
+"""Compiled and exported."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from manual_bp.verify._bench import Bench, gradients, leaves
+from manual_bp.verify._case import Sample
+from manual_bp.verify.checks._shared import dims_of
+
+
+def compiled(bench: Bench) -> None:
+    """Compiled in one graph: values and gradients as in eager code."""
+    _compare_compiled(bench, [bench.samples[0]], dynamic=False)
+
+
+def compile_dynamic(bench: Bench) -> None:
+    """Compiled with dynamic shapes: right for another number of rows too."""
+    in_dims = dims_of(bench.in_dims, bench.samples[0])
+    fewer = tuple(
+        t if d is None else t.narrow(d, 0, t.shape[d] - 1)
+        for t, d in zip(bench.samples[0], in_dims, strict=True)
+    )
+    _compare_compiled(bench, [bench.samples[0], fewer], dynamic=True)
+
+
+def export(bench: Bench) -> None:
+    """Exported by torch.export: the same values."""
+    sample = bench.samples[0]
+
+    class Exported(nn.Module):
+        def forward(self, *arguments: Any) -> Any:
+            return bench.case.call(*arguments)
+
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.export.export(Exported(), sample)
+    bench.same_outputs(program.module()(*sample), bench.case.call(*sample), " of the export")
+
+
+def _compare_compiled(bench: Bench, samples: Sequence[Sample], *, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    with warnings.catch_warnings(action="ignore"):
+        compiled = torch.compile(
+            bench.case.call, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
+        for sample in samples:
+            upstream = bench.upstream(bench.case.call, sample)
+            result, found = gradients(compiled, leaves(sample), upstream)
+            expected_result, expected = gradients(bench.case.call, leaves(sample), upstream)
+            bench.same_outputs(result, expected_result, " when compiled")
+            bench.same_gradients(sample, found, expected, " when compiled")
