@@ -71,7 +71,7 @@ def find(place: str) -> list[Case]:
         refuse(f"package.module:Name is wanted; got {place!r}")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         refuse(f"{module_name} cannot be imported: {type(error).__name__}: {error}")
     for part in name.split("."):
         if not hasattr(found, part):

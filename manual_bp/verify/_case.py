@@ -27,6 +27,7 @@ CAPABILITIES = frozenset(
         "forward_ad",
         "forward_over_reverse",
         "frugal",
+        "infinite_values",
         "no_rows",
         "one_dimensional",
         "one_row",
@@ -88,6 +89,8 @@ def function_case(
         TypeError: fn or reference cannot be called, or samples are no tuples.
         ValueError: A capability is unknown.
     """
+    draw = _as_draw(samples)
+    _check_in_dims(in_dims, draw)
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = fn.apply if is_function else fn
     _require_callable("fn", call)
@@ -96,7 +99,7 @@ def function_case(
     return Case(
         name=name or getattr(fn, "__name__", type(fn).__name__),
         call=call,
-        draw=_as_draw(samples),
+        draw=draw,
         reference=reference,
         supports=_checked_capabilities(supports),
         in_dims=in_dims,
@@ -147,11 +150,12 @@ def module_case(
                 f"got {sorted(dict(trusted.named_parameters()))}"
             )
         reference_call = _lifted(trusted, list(parameters))
-    draw_inputs = _as_draw(samples)
+    draw_inputs = _as_draw(samples, need_floats=not parameters)
+    _check_in_dims(in_dims, draw_inputs)
 
     def draw(generator: torch.Generator) -> list[Sample]:
         values = tuple(
-            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
+            p.detach() + 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
             for p in parameters.values()
         )
         return [(*sample, *values) for sample in draw_inputs(generator)]
@@ -187,7 +191,13 @@ def _lifted(module: nn.Module, names: list[str]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         count = len(arguments) - len(names)
         values = dict(zip(names, arguments[count:], strict=True))
-        return functional_call(module, values, arguments[:count])
+        floats = [t.dtype for t in arguments if is_differentiable(t) and not t.is_complex()]
+        buffers = {
+            name: buffer.to(floats[0] if buffer.is_floating_point() and floats else buffer.dtype)
+            for name, buffer in module.named_buffers()
+        }
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(module, values | copies, arguments[:count])
 
     return call
 
@@ -201,7 +211,17 @@ def _made(name: str, factory: Any, seed: int, device: torch.device | str | None)
     return module.to(device or "cpu").double()
 
 
-def _as_draw(samples: Any) -> Callable[[torch.Generator], Sequence[Sample]]:
+def _check_in_dims(in_dims: Any, draw: Callable[[torch.Generator], Sequence[Sample]]) -> None:
+    if in_dims is None:
+        return
+    counts = {len(sample) for sample in draw(torch.Generator().manual_seed(0))}
+    if not isinstance(in_dims, tuple) or {len(in_dims)} != counts:
+        raise ValueError(f"in_dims must be a tuple with an entry for each argument; got {in_dims}")
+
+
+def _as_draw(
+    samples: Any, *, need_floats: bool = True
+) -> Callable[[torch.Generator], Sequence[Sample]]:
     drawn = samples(torch.Generator().manual_seed(0)) if callable(samples) else samples
     if not isinstance(drawn, Sequence) or not drawn:
         raise TypeError(f"samples must be a sequence of argument tuples; got {drawn!r:.80}")
@@ -210,12 +230,14 @@ def _as_draw(samples: Any) -> Callable[[torch.Generator], Sequence[Sample]]:
             raise TypeError(
                 f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
             )
-    if not any(is_differentiable(t) for sample in drawn for t in sample):
-        raise TypeError("samples must hold floating or complex tensors; got none")
+    if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
+        raise TypeError("samples must each hold a floating or complex tensor; got none")
     return samples if callable(samples) else lambda _: drawn
 
 
 def _checked_capabilities(supports: Iterable[str]) -> frozenset[str]:
+    if isinstance(supports, str):
+        raise TypeError(f"supports must be names in a list or tuple; got {supports!r}")
     unknown = sorted(set(supports) - CAPABILITIES)
     if unknown:
         raise ValueError(f"supports must be of {sorted(CAPABILITIES)}; got {unknown}")

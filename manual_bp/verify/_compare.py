@@ -22,6 +22,7 @@ def compare(
     rtol: float = 1e-8,
     clues: Mapping[str, Tensor] | None = None,
     sizes: Sequence[int] = (),
+    scale: Tensor | None = None,
 ) -> None:
     """Raise a Mismatch unless both agree, element by element.
 
@@ -33,6 +34,7 @@ def compare(
             100 times the dtype's eps, relative to the largest element.
         clues: What a known mistake would give: if `got` is that, its key is the diagnosis.
         sizes: Numbers that, as a constant ratio, mean a mean taken for a sum.
+        scale: A tensor of the usual size of `expected`, where that may cancel to nothing.
     """
     if got is None and expected is None:
         return
@@ -52,7 +54,7 @@ def compare(
         raise Mismatch(
             f"{what}: expected {expected.dtype}, got {got.dtype}" + _diagnosis("dtype demoted")
         )
-    wrong = _wrong(got, expected, rtol)
+    wrong = _wrong(got, expected, rtol, scale)
     if not wrong.any():
         return
     index = tuple(_worst(got, expected, wrong))
@@ -97,7 +99,9 @@ def _ratio_diagnosis(ratio: float, sizes: Sequence[int]) -> str:
         if size > 1 and abs(ratio * size - 1) < 1e-6:
             return f"1/{size} of the right one: a mean over {size} where a sum belongs"
         if size > 1 and abs(ratio / size - 1) < 1e-6:
-            return f"{size} times the right one: a sum over {size} where a mean belongs"
+            return (
+                f"{size} times the right one: a sum over {size} where a mean belongs, or a factor"
+            )
     if ratio == 0:
         return "zero everywhere"
     return f"{ratio:.6g} times the right one, everywhere"
@@ -123,11 +127,13 @@ def _constant_ratio(got: Tensor, expected: Tensor) -> float | None:
     return None if _wrong(got, ratio * expected, 1e-6).any() else ratio
 
 
-def _wrong(got: Tensor, expected: Tensor, rtol: float) -> Tensor:
+def _wrong(got: Tensor, expected: Tensor, rtol: float, usual: Tensor | None = None) -> Tensor:
     """Which elements differ by more than is allowed; not finite is wrong unless it is the same."""
     finite = expected.isfinite() & got.isfinite()
     same = (got == expected) | (got.isnan() & expected.isnan())
     scale = expected[finite].abs().max().item() if finite.any() else 0.0
+    if usual is not None and usual.numel():
+        scale = max(scale, usual.abs().nan_to_num(0, 0, 0).max().item())
     eps = torch.finfo(expected.dtype).eps
     allowed = rtol * expected.abs() + 100 * eps * scale
     return torch.where(finite, (got - expected).abs() > allowed, ~same)

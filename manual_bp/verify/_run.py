@@ -1,9 +1,10 @@
 """Running the checks on a case, and the two calls that most users need."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from manual_bp.verify._bench import Bench
@@ -18,8 +19,11 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     """Judge a case by all checks, by those named, or by all but the compiler's, which are slow.
 
     Raises:
-        ValueError: A name is no check's.
+        ValueError: A name is no check's, or the device cannot be used here.
     """
+    if isinstance(only, str):
+        raise TypeError(f"only must be names in a list or tuple; got {only!r}")
+    _require_device(case.device)
     names = [check.name for check in CHECKS]
     only = None if only is None else list(only)
     unknown = sorted({*(only or ()), *case.expected_failures} - set(names))
@@ -36,8 +40,30 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
             and (case.factory is not None or not check.is_for_modules)
         )
     ]
-    outcomes = tuple(_outcome(case, check) for check in chosen)
+    forked = [] if case.device.type == "cpu" else [case.device]
+    with torch.random.fork_rng(forked, device_type=case.device.type if forked else "cuda"):
+        outcomes = tuple(_outcomes(case, chosen))
     return Report(case.name, case.seed, str(case.device), outcomes)
+
+
+def _outcomes(case: Case, chosen: list[Check]) -> Iterator[Outcome]:
+    """One outcome a check. Where two calls differ, nothing else can be compared."""
+    differs = False
+    for check in chosen:
+        if differs:
+            message = "two calls with the same arguments differ: see deterministic"
+            yield Outcome(check.name, "not applicable", 0, 0.0, message)
+            continue
+        outcome = _outcome(case, check)
+        differs = check.name == "deterministic" and outcome.status == "failed"
+        yield outcome
+
+
+def _require_device(device: torch.device) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"device must be one that PyTorch can use here; got {device}") from None
 
 
 def check_function(
@@ -96,7 +122,7 @@ def _outcome(case: Case, check: Check) -> Outcome:
     except NotApplicable as reason:
         status, message = "not applicable", str(reason)
     except Mismatch as mismatch:
-        if check.is_thrift and not declared:
+        if check.only_if_declared and not declared:
             status, message = "not applicable", f"not declared; {str(mismatch).splitlines()[0]}"
         else:
             status, message = "failed", f"{mismatch}\n{_again(case, check)}"
@@ -105,6 +131,8 @@ def _outcome(case: Case, check: Check) -> Outcome:
             status, message = "failed", f"raised {first_line(error)}\n{_again(case, check)}"
         else:
             status, message = "not applicable", f"not declared; it refuses: {first_line(error)}"
+    if status == "not applicable" and check.name in case.supports:
+        status, message = "failed", f"declared, but it cannot be judged: {message}"
     if check.name in case.expected_failures:
         reason_given = case.expected_failures[check.name]
         if status == "failed":

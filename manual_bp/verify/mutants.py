@@ -1873,13 +1873,17 @@ _EDGES = (
         "relu_by_product",
         "ReLU multiplies z by a mask: NaN at minus infinity",
         "infinite_values",
-        function_case(_ReluByProduct, _elementwise_samples, torch.relu),
+        function_case(
+            _ReluByProduct, _elementwise_samples, torch.relu, supports=("infinite_values",)
+        ),
     ),
     Mutant(
         "tanh_by_product",
         "the gradient of tanh adds 0 * z: NaN at infinity",
         "infinite_values",
-        function_case(_TanhByProduct, _elementwise_samples, torch.tanh),
+        function_case(
+            _TanhByProduct, _elementwise_samples, torch.tanh, supports=("infinite_values",)
+        ),
     ),
 )
 

@@ -87,6 +87,9 @@ def pytorchs_cases() -> list[Case]:
     def classes(g: torch.Generator) -> list[tuple[Any, ...]]:
         return [(_randn(g, 5, 3), torch.randint(3, (5,), generator=g))]
 
+    def indices(g: torch.Generator) -> list[tuple[Any, ...]]:
+        return [(torch.randint(7, (5,), generator=g),)]
+
     every = FUNCTION_CAPABILITIES
     functions: list[Any] = [
         torch.sigmoid,
@@ -108,12 +111,10 @@ def pytorchs_cases() -> list[Case]:
         module_case(
             _linear_module, elementwise, _linear_module, supports=CAPABILITIES, in_dims=(0,)
         ),
-        module_case(
-            lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
-            elementwise,
-            supports=every - {"frugal"},
-            name="Sequential",
-        ),
+        function_case(_two_outputs, pairs, _two_outputs, supports=every, in_dims=(0, 0)),
+        module_case(_mlp, elementwise, _mlp, supports=every, in_dims=(0,)),
+        module_case(_batch_norm, elementwise, _batch_norm, in_dims=(0,)),
+        module_case(_embedding, indices, _embedding, in_dims=(0,)),
     ]
     return cases
 
@@ -124,6 +125,22 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 
 def _linear_module(**options: Any) -> nn.Module:
     return nn.Linear(3, 4, **options)
+
+
+def _two_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x * y, torch.sin(x) + y
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def _batch_norm() -> nn.Module:
+    return nn.BatchNorm1d(3)
+
+
+def _embedding() -> nn.Module:
+    return nn.Embedding(7, 4)
 
 
 def _layer_norm(x: Tensor) -> Tensor:

@@ -46,7 +46,14 @@ def draw_complex(generator: torch.Generator) -> Any:
     return [(torch.randn(5, 3, generator=generator, dtype=torch.complex128),)]
 
 
-NOT_FOR_COMPLEX = {"autocast", "bfloat16", "factory_kwargs", "float16", "float32"}
+NOT_FOR_COMPLEX = {
+    "autocast",
+    "bfloat16",
+    "factory_kwargs",
+    "float16",
+    "float32",
+    "infinite_values",
+}
 CASES = [
     case
     for on in ("cpu", "cuda")

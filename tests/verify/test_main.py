@@ -26,6 +26,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"cases_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(CASES)
     (tmp_path / f"broken_{name}.py").write_text("1 / 0")
+    (tmp_path / f"leaving_{name}.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     return name
 
@@ -64,6 +65,7 @@ def test_self_test(capsys: pytest.CaptureFixture[str]) -> None:
         (["{}"], "package.module:Name is wanted; got"),
         (["no_such_module:CASE"], "no_such_module cannot be imported: ModuleNotFoundError"),
         (["broken_{}:CASE"], "cannot be imported: ZeroDivisionError"),
+        (["leaving_{}:CASE"], "cannot be imported: SystemExit"),
         (["{}:MISSING"], "has no MISSING"),
         (["{}:NUMBER"], "must be a Case (function_case, module_case) or a list of them; got int"),
         (["{}:NONE"], "must be a Case (function_case, module_case) or a list of them; got list"),

@@ -161,6 +161,65 @@ def test_the_diagnosis_fits_the_mistake(name: str) -> None:
     assert STORIES[name] in outcome.message
 
 
+def test_what_was_declared_must_be_judged() -> None:
+    report = check_function(Square, SAMPLES, supports=["double_backward"], only=["double_backward"])
+    assert status(report, "double_backward") == "failed"
+    assert message(report, "double_backward") == (
+        "declared, but it cannot be judged: no reference was given"
+    )
+
+
+def test_where_two_calls_differ_nothing_else_is_compared() -> None:
+    report = check_function(lambda x: x * torch.rand_like(x), SAMPLES, square, slow=False)
+    (failure,) = report.failures
+    assert failure.check == "deterministic"
+    assert message(report, "vmap") == (
+        "two calls with the same arguments differ: see deterministic"
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: (x * x, (x > 0, x * 3)),
+        lambda x: (x * x, (x <= 0, x * 2)),
+        lambda x: (x * x, (x <= 0,)),
+    ],
+)
+def test_every_output_counts_however_it_is_nested(wrong: Any) -> None:
+    def right(x: Tensor) -> Any:
+        return x * x, (x <= 0, x * 3)
+
+    assert check_function(right, SAMPLES, right, slow=False, in_dims=(0,)).ok
+    assert not check_function(wrong, SAMPLES, right, only=["forward_matches_reference"]).ok
+
+
+def test_a_buffer_follows_its_module() -> None:
+    class Shift(nn.Module):
+        shift: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.register_buffer("shift", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shift += 1
+            return x * self.w + self.shift
+
+    report = check_module(Shift, SAMPLES, Shift, slow=False, in_dims=(0,))
+    names = ("float32", "bfloat16", "deterministic", "gradients_match_reference")
+    assert {status(report, name) for name in names} == {"passed"}
+
+
+def test_the_callers_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    check_function(Square, SAMPLES, square, slow=False)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_every_check_has_a_description() -> None:
     assert all(check.run.__doc__ for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)
@@ -174,7 +233,12 @@ def test_every_check_has_a_description() -> None:
         ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
         ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
         ({"samples": [torch.ones(2)]}, TypeError, "argument tuples; got a Tensor"),
-        ({"samples": [(1, 2)]}, TypeError, "samples must hold floating or complex tensors; got"),
+        ({"samples": [(1, 2)]}, TypeError, "samples must each hold a floating or complex tensor"),
+        ({"supports": "vmap"}, TypeError, "supports must be names in a list or tuple; got 'vmap'"),
+        ({"only": "vmap"}, TypeError, "only must be names in a list or tuple; got 'vmap'"),
+        ({"in_dims": 0}, ValueError, "in_dims must be a tuple with an entry for each argument"),
+        ({"in_dims": (0, 0)}, ValueError, "in_dims must be a tuple with an entry for each arg"),
+        ({"device": "meta"}, ValueError, "device must be one that PyTorch can use here; got meta"),
         ({"fn": 3}, TypeError, "fn must be callable; got int"),
         ({"reference": 3}, TypeError, "reference must be callable; got int"),
     ],

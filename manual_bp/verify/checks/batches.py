@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify._bench import Bench, leaves, outputs_of, positions
+from manual_bp.verify._bench import Bench, leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Sample
 from manual_bp.verify.checks._shared import dims_of
 
@@ -16,7 +16,7 @@ def vmap(bench: Bench) -> None:
         in_dims = dims_of(bench.in_dims, sample)
         batched = torch.func.vmap(bench.case.call, in_dims)(*sample)
         rows = [bench.case.call(*row) for row in _rows(sample, in_dims)]
-        looped = tuple(torch.stack(parts) for parts in zip(*map(outputs_of, rows), strict=True))
+        looped = tuple(torch.stack(parts) for parts in zip(*map(tensors_of, rows), strict=True))
         bench.same_outputs(batched, looped, " under vmap")
 
 

@@ -34,6 +34,8 @@ def state_dict(bench: Bench) -> None:
 def pickled(bench: Bench) -> None:
     """A pickled module computes the same."""
     module, inputs = _module(bench)
+    if "<locals>" in type(module).__qualname__:
+        raise NotApplicable("the class is local to a function, which pickle never takes")
     copied = pickle.loads(pickle.dumps(module))
     bench.same_outputs(copied(*inputs), module(*inputs), " after pickling")
 
@@ -91,18 +93,21 @@ def factory_kwargs(bench: Bench) -> None:
 def frozen_parameters(bench: Bench) -> None:
     """A frozen parameter stays frozen and gets no gradient; the others get theirs."""
     module, inputs = _module(bench)
-    if not any(True for _ in module.parameters()):
+    if not any(p.requires_grad for p in module.parameters()):
         raise NotApplicable("the module has no parameters")
     upstream = bench.upstream(module, inputs)
     torch.autograd.backward(outputs_of(module(*inputs)), upstream)
-    expected = {name: p.grad for name, p in module.named_parameters()}
+    expected = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for frozen in expected:
-        for name, parameter in module.named_parameters():
+        for name, parameter in learning.items():
             parameter.grad = None
             parameter.requires_grad_(name != frozen)
         result = outputs_of(module(*leaves(inputs)))
-        torch.autograd.backward(result, upstream)
-        for name, parameter in module.named_parameters():
+        learned = [(t, u) for t, u in zip(result, upstream, strict=True) if t.requires_grad]
+        for output, above in learned:
+            output.backward(above, retain_graph=True)
+        for name, parameter in learning.items():
             if name != frozen:
                 bench.same(
                     f"gradient of {name} with {frozen} frozen", parameter.grad, expected[name]

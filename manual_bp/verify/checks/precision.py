@@ -57,6 +57,8 @@ def _compare_precision(bench: Bench, dtype: torch.dtype) -> None:
         upstream = [u.to(dtype) for u in bench.upstream(bench.reference, low)]
         wide, wide_upstream = cast(low, torch.float64), [u.double() for u in upstream]
         ours, our_gradients = gradients(bench.case.call, leaves(low), upstream)
+        again = leaves(low)
+        compare_raw(bench, again, bench.case.call(*again))
         theirs, their_gradients = gradients(bench.reference, leaves(low), upstream)
         right, right_gradients = gradients(bench.reference, leaves(wide), wide_upstream)
         triples = [
@@ -79,17 +81,17 @@ def _compare_error(
         raise Mismatch(f"{what}: expected dtype {dtype}, got {got.dtype}\ndiagnosis: wrong dtype")
     got, peer, exact = got.detach().double(), peer.detach().double(), exact.detach()
     error, allowed = (got - exact).norm(), 2 * (peer - exact).norm()
-    allowed = allowed + torch.finfo(dtype).eps * exact.norm()
+    allowed = allowed + 4 * torch.finfo(dtype).eps * exact.norm()
     if not error <= allowed and bool(peer.isfinite().all()):
         raise Mismatch(
             f"{what}: expected an error against float64 of at most {allowed.item():.3g}, twice the "
-            f"reference's and one rounding, got {error.item():.3g}"
+            f"reference's and some rounding, got {error.item():.3g}"
         )
 
 
 def _compare_close(bench: Bench, what: str, got: Tensor, expected: Tensor) -> None:
     bench.comparisons += 1
-    if got.dtype is not expected.dtype:
+    if got.dtype is not expected.dtype and "autocast" in bench.case.supports:
         raise Mismatch(
             f"{what}: expected {expected.dtype}, as the reference, got {got.dtype}\n"
             f"diagnosis: wrong dtype"
