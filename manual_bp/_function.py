@@ -45,12 +45,21 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting() or _transforms_are_active():
                 return function.forward(*args)
-            return compiled.apply(*args)
+            return compiled.apply(*_apart(args))
         if _transforms_are_active():
             return function.apply(*args)
         return eager.apply(*args)
 
     return call
+
+
+def _apart(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments, a tensor that comes twice as a view of itself: the compiler refuses twins."""
+    apart: list[Any] = []
+    for arg in args:
+        is_twin = isinstance(arg, Tensor) and any(arg is other for other in apart)
+        apart.append(arg.view_as(arg) if is_twin else arg)
+    return apart
 
 
 def _with_ctx_in_forward(function: Any) -> Any:

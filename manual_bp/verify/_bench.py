@@ -26,6 +26,7 @@ class Bench:
     def __init__(self, case: Case, check: str) -> None:
         self.case = case
         self.comparisons = 0
+        self.kinks = 0  # directions in which no slope can be taken
         # CPU generators look at the lower 32 bits only.
         seed = zlib.crc32(f"{check} {case.seed}".encode())
         self.generator = torch.Generator().manual_seed(seed)

@@ -117,6 +117,8 @@ def _outcome(case: Case, check: Check) -> Outcome:
     message = "" if declared else "not declared, but it works"
     try:
         check.run(bench)
+        if bench.kinks:
+            message = f"{bench.kinks} directions start at a kink, which at_zero judges"
         if not bench.comparisons:
             status, message = "not applicable", "nothing to compare"
     except NotApplicable as reason:

@@ -220,6 +220,15 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_a_kink_is_detected_and_reported() -> None:
+    at_a_kink = [(torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64),)]
+    report = check_function(F.relu, at_a_kink, F.relu, only=["finite_differences", "at_zero"])
+    assert report.ok
+    assert message(report, "finite_differences") == (
+        "4 directions start at a kink, which at_zero judges"
+    )
+
+
 def test_every_check_has_a_description() -> None:
     assert all(check.run.__doc__ for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)

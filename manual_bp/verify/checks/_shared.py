@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify._bench import Bench, custom_nodes, gradients, gradients_of, leaves, outputs_of
+from manual_bp.verify._bench import (
+    Bench,
+    Call,
+    custom_nodes,
+    gradients,
+    gradients_of,
+    leaves,
+    outputs_of,
+    positions,
+)
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import Mismatch, NotApplicable
 
@@ -86,3 +95,23 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     line = f"{type(error).__name__}: {text[0] if text else ''}"
     return line if len(line) <= 100 else f"{line[:97]}..."
+
+
+def pairs_of_one_shape(bench: Bench) -> list[tuple[Sample, int, int]]:
+    """The samples in which one tensor could stand for two arguments, and for which."""
+    return [
+        (sample, i, j)
+        for sample in bench.samples
+        for i in positions(sample)
+        for j in positions(sample)
+        if i < j and sample[i].shape == sample[j].shape and sample[i].dtype == sample[j].dtype
+    ]
+
+
+def tied(call: Call, i: int, j: int) -> Call:
+    """The call with its argument i in the place of its argument j too."""
+
+    def once(*arguments: Any) -> Any:
+        return call(*arguments[:j], arguments[i], *arguments[j + 1 :])
+
+    return once

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from manual_bp.verify._bench import Bench, gradients, leaves
+from manual_bp.verify._bench import Bench, Call, gradients, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify.checks._shared import dims_of
+from manual_bp.verify.checks._shared import dims_of, pairs_of_one_shape, tied
 
 
 def compiled(bench: Bench) -> None:
-    """Compiled in one graph: values and gradients as in eager code."""
-    _compare_compiled(bench, [bench.samples[0]], dynamic=False)
+    """Compiled in one graph: values and gradients as in eager code, of tied arguments as well."""
+    _compare_compiled(bench, bench.case.call, [bench.samples[0]], dynamic=False)
+    for sample, i, j in pairs_of_one_shape(bench):
+        _compare_compiled(bench, tied(bench.case.call, i, j), [sample], dynamic=False)
 
 
 def compile_dynamic(bench: Bench) -> None:
@@ -24,7 +26,7 @@ def compile_dynamic(bench: Bench) -> None:
         t if d is None else t.narrow(d, 0, t.shape[d] - 1)
         for t, d in zip(bench.samples[0], in_dims, strict=True)
     )
-    _compare_compiled(bench, [bench.samples[0], fewer], dynamic=True)
+    _compare_compiled(bench, bench.case.call, [bench.samples[0], fewer], dynamic=True)
 
 
 def export(bench: Bench) -> None:
@@ -40,15 +42,15 @@ def export(bench: Bench) -> None:
     bench.same_outputs(program.module()(*sample), bench.case.call(*sample), " of the export")
 
 
-def _compare_compiled(bench: Bench, samples: Sequence[Sample], *, dynamic: bool) -> None:
+def _compare_compiled(
+    bench: Bench, call: Call, samples: Sequence[Sample], *, dynamic: bool
+) -> None:
     torch._dynamo.reset()
     with warnings.catch_warnings(action="ignore"):
-        compiled = torch.compile(
-            bench.case.call, fullgraph=True, dynamic=dynamic, backend="aot_eager"
-        )
+        whole = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for sample in samples:
-            upstream = bench.upstream(bench.case.call, sample)
-            result, found = gradients(compiled, leaves(sample), upstream)
-            expected_result, expected = gradients(bench.case.call, leaves(sample), upstream)
+            upstream = bench.upstream(call, sample)
+            result, found = gradients(whole, leaves(sample), upstream)
+            expected_result, expected = gradients(call, leaves(sample), upstream)
             bench.same_outputs(result, expected_result, " when compiled")
             bench.same_gradients(sample, found, expected, " when compiled")

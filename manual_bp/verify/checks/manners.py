@@ -10,7 +10,6 @@ from torch import Tensor
 
 from manual_bp.verify._bench import (
     Bench,
-    Call,
     Gradients,
     custom_nodes,
     gradients,
@@ -19,9 +18,13 @@ from manual_bp.verify._bench import (
     outputs_of,
     positions,
 )
-from manual_bp.verify._case import Sample
 from manual_bp.verify._compare import Mismatch, NotApplicable
-from manual_bp.verify.checks._shared import compare_raw, node_name
+from manual_bp.verify.checks._shared import (
+    compare_raw,
+    node_name,
+    pairs_of_one_shape,
+    tied,
+)
 
 
 def raw_backward(bench: Bench) -> None:
@@ -160,16 +163,14 @@ def deterministic(bench: Bench) -> None:
 
 def tied_inputs(bench: Bench) -> None:
     """One tensor in the place of two arguments gets the sum of both gradients."""
-    for sample, i, j in _pairs(bench):
+    pairs = pairs_of_one_shape(bench)
+    if not pairs:
+        raise NotApplicable("no sample has two arguments of the same shape")
+    for sample, i, j in pairs:
         upstream = bench.upstream(bench.case.call, sample)
-
-        def tied(call: Call, *, sample: Sample = sample, i: int = i, j: int = j) -> Call:
-            places = range(len(sample))
-            return lambda *args: call(*(args[i] if place == j else args[place] for place in places))
-
         wanted = [place for place in positions(sample) if place != j]
-        _, found = gradients(tied(bench.case.call), leaves(sample, wanted), upstream)
-        _, expected = gradients(tied(bench.reference), leaves(sample, wanted), upstream)
+        _, found = gradients(tied(bench.case.call, i, j), leaves(sample, wanted), upstream)
+        _, expected = gradients(tied(bench.reference, i, j), leaves(sample, wanted), upstream)
         both = f" which is also {bench.case.label(j)}"
         bench.same_gradients(sample, {i: found[i]}, {i: expected[i]}, both)
 
@@ -191,18 +192,3 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, Tensor | np.ndarray):
         return True
     return hasattr(value, "__dict__") and any(isinstance(t, Tensor) for t in vars(value).values())
-
-
-def _pairs(bench: Bench) -> list[tuple[Sample, int, int]]:
-    pairs = []
-    for sample in bench.samples:
-        places = positions(sample)
-        pairs += [
-            (sample, i, j)
-            for n, i in enumerate(places)
-            for j in places[n + 1 :]
-            if sample[i].shape == sample[j].shape and sample[i].dtype == sample[j].dtype
-        ]
-    if not pairs:
-        raise NotApplicable("no sample has two arguments of the same shape")
-    return pairs
