@@ -176,7 +176,7 @@ def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
     # Not named_children(), which passes over a module that occurs a second time.
     for name, module in net._modules.items():
         place = f"net[{name!r}]"
-        if _has_formula_of(Linear, module) or _has_formula_of(nn.Linear, module):
+        if _is_kind_of(Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
         else:
             activations = layers[-1].activations if layers else input_activations
@@ -217,7 +217,7 @@ def _parameter(place: str, value: Tensor) -> nn.Parameter:
 
 def _activation(place: str, module: Any) -> _Activation:
     for ours in ACTIVATIONS:
-        if _has_formula_of(ours, module) or _has_formula_of(ours.__base__, module):
+        if _is_kind_of(ours, module):
             # torch's own has the same state as ours, which is its subclass.
             return _Activation(partial(ours.forward, module), partial(ours.prime, module))
     known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
@@ -225,6 +225,11 @@ def _activation(place: str, module: Any) -> _Activation:
         f"{place} must be a Linear or an activation ({known}), of manual_bp or torch.nn; "
         f"got {type(module).__name__}"
     )
+
+
+def _is_kind_of(ours: Any, module: Any) -> bool:
+    """Whether a module is ours, or torch's own that ours is a subclass of."""
+    return _has_formula_of(ours, module) or _has_formula_of(ours.__base__, module)
 
 
 def _has_formula_of(kind: Any, module: Any) -> bool:

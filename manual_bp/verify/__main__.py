@@ -81,7 +81,7 @@ def find(place: str) -> list[Case]:
     if not cases or not all(isinstance(case, Case) for case in cases):
         kind = type(found).__name__
         refuse(f"{place} must be a Case (function_case, module_case) or a list of them; got {kind}")
-    return cases
+    return [replace(case, place=place) for case in cases]
 
 
 if __name__ == "__main__":

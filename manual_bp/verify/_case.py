@@ -51,6 +51,7 @@ class Case:
     labels: What the arguments are called in messages.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: What makes the module and its reference, for a module.
+    place: Where the case was found, as package.module:Name, if it was named so.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     labels: tuple[str, ...] = ()
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
+    place: str = ""
 
     def label(self, position: int) -> str:
         """What an argument is called in messages."""
@@ -85,9 +87,20 @@ def function_case(
 ) -> Case:
     """A case of a callable, or of an `autograd.Function` class.
 
+    Args:
+        fn: What is judged.
+        samples: A list of argument tuples, or a function of a generator that makes one.
+        reference: What is right, as ordinary differentiable PyTorch.
+        name: What to call the case; that of fn if empty.
+        supports: Capabilities that must work.
+        in_dims: As for `torch.vmap`: which dimension of which argument counts the samples.
+        device: Where to run.
+        seed: What all random numbers start from.
+        expected_failures: Names of checks that are known to fail, with the reason.
+
     Raises:
         TypeError: fn or reference cannot be called, or samples are no tuples.
-        ValueError: A capability is unknown.
+        ValueError: A capability is unknown, or in_dims does not fit the samples.
     """
     draw = _as_draw(samples)
     _check_in_dims(in_dims, draw)

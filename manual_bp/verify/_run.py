@@ -146,5 +146,8 @@ def _outcome(case: Case, check: Check) -> Outcome:
 
 
 def _again(case: Case, check: Check) -> str:
+    if case.place:
+        options = f"--check {check.name} --seed {case.seed}"
+        return f"again: python -m manual_bp.verify {case.place} {options}"
     call = "check_module" if case.factory is not None else "check_function"
     return f"again: {call}({case.name}, ..., seed={case.seed}, only=[{check.name!r}])"

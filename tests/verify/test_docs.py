@@ -70,6 +70,16 @@ def test_the_planted_mistakes(diff: str, said: str, tmp_path: Path) -> None:
     assert {words(line) for line in said.splitlines()} <= printed
 
 
+def test_the_reproduction_can_be_typed_as_printed(tmp_path: Path) -> None:
+    done = verify(tmp_path, LAYER.replace(".sum(0)", ".mean(0)"), "--no-compiler", "--seed", "5")
+    again = re.findall(r"again: python -m manual_bp.verify my_layer:SCALE (.*)", done.stdout)[0]
+    assert again == "--check finite_differences --seed 5"
+    repeated = verify(tmp_path, (tmp_path / "my_layer.py").read_text("utf-8"), *again.split())
+    assert repeated.returncode == 1
+    (told,) = re.findall(r"slope along .*", repeated.stdout)
+    assert told in done.stdout
+
+
 def test_the_table_of_checks_is_the_list_of_checks() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (capability)? ?\|", PAGE, flags=re.MULTILINE)
     described = [

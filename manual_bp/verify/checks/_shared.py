@@ -17,26 +17,21 @@ from manual_bp.verify._bench import (
     positions,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._compare import Mismatch
 
 
-def compare_with_reference(bench: Bench, arguments: Sample, where: str) -> None:
-    """Compare outputs and gradients with the reference's."""
+def compare_with_reference(
+    bench: Bench, arguments: Sample, where: str, *, far_out: bool = False
+) -> None:
+    """Compare outputs and gradients with the reference's, unless that refuses the arguments."""
     try:
         upstream = bench.upstream(bench.reference, arguments)
     except Exception:
-        return  # the reference itself refuses such arguments
+        return
     result, found = gradients(bench.case.call, leaves(arguments), upstream)
     right, expected = gradients(bench.reference, leaves(arguments), upstream)
     bench.same_outputs(result, right, where)
-    bench.same_gradients(arguments, found, expected, where, far_out="times the sample" in where)
-
-
-def dims_of(in_dims: tuple[int | None, ...], sample: Sample) -> tuple[int | None, ...]:
-    """The in_dims, if they fit the sample."""
-    if len(in_dims) != len(sample):
-        raise NotApplicable(f"in_dims has {len(in_dims)} entries, the sample {len(sample)}")
-    return in_dims
+    bench.same_gradients(arguments, found, expected, where, far_out=far_out)
 
 
 def compare_raw(bench: Bench, arguments: Sample, result: Any) -> None:

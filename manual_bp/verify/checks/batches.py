@@ -7,13 +7,12 @@ from torch import Tensor
 
 from manual_bp.verify._bench import Bench, leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Sample
-from manual_bp.verify.checks._shared import dims_of
 
 
 def vmap(bench: Bench) -> None:
     """Under vmap as in a loop over the samples."""
     for sample in bench.samples:
-        in_dims = dims_of(bench.in_dims, sample)
+        in_dims = bench.in_dims
         batched = torch.func.vmap(bench.case.call, in_dims)(*sample)
         rows = [bench.case.call(*row) for row in _rows(sample, in_dims)]
         looped = tuple(torch.stack(parts) for parts in zip(*map(tensors_of, rows), strict=True))
@@ -23,7 +22,7 @@ def vmap(bench: Bench) -> None:
 def per_sample_gradients(bench: Bench) -> None:
     """The gradient of every sample by vmap(grad), as in a loop."""
     for sample in bench.samples:
-        in_dims = dims_of(bench.in_dims, sample)
+        in_dims = bench.in_dims
         places = positions(sample)
 
         def total(*arguments: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from manual_bp.verify._bench import Bench, Call, gradients, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify.checks._shared import dims_of, pairs_of_one_shape, tied
+from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 
 def compiled(bench: Bench) -> None:
@@ -21,7 +21,7 @@ def compiled(bench: Bench) -> None:
 
 def compile_dynamic(bench: Bench) -> None:
     """Compiled with dynamic shapes: right for another number of rows too."""
-    in_dims = dims_of(bench.in_dims, bench.samples[0])
+    in_dims = bench.in_dims
     fewer = tuple(
         t if d is None else t.narrow(d, 0, t.shape[d] - 1)
         for t, d in zip(bench.samples[0], in_dims, strict=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manual_bp.verify._bench import Bench
 from manual_bp.verify._compare import NotApplicable
-from manual_bp.verify.checks._shared import compare_with_reference, dims_of, first_line
+from manual_bp.verify.checks._shared import compare_with_reference, first_line
 
 
 def no_rows(bench: Bench) -> None:
@@ -34,7 +34,7 @@ def three_dimensional(bench: Bench) -> None:
 
 def _compare_variant(bench: Bench, change: Callable[[Tensor, int], Tensor], where: str) -> None:
     for sample in bench.samples:
-        in_dims = dims_of(bench.in_dims, sample)
+        in_dims = bench.in_dims
         changed = tuple(
             t if d is None else change(t, d) for t, d in zip(sample, in_dims, strict=True)
         )
