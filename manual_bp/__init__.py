@@ -1,6 +1,9 @@
 """Backpropagation written out by hand, for PyTorch.
 
-    Linear, Sigmoid                  drop-in `nn.Module`s; as functions: linear, sigmoid
+    Linear                           a drop-in `nn.Module`; as a function: linear
+    Sigmoid, Tanh, ReLU, LeakyReLU, Softplus
+                                     likewise; sigmoid, tanh, relu, leaky_relu, softplus
+    LinearSigmoid                    the two in one; linear_sigmoid
     QuadraticCost                    on output activations a; as a function: quadratic_cost
     SigmoidCrossEntropyCost          on weighted inputs z; sigmoid_cross_entropy_cost
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
@@ -23,8 +26,13 @@ from manual_bp.costs.softmax_cross_entropy import (
     SoftmaxCrossEntropyCostFunction,
     softmax_cross_entropy_cost,
 )
+from manual_bp.layers.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from manual_bp.layers.linear import Linear, LinearFunction, linear
+from manual_bp.layers.linear_sigmoid import LinearSigmoid, LinearSigmoidFunction, linear_sigmoid
+from manual_bp.layers.relu import ReLU, ReLUFunction, relu
 from manual_bp.layers.sigmoid import Sigmoid, SigmoidFunction, sigmoid
+from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
+from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.trace import LayerTrace, Trace
 
 __version__ = "0.1.0"
@@ -32,21 +40,36 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "LayerTrace",
+    "LeakyReLU",
+    "LeakyReLUFunction",
     "Linear",
     "LinearFunction",
+    "LinearSigmoid",
+    "LinearSigmoidFunction",
     "QuadraticCost",
     "QuadraticCostFunction",
+    "ReLU",
+    "ReLUFunction",
     "Sigmoid",
     "SigmoidCrossEntropyCost",
     "SigmoidCrossEntropyCostFunction",
     "SigmoidFunction",
     "SoftmaxCrossEntropyCost",
     "SoftmaxCrossEntropyCostFunction",
+    "Softplus",
+    "SoftplusFunction",
+    "Tanh",
+    "TanhFunction",
     "Trace",
     "backprop",
+    "leaky_relu",
     "linear",
+    "linear_sigmoid",
     "quadratic_cost",
+    "relu",
     "sigmoid",
     "sigmoid_cross_entropy_cost",
     "softmax_cross_entropy_cost",
+    "softplus",
+    "tanh",
 ]

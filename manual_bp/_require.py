@@ -6,6 +6,7 @@ ValueError.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,15 +14,28 @@ from torch import Tensor
 from manual_bp._function import values_are_at_hand
 
 
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor, neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def tensor(name: str, value: object) -> None:
     """Refuse anything but a dense tensor."""
+    if is_dense(value):
+        return
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         hint = ", which torch.from_numpy turns into one" if kind == "ndarray" else ""
         raise TypeError(f"{name} must be a torch.Tensor; got {kind}{hint}")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name} must be a dense tensor; got {kind}")
+    kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(f"{name} must be a dense tensor; got {kind}")
+
+
+def real(name: str, value: Tensor) -> None:
+    """Refuse anything but a tensor of a real floating dtype."""
+    tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a real floating-point dtype; got {value.dtype}")
 
 
 def inexact(name: str, value: Tensor) -> None:
@@ -32,11 +46,11 @@ def inexact(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must have a floating-point or complex dtype; got {dtype}")
 
 
-def real(name: str, value: Tensor) -> None:
-    """Refuse anything but a tensor of a real floating dtype."""
+def ordered(name: str, value: Tensor) -> None:
+    """Refuse tensors of complex numbers and of truth values, where a sign makes no sense."""
     tensor(name, value)
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a real floating-point dtype; got {value.dtype}")
+    if value.dtype.is_complex or value.dtype is torch.bool:
+        raise TypeError(f"{name} must have a real or integer dtype; got {value.dtype}")
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -84,6 +98,18 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
         wanted = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name} must be one of {wanted}; got {value!r}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Refuse a number below the least."""
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def not_zero(name: str, value: float) -> None:
+    """Refuse the number 0."""
+    if value == 0:
+        raise ValueError(f"{name} must not be 0; got {value}")
 
 
 def indices(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

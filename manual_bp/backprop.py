@@ -24,8 +24,11 @@ from torch.nn.parameter import is_lazy
 from manual_bp import _require
 from manual_bp._function import autocast
 from manual_bp.costs._cost import Cost
-from manual_bp.layers import ACTIVATIONS
-from manual_bp.layers.linear import Linear, as_rows, linear
+from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers._affine import as_rows
+from manual_bp.layers.linear import Linear, linear
+from manual_bp.layers.linear_sigmoid import LinearSigmoid
+from manual_bp.layers.sigmoid import Sigmoid
 from manual_bp.trace import LayerTrace, Trace
 
 
@@ -34,9 +37,9 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
     """The cost of a network on a batch, and all its gradients, by the four equations alone.
 
     Args:
-        net: Linear layers and activations, ours or `torch.nn`'s own of the same kind, in an
-            `nn.Sequential`. A linear layer that no activation follows has a = z; one that several
-            follow has their composition for σ.
+        net: Linear layers and activations, ours or `torch.nn`'s own of the same kind, or
+            `LinearSigmoid`s, in an `nn.Sequential`. A linear layer that no activation follows has
+            a = z; one that several follow has their composition for σ.
         x: Inputs, the a^0 of the notes, shape (N, in); also (in,) and (..., in).
         y: Targets, as the cost wants them.
         cost: A `Cost` reduced by "mean" or "sum". The cross-entropies are functions of z: they
@@ -178,6 +181,9 @@ def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
         place = f"net[{name!r}]"
         if _is_kind_of(Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
+        elif _has_formula_of(LinearSigmoid, module):
+            layers.append(_linear_layer(place, name, module, layers))
+            layers[-1].activations.append(_activation(place, Sigmoid()))
         else:
             activations = layers[-1].activations if layers else input_activations
             activations.append(_activation(place, module))
@@ -219,12 +225,18 @@ def _activation(place: str, module: Any) -> _Activation:
     for ours in ACTIVATIONS:
         if _is_kind_of(ours, module):
             # torch's own has the same state as ours, which is its subclass.
-            return _Activation(partial(ours.forward, module), partial(ours.prime, module))
+            return _Activation(partial(_activate, ours, module), partial(ours.prime, module))
     known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
     raise TypeError(
-        f"{place} must be a Linear or an activation ({known}), of manual_bp or torch.nn; "
+        f"{place} must be a Linear, LinearSigmoid or an activation ({known}), of manual_bp or "
+        f"torch.nn; "
         f"got {type(module).__name__}"
     )
+
+
+def _activate(ours: type[Activation], module: Any, z: Tensor) -> Tensor:
+    # The trace keeps z, so what works in place gets a copy.
+    return ours.forward(module, z.clone() if getattr(module, "inplace", False) else z)
 
 
 def _is_kind_of(ours: Any, module: Any) -> bool:

@@ -9,6 +9,9 @@ from torch.autograd import Function, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from manual_bp.verify import CAPABILITIES, function_case, module_case
+from manual_bp.verify._case import Case
+
 Call = Callable[..., Tensor]
 
 # float64 gradients agree to rounding; a mistake of 0.1 % is ten million times larger.
@@ -27,6 +30,42 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": lambda t: t.flatten()[0].expand(t.shape) if t.numel() else t,
     "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
 }
+
+
+# Capabilities that complex numbers have not: there is no reduced precision, and no order.
+NOT_FOR_COMPLEX = {
+    "autocast",
+    "bfloat16",
+    "factory_kwargs",
+    "float16",
+    "float32",
+    "infinite_values",
+}
+
+
+def activation_cases(
+    call: Any, reference: Call, module: Any, reference_module: Any, *, is_complex: bool = False
+) -> list[Case]:
+    """What the verification kit is to judge of an activation: all of it, on every device."""
+
+    def draw(generator: torch.Generator) -> Any:
+        return [(torch.randn(5, 3, generator=generator, dtype=torch.float64),)]
+
+    def draw_complex(generator: torch.Generator) -> Any:
+        return [(torch.randn(5, 3, generator=generator, dtype=torch.complex128),)]
+
+    supports = CAPABILITIES - {"factory_kwargs"}
+    options: Any = {"in_dims": (0,)}
+    cases = [module_case(module, draw, reference_module, supports=supports, **options)]
+    for device in ("cpu", "cuda"):
+        options["device"] = device
+        cases.append(function_case(call, draw, reference, supports=supports, **options))
+        if is_complex:
+            options |= {"supports": CAPABILITIES - NOT_FOR_COMPLEX}
+            name = f"complex_{call.__name__}"
+            cases.append(function_case(call, draw_complex, reference, name=name, **options))
+            del options["supports"]
+    return cases
 
 
 def leaf(tensor: Tensor) -> Tensor:

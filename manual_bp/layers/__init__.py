@@ -4,7 +4,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from manual_bp.layers.leaky_relu import LeakyReLU
+from manual_bp.layers.relu import ReLU
 from manual_bp.layers.sigmoid import Sigmoid
+from manual_bp.layers.softplus import Softplus
+from manual_bp.layers.tanh import Tanh
 
 
 class Activation(Protocol):
@@ -20,4 +24,4 @@ class Activation(Protocol):
 
 
 # Each is a subclass of the torch.nn activation that it stands for.
-ACTIVATIONS: tuple[type[Activation], ...] = (Sigmoid,)
+ACTIVATIONS: tuple[type[Activation], ...] = (Sigmoid, Tanh, ReLU, LeakyReLU, Softplus)

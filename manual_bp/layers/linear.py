@@ -1,20 +1,19 @@
 """The linear layer: z = w a + b, with its factors of BP2, BP3 and BP4."""
 
-from functools import reduce
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
 
-from manual_bp import _require
-from manual_bp._function import as_callable, autocast
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """(..., features) as (samples, features): BP3 and BP4 sum over every sample alike."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+from manual_bp._function import (
+    any_autocast_is_on,
+    as_callable,
+    autocast,
+    hand_over,
+    save_for_forward,
+)
+from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
 
 class LinearFunction(Function):
@@ -47,12 +46,7 @@ class LinearFunction(Function):
     @staticmethod
     def forward(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute z = a @ w.mT + b."""
-        z = F.linear(a, w, b)
-        if a.ndim == 2:
-            return z
-        # Here z may be a view, which nobody could change in place afterwards (as ReLU(inplace) or
-        # += do): PyTorch forbids that for views made inside a Function. So, no view of it.
-        return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
+        return affine(a, w, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
@@ -62,7 +56,7 @@ class LinearFunction(Function):
         needs_a, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a if needs_w else None, w if needs_a else None)
-        ctx.save_for_forward(a, w)
+        save_for_forward(ctx, a, w)
 
     @staticmethod
     def backward(
@@ -82,16 +76,7 @@ class LinearFunction(Function):
     def jvp(ctx: Any, da: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
         """From tangents da, dw, db to dz = da @ w.mT + a @ dw.mT + db."""
         a, w = ctx.saved_tensors
-        terms = []
-        if da is not None:
-            terms.append(da @ w.mT)
-        if dw is not None:
-            terms.append(a @ dw.mT)
-        if db is not None:
-            # A copy: where it is the only term, a view would share memory with the caller's db.
-            terms.append(db.expand(*a.shape[:-1], -1).clone())
-        dz: Tensor = reduce(torch.add, terms)
-        return dz
+        return affine_tangent(a, w, da, dw, db)
 
 
 _linear = as_callable(LinearFunction)
@@ -109,7 +94,7 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         z, the weighted inputs, shape (..., out).
 
     Raises:
-        TypeError: An argument is no dense tensor, is of integers, or has another dtype than w.
+        TypeError: An argument is no dense tensor, or has another dtype than w.
         ValueError: A shape does not fit w, or a device is another than that of w.
 
     See `LinearFunction` for the gradients.
@@ -118,15 +103,12 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _checked_linear(a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]) -> Tensor:
-    name_a, name_w, name_b = names
-    a, w, b = autocast(a, w, b)
-    _require.inexact(name_w, w)
-    _require.matrix(name_w, w, "(out, in)")
-    _require.like(name_a, a, name_w, w)
-    _require.components(name_a, a, w.shape[1], f"the second size of {name_w}")
-    if b is not None:
-        _require.like(name_b, b, name_w, w)
-        _require.shape(name_b, b, w.shape[:1], f"the first size of {name_w}")
+    if has_torch_function_variadic(a, w, b):
+        return hand_over(linear, a, w, b)
+    if any_autocast_is_on():
+        a, w, b = autocast(a, w, b)
+    if not fit(a, w, b):
+        refuse(a, w, b, names)
     return _linear(a, w, b)
 
 
@@ -151,4 +133,4 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to weighted inputs z (..., out_features)."""
-        return _checked_linear(input, self.weight, self.bias, ("input", "weight", "bias"))
+        return _checked_linear(input, *weight_and_bias(self), ("input", "weight", "bias"))

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable
+from manual_bp._function import as_callable, hand_over
 
 
 def sigmoid_prime(a: Tensor) -> Tensor:
@@ -70,13 +71,13 @@ def sigmoid(z: Tensor) -> Tensor:
     """Compute a = σ(z): `torch.sigmoid`, differentiated by hand.
 
     Args:
-        z: Weighted inputs, of any shape.
+        z: Weighted inputs, of any shape; integers become floats, as in `torch.sigmoid`.
 
     Returns:
         a, the activations, shaped as z, each between 0 and 1.
 
     Raises:
-        TypeError: z is no dense tensor, or is of integers.
+        TypeError: z is no dense tensor.
 
     See `SigmoidFunction` for the gradient.
     """
@@ -84,7 +85,9 @@ def sigmoid(z: Tensor) -> Tensor:
 
 
 def _checked_sigmoid(z: Tensor, name: str) -> Tensor:
-    _require.inexact(name, z)
+    if has_torch_function_unary(z):
+        return hand_over(sigmoid, z)
+    _require.tensor(name, z)
     return _sigmoid(z)
 
 

@@ -21,6 +21,7 @@ from manual_bp.verify import (
 )
 from tests.helpers import (
     LAYOUTS,
+    NOT_FOR_COMPLEX,
     assert_gradchecks,
     assert_matches,
     assert_no_derivative_kernel,
@@ -77,14 +78,6 @@ def theirs(**options: Any) -> nn.Module:
     return nn.Linear(IN, OUT, **options)
 
 
-NOT_FOR_COMPLEX = {
-    "autocast",
-    "bfloat16",
-    "factory_kwargs",
-    "float16",
-    "float32",
-    "infinite_values",
-}
 CASES = [
     case
     for on in ("cpu", "cuda")
@@ -272,11 +265,6 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
             TypeError,
             "a must have the dtype of w, torch.float32; got torch.int64",
         ),
-        (
-            (torch.ones(5, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64)),
-            TypeError,
-            "w must have a floating-point or complex dtype; got torch.int64",
-        ),
         ((torch.ones(5, 3), [[1.0]]), TypeError, "w must be a torch.Tensor; got list"),
         (
             (torch.ones(5, 3), torch.ones(4, 3, dtype=torch.float64)),
@@ -324,6 +312,11 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
 def test_bad_input(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear(*arguments)
+
+
+def test_integers_pass_as_in_pytorch() -> None:
+    a, w, b = torch.ones(5, 3).long(), torch.arange(12).view(4, 3), torch.arange(4)
+    assert torch.equal(linear(a, w, b), F.linear(a, w, b))
 
 
 @pytest.mark.parametrize(

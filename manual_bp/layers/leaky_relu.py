@@ -1,0 +1,133 @@
+"""The leaky ReLU: a = z, or a small share s of it below 0, with σ'(z) for BP1 and BP2."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import has_torch_function_unary
+
+from manual_bp import _require
+from manual_bp._function import as_callable, hand_over, in_place
+
+
+def leaky_relu_prime(a: Tensor, negative_slope: float) -> Tensor:
+    """σ'(z), written in terms of a: 1 where a > 0, else s. Shape as a."""
+    return torch.full_like(a, negative_slope).masked_fill(a > 0, 1)
+
+
+class LeakyReLUFunction(Function):
+    """a = z where z > 0, else s z, with its gradient written by hand; s is negative_slope.
+
+    Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
+
+        ∂C/∂z = grad_a * (1 where a > 0, else s)
+
+    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
+    linear layer above gave grad_a = wᵀδ.
+
+    At z = 0, where the slope jumps from s to 1, σ'(0) = s as in PyTorch.
+
+    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
+    Units: element by element; nothing is summed or averaged.
+    Saves: a alone, since for s ≥ 0 a > 0 just where z > 0. So z may be overwritten with a.
+    Errors: none of its own; `leaky_relu` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Maas, Hannun and Ng,
+    Rectifier Nonlinearities Improve Neural Network Acoustic Models, for the slope below 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, negative_slope: float, inplace: bool) -> Tensor:
+        """Compute a, into z's own memory if in place."""
+        return F.leaky_relu(z, negative_slope, inplace)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        """Save a, which is enough for σ'(z)."""
+        z, ctx.negative_slope, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(z)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """From grad_a = ∂C/∂a to ∂C/∂z."""
+        if grad_a is None:
+            return None, None, None
+        (a,) = ctx.saved_tensors
+        sigma_prime = leaky_relu_prime(a, ctx.negative_slope)
+        return grad_a * sigma_prime, None, None  # BP1, BP2: the factor ⊙ σ'(z)
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
+        """From a tangent dz to da = σ'(z) dz."""
+        (a,) = ctx.saved_tensors
+        return dz * leaky_relu_prime(a, ctx.negative_slope)
+
+
+_leaky_relu = as_callable(LeakyReLUFunction)
+
+
+def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """Compute a = z where z > 0, else s z: `torch.nn.functional.leaky_relu`, by hand.
+
+    Args:
+        z: Weighted inputs, of any shape.
+        negative_slope: s, the slope where z < 0; not below 0, for there the sign of a would no
+            longer tell the sign of z.
+        inplace: Whether a takes the place of z, in its memory.
+
+    Returns:
+        a, the activations, shaped as z; z itself if in place.
+
+    Raises:
+        TypeError: z is no dense tensor of a real floating dtype.
+        ValueError: negative_slope is below 0.
+
+    See `LeakyReLUFunction` for the gradient.
+    """
+    return _checked_leaky_relu(z, negative_slope, inplace, "z")
+
+
+def _checked_leaky_relu(z: Tensor, negative_slope: float, inplace: bool, name: str) -> Tensor:
+    if has_torch_function_unary(z):
+        return hand_over(leaky_relu, z, negative_slope, inplace)
+    _require.real(name, z)
+    _require.at_least("negative_slope", negative_slope, 0)
+    return (
+        in_place(_leaky_relu, z, negative_slope)
+        if inplace
+        else _leaky_relu(z, negative_slope, False)
+    )
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """`torch.nn.LeakyReLU`, differentiated by hand: the same but for its backward.
+
+    Args:
+        negative_slope: s, the slope where z < 0; at least 0.
+        inplace: Whether the output takes the place of the input, in its memory.
+
+    Raises:
+        ValueError: negative_slope is below 0.
+
+    Input and output are of the same, any shape. See `leaky_relu` for the errors raised and
+    `LeakyReLUFunction` for the gradient.
+    """
+
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
+        _require.at_least("negative_slope", negative_slope, 0)
+        super().__init__(negative_slope, inplace)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.LeakyReLU gives it)
+        """From weighted inputs z to activations a."""
+        return _checked_leaky_relu(input, self.negative_slope, self.inplace, "input")
+
+    def prime(self, a: Tensor) -> Tensor:
+        """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need."""
+        return leaky_relu_prime(a, self.negative_slope)

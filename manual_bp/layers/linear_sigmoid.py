@@ -1,0 +1,190 @@
+"""The linear and the sigmoid layer in one: a = σ(w a_prev + b), with BP1 to BP4."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
+
+from manual_bp import _require
+from manual_bp._function import (
+    any_autocast_is_on,
+    as_callable,
+    autocast,
+    hand_over,
+    release_saved,
+    save_for_forward,
+)
+from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
+
+
+def times_sigmoid_prime(grad_a: Tensor, a: Tensor) -> Tensor:
+    """grad_a ⊙ σ'(z), written in terms of a = σ(z): σ' = a (1 − a). Shape as a.
+
+    As t − t a with t = grad_a a, which takes two operations and one new tensor.
+    """
+    t = grad_a * a
+    if torch.is_grad_enabled():  # t will be wanted as it is, for second derivatives
+        return torch.addcmul(t, t, a, value=-1)
+    return t.addcmul_(t, a, value=-1)
+
+
+class LinearSigmoidFunction(Function):
+    """a = σ(w a_prev + b) for a batch of samples, with its gradients written by hand.
+
+    Forward, one sample a row, σ in the memory of z:
+
+        a = σ(a_prev @ w.mT + b)
+
+    Backward, from grad_a = ∂C/∂a, what the cost or the layer above sends down:
+
+        delta = grad_a * a * (1 - a)    δ_xj = ∂C/∂a_xj σ'(z_xj)    BP1, BP2: the factor ⊙ σ'(z)
+        ∂C/∂a_prev = delta @ w          Σ_j δ_xj w_jk               BP2: the factor wᵀδ
+        ∂C/∂b = Σ_x delta_x             Σ_x δ_xj                    BP3
+        ∂C/∂w = delta.mT @ a_prev       Σ_x δ_xj a_prev_xk          BP4
+
+    One stands where autograd has two, and so may say when memory is let go of: it peaks no higher.
+
+    Shapes: a_prev (..., in), w (out, in), b (out,) or None, a and grad_a (..., out).
+    Units: grad_a belongs to whatever cost is differentiated, so ∂C/∂w and ∂C/∂b are summed over
+    samples, and averaged just when the cost is.
+    Saves: a; a_prev, only if ∂C/∂w is asked for; w, only if ∂C/∂a_prev is. z is gone.
+    Errors: none of its own; `linear_sigmoid` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 to BP4.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a_prev: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Compute a = σ(a_prev @ w.mT + b)."""
+        a = affine(a_prev, w, b)
+        return torch.sigmoid_(a)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        """Save what the gradients that were asked for will need."""
+        a_prev, w, _ = inputs
+        needs_a_prev, needs_w, _ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a_prev if needs_w else None, w if needs_a_prev else None, output)
+        save_for_forward(ctx, a_prev, w, output)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_a: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """From grad_a = ∂C/∂a to ∂C/∂a_prev, ∂C/∂w and ∂C/∂b."""
+        if grad_a is None:
+            return None, None, None
+        a_prev, w, a = ctx.saved_tensors
+        needs_a_prev, needs_w, needs_b = ctx.needs_input_grad
+        delta = times_sigmoid_prime(grad_a, a)  # BP1, BP2: the factor ⊙ σ'(z)
+        # Memory is fullest below, where these two are needed no more: let go of them first.
+        del grad_a, a
+        release_saved(ctx)
+        rows = as_rows(delta)
+        grad_a_prev = delta @ w if needs_a_prev else None  # BP2: the factor wᵀδ
+        grad_b = rows.sum(0) if needs_b else None  # BP3
+        grad_w = rows.mT @ as_rows(a_prev) if needs_w else None  # BP4
+        return grad_a_prev, grad_w, grad_b
+
+    @staticmethod
+    def jvp(ctx: Any, da_prev: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
+        """From tangents da_prev, dw, db to da = σ'(z) (da_prev @ w.mT + a_prev @ dw.mT + db)."""
+        a_prev, w, a = ctx.saved_tensors
+        return times_sigmoid_prime(affine_tangent(a_prev, w, da_prev, dw, db), a)
+
+
+_linear_sigmoid = as_callable(LinearSigmoidFunction, frugal=True)
+
+
+def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Compute σ(w a + b) in one step, differentiated by hand: `linear`, then `sigmoid`.
+
+    The same numbers as the two, from one node of the graph instead of two, and without z.
+
+    Args:
+        a: Activations of the layer below, shape (..., in): one sample a row, or one sample alone.
+        w: Weights, shape (out, in); w_jk leads from neuron k below to neuron j.
+        b: Biases, shape (out,), or None.
+
+    Returns:
+        The activations, shape (..., out), each between 0 and 1.
+
+    Raises:
+        TypeError: An argument is no dense tensor of a real floating dtype, or has another than w.
+        ValueError: A shape does not fit w, or a device is another than that of w.
+
+    See `LinearSigmoidFunction` for the gradients.
+    """
+    return _checked_linear_sigmoid(a, w, b, ("a", "w", "b"))
+
+
+def _checked_linear_sigmoid(
+    a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]
+) -> Tensor:
+    if has_torch_function_variadic(a, w, b):
+        return hand_over(linear_sigmoid, a, w, b)
+    if any_autocast_is_on():
+        a, w, b = autocast(a, w, b)
+    if not fit(a, w, b):
+        refuse(a, w, b, names)
+    if not w.is_floating_point():
+        _require.real(names[1], w)
+    return _linear_sigmoid(a, w, b)
+
+
+class LinearSigmoid(nn.Module):
+    """`nn.Linear` and `nn.Sigmoid` in one, differentiated by hand.
+
+    Parameters, their names and their initialisation from a given seed are those of `nn.Linear`.
+    It is no subclass of it: what asks for an `nn.Linear` would take its output for z.
+
+    Args:
+        in_features: The number of neurons below, the last dimension of the input.
+        out_features: The number of neurons of this layer.
+        bias: Whether z has a bias; without, `bias` is None.
+        device: Where the parameters are made.
+        dtype: What the parameters are made of.
+
+    Shapes: input (..., in_features), output (..., out_features), weight (out_features,
+    in_features), bias (out_features,).
+
+    See `linear_sigmoid` for the errors raised and `LinearSigmoidFunction` for the gradients.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        options: Any = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, as `nn.Linear` does."""
+        nn.Linear.reset_parameters(cast("nn.Linear", self))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
+        """From activations (..., in_features) to activations (..., out_features)."""
+        return _checked_linear_sigmoid(input, *weight_and_bias(self), ("input", "weight", "bias"))
+
+    def extra_repr(self) -> str:
+        """The sizes, as `nn.Linear` has them."""
+        return nn.Linear.extra_repr(cast("nn.Linear", self))

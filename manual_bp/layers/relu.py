@@ -1,0 +1,116 @@
+"""The ReLU layer: a = max(0, z), with the factor σ'(z) of BP1 and BP2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import has_torch_function_unary
+
+from manual_bp import _require
+from manual_bp._function import as_callable, hand_over, in_place
+
+
+def relu_prime(a: Tensor) -> Tensor:
+    """σ'(z), written in terms of a = max(0, z): 0 where a is 0, else 1. Shape as a."""
+    return torch.ones_like(a).masked_fill(a <= 0, 0)
+
+
+class ReLUFunction(Function):
+    """a = max(0, z), element by element, with its gradient written by hand.
+
+    Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
+
+        ∂C/∂z = grad_a where a > 0, else 0
+
+    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
+    linear layer above gave grad_a = wᵀδ: σ'(z) is 1 or 0. It selects, and does not multiply, so
+    that an infinite grad_a stays out where σ' is 0, as in PyTorch.
+
+    At z = 0, where the slope jumps from 0 to 1, σ'(0) = 0 as in PyTorch.
+
+    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
+    Units: element by element; nothing is summed or averaged.
+    Saves: a alone, since a > 0 just where z > 0. So z may be overwritten with a.
+    Errors: none of its own; `relu` checks the argument.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for the
+    rectified linear unit.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, inplace: bool) -> Tensor:
+        """Compute a = max(0, z), into z's own memory if in place."""
+        return torch.relu_(z) if inplace else torch.relu(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        """Save a, which is enough for σ'(z)."""
+        z, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(z)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor | None) -> tuple[Tensor | None, None]:
+        """From grad_a = ∂C/∂a to ∂C/∂z."""
+        if grad_a is None:
+            return None, None
+        (a,) = ctx.saved_tensors
+        return torch.where(a <= 0, 0, grad_a), None  # BP1, BP2: the factor ⊙ σ'(z)
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor, _: None) -> Tensor:
+        """From a tangent dz to da = σ'(z) dz."""
+        (a,) = ctx.saved_tensors
+        return torch.where(a <= 0, 0, dz)
+
+
+_relu = as_callable(ReLUFunction)
+
+
+def relu(z: Tensor, inplace: bool = False) -> Tensor:
+    """Compute a = max(0, z): `torch.nn.functional.relu`, differentiated by hand.
+
+    Args:
+        z: Weighted inputs, of any shape; integers stay what they are.
+        inplace: Whether a takes the place of z, in its memory.
+
+    Returns:
+        a, the activations, shaped as z; z itself if in place.
+
+    Raises:
+        TypeError: z is no dense tensor, or is of complex numbers or truth values.
+
+    See `ReLUFunction` for the gradient.
+    """
+    return _checked_relu(z, inplace, "z")
+
+
+def _checked_relu(z: Tensor, inplace: bool, name: str) -> Tensor:
+    if has_torch_function_unary(z):
+        return hand_over(relu, z, inplace)
+    _require.ordered(name, z)
+    return in_place(_relu, z) if inplace else _relu(z, False)
+
+
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU`, differentiated by hand: the same but for its backward.
+
+    Args:
+        inplace: Whether the output takes the place of the input, in its memory.
+
+    Input and output are of the same, any shape. See `relu` for the errors raised and
+    `ReLUFunction` for the gradient.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.ReLU gives it)
+        """From weighted inputs z to activations a."""
+        return _checked_relu(input, self.inplace, "input")
+
+    def prime(self, a: Tensor) -> Tensor:
+        """σ'(z) in terms of a = max(0, z), shaped as a, for explicit BP1 and BP2."""
+        return relu_prime(a)

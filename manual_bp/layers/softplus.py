@@ -1,0 +1,143 @@
+"""The softplus layer: a = ln(1 + e^z), with the factor σ'(z) of BP1 and BP2."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import has_torch_function_unary
+
+from manual_bp import _require
+from manual_bp._function import as_callable, hand_over
+
+# From a threshold of 20 on, ln(1 + e^t) above it is t but for 2e-9, so that a tells on which side
+# of it z was. Below, one and the same a comes from either side.
+TELLING_THRESHOLD = 20.0
+
+
+def softplus_prime(a: Tensor, beta: float, threshold: float) -> Tensor:
+    """σ'(z), written in terms of a: 1 − e^(−β a), and 1 where a = z. Shape as a."""
+    return torch.where(beta * a > threshold, 1, -torch.expm1(-beta * a))
+
+
+def softplus_prime_of_z(z: Tensor, beta: float, threshold: float) -> Tensor:
+    """σ'(z) for a threshold too low to show in a: 1 / (1 + e^(−β z)), and 1 where a = z."""
+    return torch.where(beta * z > threshold, 1, torch.sigmoid(beta * z))
+
+
+class SoftplusFunction(Function):
+    """a = ln(1 + e^(β z)) / β, and a = z where β z > threshold; its gradient is written by hand.
+
+    Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
+
+        ∂C/∂z = grad_a * (1 - exp(-β a))        and grad_a where β z > threshold
+
+    since σ'(z) = e^(βz) / (1 + e^(βz)) = 1 − e^(−β a), which loses no digits however small a is.
+    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
+    linear layer above gave grad_a = wᵀδ.
+
+    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
+    Units: element by element; nothing is summed or averaged.
+    Saves: a alone; for a threshold below 20 z instead, since then only z tells where a = z.
+    Errors: none of its own; `softplus` checks the arguments.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Dugas et al.,
+    Incorporating Second-Order Functional Knowledge for Better Option Pricing, for softplus.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, beta: float, threshold: float) -> Tensor:
+        """Compute a = ln(1 + e^(β z)) / β."""
+        return F.softplus(z, beta, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        """Save a, which is enough for σ'(z), or z where it is not."""
+        z, ctx.beta, ctx.threshold = inputs
+        ctx.a_tells = ctx.threshold >= TELLING_THRESHOLD
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output if ctx.a_tells else z)
+        ctx.save_for_forward(output if ctx.a_tells else z)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """From grad_a = ∂C/∂a to ∂C/∂z."""
+        if grad_a is None:
+            return None, None, None
+        return grad_a * _saved_prime(ctx), None, None  # BP1, BP2: the factor ⊙ σ'(z)
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
+        """From a tangent dz to da = σ'(z) dz."""
+        return dz * _saved_prime(ctx)
+
+
+def _saved_prime(ctx: Any) -> Tensor:
+    (saved,) = ctx.saved_tensors
+    prime = softplus_prime if ctx.a_tells else softplus_prime_of_z
+    return prime(saved, ctx.beta, ctx.threshold)
+
+
+_softplus = as_callable(SoftplusFunction)
+
+
+def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """Compute a = ln(1 + e^(β z)) / β: `torch.nn.functional.softplus`, differentiated by hand.
+
+    Args:
+        z: Weighted inputs, of any shape.
+        beta: β, how sharp the bend at 0 is; not 0.
+        threshold: Where β z is above it, a = z.
+
+    Returns:
+        a, the activations, shaped as z.
+
+    Raises:
+        TypeError: z is no dense tensor of a real floating dtype.
+        ValueError: beta is 0.
+
+    See `SoftplusFunction` for the gradient.
+    """
+    return _checked_softplus(z, beta, threshold, "z")
+
+
+def _checked_softplus(z: Tensor, beta: float, threshold: float, name: str) -> Tensor:
+    if has_torch_function_unary(z):
+        return hand_over(softplus, z, beta, threshold)
+    _require.real(name, z)
+    _require.not_zero("beta", beta)
+    return _softplus(z, beta, threshold)
+
+
+class Softplus(nn.Softplus):
+    """`torch.nn.Softplus`, differentiated by hand: the same but for its backward.
+
+    Args:
+        beta: β, how sharp the bend at 0 is; not 0.
+        threshold: Where β z is above it, a = z.
+
+    Raises:
+        ValueError: beta is 0.
+
+    Input and output are of the same, any shape. See `softplus` for the errors raised and
+    `SoftplusFunction` for the gradient.
+    """
+
+    def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
+        _require.not_zero("beta", beta)
+        super().__init__(beta, threshold)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Softplus gives it)
+        """From weighted inputs z to activations a."""
+        return _checked_softplus(input, self.beta, self.threshold, "input")
+
+    def prime(self, a: Tensor) -> Tensor:
+        """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need.
+
+        Raises:
+            ValueError: The threshold is below 20, and a does not tell on which side of it z was.
+        """
+        _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
+        return softplus_prime(a, self.beta, self.threshold)

@@ -1,0 +1,107 @@
+"""The tanh layer: a = tanh(z), with the factor σ'(z) of BP1 and BP2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import has_torch_function_unary
+
+from manual_bp import _require
+from manual_bp._function import as_callable, hand_over
+
+
+def tanh_prime(a: Tensor) -> Tensor:
+    """σ'(z), written in terms of a = tanh(z): σ' = 1 − σ². Shape as a."""
+    return 1 - a * a
+
+
+class TanhFunction(Function):
+    """a = tanh(z), element by element, with its gradient written by hand.
+
+    Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
+
+        ∂C/∂z = grad_a * (1 - a * a)        ∂C/∂z_xj = ∂C/∂a_xj (1 − a_xj²)
+
+    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
+    linear layer above gave grad_a = wᵀδ. Complex tensors take the conjugate of σ', as PyTorch's
+    gradients do.
+
+    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
+    Units: element by element; nothing is summed or averaged.
+    Saves: a alone, since σ'(z) = 1 − a².
+    Errors: none of its own; `tanh` checks the argument.
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for tanh.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        """Compute a = tanh(z)."""
+        return torch.tanh(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Save a, which is enough for σ'(z)."""
+        del inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor | None) -> Tensor | None:
+        """From grad_a = ∂C/∂a to ∂C/∂z."""
+        if grad_a is None:
+            return None
+        (a,) = ctx.saved_tensors
+        return grad_a * tanh_prime(a).conj()  # BP1, BP2: the factor ⊙ σ'(z)
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor) -> Tensor:
+        """From a tangent dz to da = σ'(z) dz."""
+        (a,) = ctx.saved_tensors
+        return dz * tanh_prime(a)
+
+
+_tanh = as_callable(TanhFunction)
+
+
+def tanh(z: Tensor) -> Tensor:
+    """Compute a, the hyperbolic tangent of z: `torch.tanh`, differentiated by hand.
+
+    Args:
+        z: Weighted inputs, of any shape; integers become floats, as in `torch.tanh`.
+
+    Returns:
+        a, the activations, shaped as z, each between -1 and 1.
+
+    Raises:
+        TypeError: z is no dense tensor.
+
+    See `TanhFunction` for the gradient.
+    """
+    return _checked_tanh(z, "z")
+
+
+def _checked_tanh(z: Tensor, name: str) -> Tensor:
+    if has_torch_function_unary(z):
+        return hand_over(tanh, z)
+    _require.tensor(name, z)
+    return _tanh(z)
+
+
+class Tanh(nn.Tanh):
+    """`torch.nn.Tanh`, differentiated by hand: the same but for its backward.
+
+    Input and output are of the same, any shape. See `tanh` for the errors raised and
+    `TanhFunction` for the gradient.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Tanh gives it)
+        """From weighted inputs z to activations a."""
+        return _checked_tanh(input, "input")
+
+    def prime(self, a: Tensor) -> Tensor:
+        """σ'(z) in terms of a = tanh(z), shaped as a; the factor that explicit BP1 and BP2 need."""
+        return tanh_prime(a)

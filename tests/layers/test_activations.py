@@ -1,0 +1,258 @@
+"""What every activation must do, each asked the same."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from manual_bp import (
+    LeakyReLU,
+    ReLU,
+    Sigmoid,
+    Softplus,
+    Tanh,
+    leaky_relu,
+    relu,
+    sigmoid,
+    softplus,
+    tanh,
+)
+from manual_bp.layers import ACTIVATIONS
+from tests.helpers import (
+    LAYOUTS,
+    assert_gradchecks,
+    assert_matches,
+    assert_no_derivative_kernel,
+    assert_same,
+    assert_undefined_gradient_costs_nothing,
+    is_same_memory,
+    leaf,
+    saved_tensors,
+)
+
+SHAPES = [(5, 3), (), (3,), (1, 3), (0, 3), (2, 3, 2)]
+
+
+class Activation(NamedTuple):
+    call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    module: Any
+    reference_module: Any
+
+    @property
+    def name(self) -> str:
+        return self.call.__name__
+
+
+KINDS = [
+    Activation(sigmoid, torch.sigmoid, Sigmoid, nn.Sigmoid),
+    Activation(tanh, torch.tanh, Tanh, nn.Tanh),
+    Activation(relu, F.relu, ReLU, nn.ReLU),
+    Activation(leaky_relu, F.leaky_relu, LeakyReLU, nn.LeakyReLU),
+    Activation(softplus, F.softplus, Softplus, nn.Softplus),
+]
+every_activation = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+in_place = pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k.name.endswith("relu")], ids=lambda kind: kind.name
+)
+
+
+def sample(*shape: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def test_every_activation_is_here() -> None:
+    assert {kind.module for kind in KINDS} == set(ACTIVATIONS)
+
+
+@every_activation
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_derivatives_of_first_and_second_order(
+    kind: Activation, shape: tuple[int, ...], device: torch.device
+) -> None:
+    arguments = [sample(*shape, device=device)]
+    assert_gradchecks(kind.call, arguments)
+    assert_matches(kind.call, kind.reference, arguments)
+
+
+@every_activation
+@given(shape=st.lists(st.integers(0, 4), max_size=4), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_any_shape(kind: Activation, shape: list[int], layout: str) -> None:
+    z = torch.randn(shape, dtype=torch.float64)
+    assert_matches(kind.call, kind.reference, [LAYOUTS[layout](z)])
+
+
+@every_activation
+def test_keeps_only_its_output(kind: Activation, device: torch.device) -> None:
+    z = leaf(sample(5, 3, device=device))
+    a = kind.call(z)
+    (kept,) = saved_tensors(kind.call, [z])
+    assert torch.equal(kept, a)
+    assert not is_same_memory(kept, z)
+
+
+@every_activation
+def test_an_undefined_gradient_costs_nothing(kind: Activation, device: torch.device) -> None:
+    assert_undefined_gradient_costs_nothing(kind.call, [sample(5, 3, device=device)])
+
+
+@every_activation
+def test_backward_runs_no_derivative_kernel(kind: Activation, device: torch.device) -> None:
+    assert_no_derivative_kernel(kind.call, [sample(5, 3, device=device)])
+
+
+@every_activation
+def test_an_output_changed_in_place_is_noticed(kind: Activation, device: torch.device) -> None:
+    a = kind.call(leaf(sample(5, 3, device=device)))
+    with torch.no_grad():
+        a += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        a.sum().backward()
+
+
+@every_activation
+def test_an_infinite_gradient_goes_where_pytorch_lets_it(
+    kind: Activation, device: torch.device
+) -> None:
+    z = sample(5, 3, device=device)
+    assert_matches(kind.call, kind.reference, [z], torch.full_like(z, torch.inf))
+
+
+@every_activation
+def test_strides_are_those_of_pytorch(kind: Activation, device: torch.device) -> None:
+    z = sample(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    ours, theirs = leaf(z), leaf(z)
+    a, expected = kind.call(ours), kind.reference(theirs)
+    assert a.stride() == expected.stride()
+    upstream = torch.randn_like(a)
+    (grad,) = torch.autograd.grad(a, ours, upstream)
+    (expected_grad,) = torch.autograd.grad(expected, theirs, upstream)
+    assert grad.stride() == expected_grad.stride()
+
+
+@every_activation
+def test_autocast_does_what_pytorch_does(kind: Activation, device: torch.device) -> None:
+    with torch.autocast(device.type):
+        for dtype in (torch.float32, torch.bfloat16):
+            z = sample(5, 3, device=device).to(dtype)
+            assert kind.call(z).dtype is kind.reference(z).dtype
+
+
+@every_activation
+def test_prime_is_the_derivative(kind: Activation) -> None:
+    z = leaf(torch.linspace(-5, 5, 20, dtype=torch.float64))
+    a = kind.reference(z)
+    (expected,) = torch.autograd.grad(a.sum(), z)
+    found = kind.module().prime(a.detach())
+    assert found.dtype is torch.float64
+    assert_same([found], [expected])
+
+
+@every_activation
+def test_module_is_pytorchs_but_for_its_backward(kind: Activation) -> None:
+    module = kind.module()
+    assert isinstance(module, kind.reference_module)
+    assert repr(module) == repr(kind.reference_module())
+    assert not module.state_dict()
+    z = leaf(torch.randn(5, 3))
+    assert type(module(z).grad_fn).__name__ == f"{kind.module.__name__}FunctionBackward"
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(z), kind.reference(z))
+
+
+@in_place
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_place(kind: Activation, shape: tuple[int, ...], device: torch.device) -> None:
+    z = sample(*shape, device=device)
+    overwritten = z.clone()
+    assert kind.call(overwritten, inplace=True) is overwritten
+    assert torch.equal(overwritten, kind.reference(z))
+    module = kind.module(inplace=True)
+    assert repr(module) == repr(kind.reference_module(inplace=True))
+    for call in (lambda z: kind.call(z * 1, inplace=True), lambda z: module(z * 1)):
+        assert_gradchecks(call, [z])
+        assert_matches(call, kind.reference, [z])
+
+
+@in_place
+def test_in_place_keeps_no_second_tensor(kind: Activation, device: torch.device) -> None:
+    z = leaf(sample(5, 3, device=device)) * 1
+    (kept,) = saved_tensors(lambda z: kind.call(z, inplace=True), [z])
+    assert kept.data_ptr() == z.data_ptr()
+
+
+@in_place
+def test_in_place_is_refused_where_pytorch_refuses_it(kind: Activation) -> None:
+    z = leaf(torch.randn(5, 3))
+    for call in (kind.call, kind.reference):
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+            call(z, inplace=True)
+    squared = (needed := leaf(torch.randn(5))).square().exp()
+    kind.call(squared, inplace=True)  # exp needs its own output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    assert needed.grad is None
+
+
+@in_place
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_place_compiled_and_transformed(
+    kind: Activation, compiled: bool, device: torch.device
+) -> None:
+    def net(call: Any) -> Callable[[Tensor], Tensor]:
+        def run(z: Tensor) -> Tensor:
+            z = z * 2
+            a = call(z, inplace=True)
+            total: Tensor = (a + z).pow(2).sum()
+            return total
+
+        return run
+
+    z = sample(5, 3, device=device)
+    ours = torch.func.vmap(torch.func.grad(net(kind.call)))
+    if compiled:
+        torch._dynamo.reset()
+        ours = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same([ours(z)], [torch.func.vmap(torch.func.grad(net(kind.reference)))(z)])
+    if compiled:
+        ours = torch.compile(net(kind.call), fullgraph=True, backend="aot_eager")
+        assert_matches(ours, net(kind.reference), [z])
+
+
+@every_activation
+def test_bad_input(kind: Activation) -> None:
+    for z, error, message in [
+        (1.0, TypeError, "z must be a torch.Tensor; got float"),
+        (torch.ones(3).to_sparse(), TypeError, "z must be a dense tensor; got layout"),
+    ]:
+        with pytest.raises(error, match=message):
+            kind.call(z)
+        with pytest.raises(error, match=message.replace("z must", "input must")):
+            kind.module()(z)
+
+
+@every_activation
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float16], ids=str
+)
+def test_other_dtypes_are_taken_or_refused_as_by_pytorch(
+    kind: Activation, dtype: torch.dtype
+) -> None:
+    z = torch.tensor([0, 1, 1]).to(dtype)
+    try:
+        expected = kind.reference(z)
+    except (RuntimeError, NotImplementedError):
+        with pytest.raises(TypeError, match=rf"z must have a real .*; got {dtype}"):
+            kind.call(z)
+        with pytest.raises(TypeError, match=rf"input must have a real .*; got {dtype}"):
+            kind.module()(z)
+    else:
+        assert kind.call(z).dtype is expected.dtype
+        assert torch.equal(kind.module()(z), expected)
