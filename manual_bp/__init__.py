@@ -8,12 +8,14 @@
     SigmoidCrossEntropyCost          on weighted inputs z; sigmoid_cross_entropy_cost
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
     backprop(net, x, y, cost)        BP1 to BP4 without autograd; returns a Trace
+    convert(model), restore(model)   torch.nn's layers to ours, in place, and back
 
 Behind each layer and cost stands a `torch.autograd.Function`, public as well: `LinearFunction`
 and so on.
 """
 
 from manual_bp.backprop import backprop
+from manual_bp.convert import ConversionReport, convert, restore
 from manual_bp.costs._cost import Cost
 from manual_bp.costs.quadratic import QuadraticCost, QuadraticCostFunction, quadratic_cost
 from manual_bp.costs.sigmoid_cross_entropy import (
@@ -38,6 +40,7 @@ from manual_bp.trace import LayerTrace, Trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionReport",
     "Cost",
     "LayerTrace",
     "LeakyReLU",
@@ -62,11 +65,13 @@ __all__ = [
     "TanhFunction",
     "Trace",
     "backprop",
+    "convert",
     "leaky_relu",
     "linear",
     "linear_sigmoid",
     "quadratic_cost",
     "relu",
+    "restore",
     "sigmoid",
     "sigmoid_cross_entropy_cost",
     "softmax_cross_entropy_cost",

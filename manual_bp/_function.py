@@ -69,7 +69,7 @@ def _apart(args: tuple[Any, ...]) -> list[Any]:
 
 def _with_ctx_in_forward(function: Any, frugal: bool) -> Any:
     function_forward, setup_context = function.forward, function.setup_context
-    function_backward = function.backward
+    unboxed = function.backward
 
     def forward(ctx: Any, *args: object) -> Any:
         output = function_forward(*args)
@@ -77,7 +77,7 @@ def _with_ctx_in_forward(function: Any, frugal: bool) -> Any:
         return output
 
     def backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-        return function_backward(ctx, grads.pop())
+        return unboxed(ctx, grads.pop())
 
     form: dict[str, Any] = {
         "forward": staticmethod(forward),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -11,11 +12,16 @@ from torch.nn.utils import prune
 
 from manual_bp import (
     Cost,
+    LeakyReLU,
     Linear,
+    LinearSigmoid,
     QuadraticCost,
+    ReLU,
     Sigmoid,
     SigmoidCrossEntropyCost,
     SoftmaxCrossEntropyCost,
+    Softplus,
+    Tanh,
     Trace,
     backprop,
 )
@@ -134,6 +140,46 @@ COSTS = [
     for reduction in ("mean", "sum")
 ]
 every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [Tanh(), ReLU(), ReLU(inplace=True), LeakyReLU(0.3), LeakyReLU(0.3, True), Softplus(2)],
+    ids=repr,
+)
+def test_every_activation(activation: nn.Module, device: torch.device) -> None:
+    net = nn.Sequential(Linear(5, 4), activation, Linear(4, 3), activation, Sigmoid())
+    net = net.double().to(device)
+    x = torch.randn(6, 5, dtype=torch.float64, device=device)
+    y = torch.rand(6, 3, dtype=torch.float64, device=device)
+    trace = backprop(net, x, y, QuadraticCost())
+    QuadraticCost()(net(x), y).backward()
+    for layer in trace.layers:
+        for found, parameter in ((layer.grad_w, layer.w), (layer.grad_b, layer.b)):
+            assert found is not None
+            assert parameter is not None
+            assert parameter.grad is not None
+            assert_same([found], [parameter.grad])
+    assert_same([trace["0"].z, trace.output], [F.linear(x, *net[0].parameters()), net(x)])
+
+
+def test_linear_sigmoid_is_a_layer_with_its_activation(device: torch.device) -> None:
+    net = nn.Sequential(LinearSigmoid(5, 4), Tanh(), LinearSigmoid(4, 3)).double().to(device)
+    x = torch.randn(6, 5, dtype=torch.float64, device=device)
+    y = torch.rand(6, 3, dtype=torch.float64, device=device)
+    trace = backprop(net, x, y, QuadraticCost())
+    QuadraticCost()(net(x), y).backward()
+    assert [layer.name for layer in trace.layers] == ["0", "2"]
+    for layer in trace.layers:
+        assert layer.grad_w is not None
+        assert layer.w.grad is not None
+        assert_same([layer.grad_w], [layer.w.grad])
+
+
+def test_a_softplus_with_a_low_threshold_is_refused() -> None:
+    net = nn.Sequential(Linear(5, 4), nn.Softplus(threshold=1))
+    with pytest.raises(ValueError, match=r"threshold must be at least 20\.0; got 1"):
+        backprop(net, torch.randn(6, 5), torch.rand(6, 4), QuadraticCost())
 
 
 def parameter_gradients(trace: Trace) -> list[Tensor]:
@@ -381,12 +427,12 @@ def weight_normed() -> nn.Sequential:
         (
             nn.Sequential(Linear(5, 4), nn.Dropout(), Linear(4, 2)),
             TypeError,
-            r"net\['1'\] must be a Linear or an activation \(.*Sigmoid.*\), .* got Dropout",
+            r"net\['1'\] must be a Linear, LinearSigmoid or an activation \(.*\), .* Dropout",
         ),
-        (nn.Sequential(GOOD), TypeError, r"net\['0'\] must be a Linear .* got Sequential"),
-        (nn.Sequential(Doubled(5, 2)), TypeError, r"net\['0'\] must be a Linear .* got Doubled"),
-        (patched(), TypeError, r"net\['0'\] must be a Linear .* got Linear"),
-        (nn.Sequential(Logged(5, 2)), TypeError, r"net\['0'\] must be a Linear .* got Logged"),
+        (nn.Sequential(GOOD), TypeError, r"net\['0'\] must be a Linear,.* got Sequential"),
+        (nn.Sequential(Doubled(5, 2)), TypeError, r"net\['0'\] must be a Linear,.* got Doubled"),
+        (patched(), TypeError, r"net\['0'\] must be a Linear,.* got Linear"),
+        (nn.Sequential(Logged(5, 2)), TypeError, r"net\['0'\] must be a Linear,.* got Logged"),
         (patched_net(), TypeError, "net must be an nn.Sequential of .* got Sequential"),
         (hooked("register_forward_hook", "1"), TypeError, r"net\['1'\] must have no hooks"),
         (hooked("register_forward_pre_hook", "1"), TypeError, r"net\['1'\] must have no hooks"),

@@ -52,6 +52,8 @@ def test_each_equation_is_tagged_once_whole_and_where_its_factor_is(equation: st
     }
     assert tagged["backprop.py"] == 1
     assert tagged["layers/linear.py"] == (equation != "BP1")
-    assert tagged["layers/sigmoid.py"] == (equation in ("BP1", "BP2"))
+    for activation in ("sigmoid", "tanh", "relu", "leaky_relu", "softplus"):
+        assert tagged[f"layers/{activation}.py"] == (equation in ("BP1", "BP2"))
+    assert tagged["layers/linear_sigmoid.py"] == (2 if equation == "BP2" else 1)
     for cost in ("quadratic", "sigmoid_cross_entropy", "softmax_cross_entropy"):
         assert tagged[f"costs/{cost}.py"] == (equation == "BP1")

@@ -1,0 +1,428 @@
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import manual_bp
+from manual_bp import ConversionReport, LinearSigmoid, convert, restore
+from tests.helpers import assert_same
+
+PAIRS = [
+    (nn.Linear(3, 4), manual_bp.Linear),
+    (nn.Sigmoid(), manual_bp.Sigmoid),
+    (nn.Tanh(), manual_bp.Tanh),
+    (nn.ReLU(inplace=True), manual_bp.ReLU),
+    (nn.LeakyReLU(0.2), manual_bp.LeakyReLU),
+    (nn.Softplus(2), manual_bp.Softplus),
+]
+
+
+class Renamed(nn.Linear):
+    """A subclass with an addition, and PyTorch's forward."""
+
+    def norm(self) -> Tensor:
+        return self.weight.square().sum()
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return 2 * super().forward(input)
+
+
+class Called(nn.Linear):
+    def __call__(self, *arguments: Any) -> Any:
+        return super().__call__(*arguments)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body: Any = nn.Sequential(
+            nn.Linear(5, 4), nn.Sigmoid(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh()
+        )
+        self.heads: Any = nn.ModuleDict({"one": Renamed(4, 3), "two": Doubled(4, 3)})
+        self.again: Any = self.body[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.body(x))
+        return self.heads["one"](x) + self.heads["two"](x)  # type: ignore[no-any-return]
+
+
+def network() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def classes(model: nn.Module) -> dict[str, type[Any]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """Each module's class and all that it holds: what must be as before."""
+    return {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
+
+
+def train(model: nn.Module, steps: int = 5, features: int = 5) -> list[Tensor]:
+    torch.manual_seed(2)
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = model(torch.randn(6, features).double()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize(("module", "ours"), PAIRS, ids=lambda v: repr(v))
+def test_a_layer_by_itself(module: nn.Module, ours: type[Any]) -> None:
+    module = copy.deepcopy(module)
+    before = everything(module)
+    report = convert(module)
+    assert type(module) is ours
+    assert report.changed == (("", ours.__bases__[0], ours),)
+    assert report.left == ()
+    restore(module)
+    assert everything(module) == before
+
+
+def test_a_model_keeps_all_its_objects() -> None:
+    model = network()
+    before = everything(model)
+    parameters = list(model.parameters())
+    keys = list(model.state_dict())
+    report = convert(model)
+    assert [(c.name, c.after.__mro__[:2]) for c in report.changed[:1]] == [
+        ("body.0", (manual_bp.Linear, nn.Linear))
+    ]
+    assert [change.name for change in report.changed] == [
+        "body.0", "body.1", "body.3", "body.4", "heads.one"
+    ]  # fmt: skip
+    assert [(left.name, left.reason) for left in report.left] == [
+        ("body.2", "there is no such layer among ours"),
+        ("heads.two", "its class has a forward of its own"),
+    ]
+    assert model.again is model.body[3]
+    assert all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert type(model.heads["one"]).__name__ == "Renamed"
+    assert isinstance(model.heads["one"], Renamed)
+    assert isinstance(model.heads["one"], manual_bp.Linear)
+    assert convert(model).changed == ()
+    assert len(restore(model).changed) == 5
+    assert everything(model) == before
+    assert restore(model) == ConversionReport((), ())
+
+
+def test_the_numbers_stay() -> None:
+    theirs, ours = network(), network()
+    convert(ours)
+    assert_same(train(ours), train(theirs))
+    restore(ours)
+    assert_same(train(ours), train(theirs))
+    assert_same(list(ours.parameters()), list(theirs.parameters()))
+
+
+def test_it_is_our_backward_that_runs() -> None:
+    model = network()
+    convert(model)
+    names = set()
+    queue = [model(torch.randn(2, 5)).grad_fn]
+    while queue:
+        node = queue.pop()
+        names.add(type(node).__name__)
+        queue += [below for below, _ in node.next_functions if below is not None]
+    assert {"LinearFunctionBackward", "SigmoidFunctionBackward", "TanhFunctionBackward"} <= names
+
+
+def test_hooks_mode_and_the_optimiser_stay() -> None:
+    model = network().eval()
+    seen = []
+    model.body[0].register_forward_hook(lambda *_: seen.append("forward"))
+    model.body[0].register_full_backward_hook(lambda *_: seen.append("backward"))
+    model.body[0].weight.register_hook(lambda _: seen.append("weight"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    convert(model)
+    assert not any(module.training for module in model.modules())
+    before = model.body[0].weight.clone()
+    model(torch.randn(2, 5, requires_grad=True)).sum().backward()
+    optimizer.step()
+    assert sorted(seen) == ["backward", "forward", "weight"]
+    assert not torch.equal(model.body[0].weight, before)
+
+
+def test_a_module_that_occurs_twice_is_converted_once() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert [change.name for change in convert(model).changed] == ["0", "1"]
+    assert model[0] is model[2] is shared
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    theirs = copy.deepcopy(model)
+    convert(model)
+    assert model[2].weight is model[0].weight
+    assert_same(train(model, features=4), train(theirs, features=4))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Doubled(3, 4), "its class has a forward of its own"),
+        (Called(3, 4), "its class has a __call__ of its own"),
+        (nn.LazyLinear(4), "it is lazy and has seen no input yet"),
+        (nn.LeakyReLU(-0.1), "its negative_slope is below 0"),
+        (nn.Softplus(0), "its beta is 0"),
+        (nn.GELU(), "there is no such layer among ours"),
+        (nn.ReLU6(), "there is no such layer among ours"),
+    ],
+)
+def test_what_is_left_alone(module: nn.Module, reason: str) -> None:
+    before = everything(module)
+    report = convert(nn.Sequential(module))
+    assert report == ConversionReport((), (("0", type(module), reason),))  # type: ignore[arg-type]
+    assert everything(module) == before
+
+
+def test_a_forward_replaced_on_the_object_is_left_alone() -> None:
+    module = nn.Linear(3, 4)
+    module.forward = lambda input: input  # type: ignore[method-assign]  # noqa: A006
+    (left,) = convert(module).left
+    assert left.reason == "its forward was replaced on the object"
+
+
+def test_a_lazy_linear_that_has_seen_its_input_is_converted() -> None:
+    module: Any = nn.LazyLinear(4)
+    module(torch.randn(2, 3))
+    convert(module)
+    assert type(module) is manual_bp.Linear
+
+
+def test_attention_uses_its_projection_without_calling_it() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    theirs = copy.deepcopy(model)
+    report = convert(model)
+    assert {change.name for change in report.changed} == {"linear1", "linear2"}
+    reasons = {left.name: left.reason for left in report.left}
+    assert reasons["self_attn.out_proj"].startswith("nn.MultiheadAttention computes with its weig")
+    x = torch.randn(2, 3, 8)
+    upstream = torch.randn(2, 3, 8)
+    for module in (model, theirs):
+        module(x).backward(upstream)
+    for one, two in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    with torch.no_grad():  # PyTorch's fast path for inference
+        torch.testing.assert_close(model.eval()(x), theirs.eval()(x))
+
+
+def roundtrip(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), roundtrip],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_is_converted_and_can_be_restored(copied: Callable[[Any], Any]) -> None:
+    model = network()
+    before = classes(model)
+    convert(model)
+    twin = copied(model)
+    assert classes(twin) == classes(model)
+    x = torch.randn(2, 5)
+    assert torch.equal(twin(x), model(x))
+    assert twin.heads["one"].norm() == model.heads["one"].norm()
+    restore(twin)
+    assert classes(twin) == before
+    assert torch.equal(twin(x), model(x))
+    assert type(model.body[0]) is manual_bp.Linear
+
+
+def test_joined_classes_go_when_nobody_uses_them() -> None:
+    model = parametrizations.weight_norm(nn.Linear(3, 4))
+    convert(model)
+    watch = weakref.ref(type(model))
+    del model
+    gc.collect()
+    assert watch() is None
+
+
+def test_reparametrised_before_and_after() -> None:
+    x = torch.randn(2, 3)
+    before: Any = parametrizations.weight_norm(nn.Linear(3, 4))
+    expected = before(x)
+    convert(before)
+    assert isinstance(before, manual_bp.Linear)
+    assert torch.equal(before(x), expected)
+    assert type(before(x).grad_fn).__name__ == "LinearFunctionBackward"
+    restore(before)
+    assert type(before).__bases__ == (nn.Linear,)
+    assert torch.equal(before(x), expected)
+
+    after = nn.Linear(3, 4)
+    convert(after)
+    parametrizations.weight_norm(after)
+    (left,) = restore(after).left
+    assert left.reason == "its class has changed since, as by parametrize: undo that first"
+    parametrize.remove_parametrizations(after, "weight")
+    restore(after)
+    assert type(after) is nn.Linear
+
+
+def test_layers_of_ours_from_before_stay_when_restored() -> None:
+    model = nn.Sequential(
+        manual_bp.Linear(3, 4), nn.Sigmoid(), manual_bp.Linear(4, 4), nn.Sigmoid()
+    )
+    convert(model, fuse=True)
+    assert [type(m) for m in model] == [LinearSigmoid, nn.Identity] * 2
+    restore(model)
+    assert [type(m) for m in model] == [manual_bp.Linear, nn.Sigmoid] * 2
+
+
+def sigmoid_net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(5, 4), nn.Sigmoid(), nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), nn.Linear(4, 3)
+    )
+
+
+@pytest.mark.parametrize("converted_before", [True, False])
+def test_fuse(converted_before: bool) -> None:
+    model: Any = sigmoid_net()
+    theirs = sigmoid_net()
+    before, objects = everything(model), list(model.modules())
+    if converted_before:
+        convert(model)
+    report = convert(model, fuse=True)
+    assert [type(m) for m in (*model[:2], *model[2], model[3])] == [
+        LinearSigmoid, nn.Identity, LinearSigmoid, nn.Identity, manual_bp.Linear
+    ]  # fmt: skip
+    assert len(report.changed) == (4 if converted_before else 5)
+    assert list(model.modules()) == objects
+    assert list(model.state_dict()) == list(theirs.state_dict())
+    assert_same(train(model), train(theirs))
+    assert repr(model[0]) == "LinearSigmoid(in_features=5, out_features=4, bias=True)"
+    assert convert(model, fuse=True).changed == ()
+    twin = copy.deepcopy(model)
+    restore(model)
+    assert everything(model) == before
+    restore(twin)
+    assert classes(twin) == classes(model)
+
+
+def hooked(model: nn.Sequential, where: int, hook: str) -> nn.Sequential:
+    getattr(model[where], f"register_{hook}")(lambda *_: None)
+    return model
+
+
+class Reversed(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self[0](self[1](input))  # type: ignore[no-any-return]
+
+
+class WithAct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Sigmoid()
+        self.net = nn.Sequential(nn.Linear(4, 4), self.act)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(self.net(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (hooked(sigmoid_net(), 0, "forward_hook"), "there are hooks, which would miss z"),
+        (hooked(sigmoid_net(), 1, "forward_pre_hook"), "there are hooks, which would miss z"),
+        (hooked(sigmoid_net(), 0, "full_backward_hook"), "there are hooks, which would miss delta"),
+        (hooked(sigmoid_net(), 1, "full_backward_pre_hook"), "hooks, which would miss delta"),
+        (WithAct(), "it or its Sigmoid occurs elsewhere as well"),
+        (
+            nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Sigmoid()),
+            "its weight is computed from others, or not of real numbers",
+        ),
+    ],
+)
+def test_what_is_not_fused(model: Any, reason: str) -> None:
+    report = convert(model, fuse=True)
+    reasons = [left.reason for left in report.left if left.reason.startswith("not fused: ")]
+    assert len(reasons) == 1
+    assert reasons[0].endswith(reason)
+    assert manual_bp.Linear in classes(model).values()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Reversed(nn.Linear(4, 4), nn.Sigmoid()),
+        nn.Sequential(Renamed(4, 4), nn.Sigmoid()),
+        nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Sigmoid()),
+        nn.ModuleList([nn.Linear(4, 4), nn.Sigmoid()]),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_is_no_pair(model: nn.Module) -> None:
+    convert(model, fuse=True)
+    assert LinearSigmoid not in classes(model).values()
+    assert nn.Identity not in classes(model).values()
+
+
+def test_a_sigmoid_that_is_shared_by_pairs_alone_is_fused() -> None:
+    act = nn.Sigmoid()
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    convert(model, fuse=True)
+    assert [type(m) for m in model] == [LinearSigmoid, nn.Identity] * 2
+    torch.testing.assert_close(model(x), expected)
+    restore(model)
+    assert torch.equal(model(x), expected)
+    assert model[1] is model[3] is act
+
+
+def test_one_place_that_cannot_be_fused_keeps_all_apart_that_share_with_it() -> None:
+    act, norm = nn.Sigmoid(), nn.LayerNorm(4)
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, act, nn.Linear(4, 4), act, norm, act, nn.Sequential(shared))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    convert(model, fuse=True)
+    assert LinearSigmoid not in classes(model).values()
+    assert torch.equal(model(x), expected)
+
+
+def test_the_report_is_printed_by_kinds() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout(), nn.Dropout(), Doubled(4, 4)
+    )
+    assert str(convert(model)) == (
+        "3 changed, 3 left as they are\n"
+        "  2 Linear -> Linear\n"
+        "  1 ReLU -> ReLU\n"
+        "  2 Dropout left: there is no such layer among ours\n"
+        "  1 Doubled left: its class has a forward of its own"
+    )
+
+
+@pytest.mark.parametrize("call", [convert, restore])
+def test_bad_input(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module; got function"):
+        call(nn.functional.relu)
