@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import as_callable
+from manual_bp._function import as_callable, hand_over
 from manual_bp.costs._cost import (
     REDUCTIONS,
     Cost,
@@ -106,6 +107,8 @@ def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tenso
 
     See `QuadraticCostFunction` for the gradients.
     """
+    if has_torch_function_variadic(a, y):
+        return hand_over(quadratic_cost, a, y, reduction)
     a, y = checked_pair("a", a, y)
     _require.one_of("reduction", reduction, REDUCTIONS)
     return _quadratic_cost(a, y, reduction)

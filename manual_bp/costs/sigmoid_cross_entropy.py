@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import as_callable
+from manual_bp._function import as_callable, hand_over
 from manual_bp.costs._cost import (
     REDUCTIONS,
     Cost,
@@ -117,6 +118,8 @@ def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
 
     See `SigmoidCrossEntropyCostFunction` for the gradients.
     """
+    if has_torch_function_variadic(z, y):
+        return hand_over(sigmoid_cross_entropy_cost, z, y, reduction)
     z, y = checked_pair("z", z, y)
     _require.one_of("reduction", reduction, REDUCTIONS)
     return _sigmoid_cross_entropy_cost(z, y, reduction)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import as_callable, autocast_to_float32
+from manual_bp._function import as_callable, autocast_to_float32, hand_over
 from manual_bp.costs._cost import (
     REDUCTIONS,
     Cost,
@@ -136,6 +137,8 @@ def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
 
     See `SoftmaxCrossEntropyCostFunction` for the gradients.
     """
+    if has_torch_function_variadic(z, y):
+        return hand_over(softmax_cross_entropy_cost, z, y, reduction)
     z, y = _checked(z, y)
     _require.one_of("reduction", reduction, REDUCTIONS)
     return _softmax_cross_entropy_cost(z, y, reduction)

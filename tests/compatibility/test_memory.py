@@ -1,0 +1,172 @@
+"""What is kept and what is computed: frozen arguments, checkpoints, hooks, tied weights."""
+
+import gc
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from manual_bp import Linear, LinearSigmoid, QuadraticCost, ReLU
+from tests.compatibility.subjects import (
+    IN,
+    Subject,
+    every_layer_with_weights,
+    every_subject,
+)
+from tests.helpers import (
+    assert_matches,
+    assert_same,
+    backward_operations,
+    is_differentiable,
+    is_same_memory,
+    leaf,
+    saved_tensors,
+)
+
+
+def leaves(arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    return [leaf(t) if is_differentiable(t) else t for t in arguments]
+
+
+@every_subject
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(subject: Subject, use_reentrant: bool, device: torch.device) -> None:
+    def checkpointed(*arguments: Tensor) -> Tensor:
+        found: Tensor = checkpoint(subject.ours, *arguments, use_reentrant=use_reentrant)
+        return found
+
+    results = []
+    arguments = subject.arguments(device=device)
+    upstream = torch.randn_like(subject.ours(*arguments))
+    for call in (checkpointed, subject.theirs):
+        given = leaves(arguments)
+        output = call(*given)
+        output.backward(upstream)  # the re-entrant mode refuses torch.autograd.grad
+        results.append([output.detach(), *[t.grad for t in given if t.grad is not None]])
+    ours, theirs = results
+    assert len(ours) > 1
+    assert_same(ours, theirs)
+
+
+@every_subject
+def test_saved_tensors_hooks(subject: Subject, device: torch.device) -> None:
+    """Packed tensors are what the backward uses: here twins of them, or elsewhere."""
+
+    def packed(*arguments: Tensor) -> Tensor:
+        with saved_tensors_hooks(lambda t: (t.dtype, t.to(torch.float64).numpy(force=True)), back):
+            return subject.ours(*arguments)
+
+    def back(kept: Any) -> Tensor:
+        dtype, values = kept
+        return torch.from_numpy(values).to(device, dtype)
+
+    def elsewhere(*arguments: Tensor) -> Tensor:
+        with save_on_cpu():
+            return subject.ours(*arguments)
+
+    arguments = subject.arguments(device=device)
+    for call in (packed, elsewhere):
+        assert_matches(call, subject.theirs, arguments)
+
+
+@every_layer_with_weights
+def test_frozen_subsets(subject: Subject, device: torch.device) -> None:
+    """Only the matrix products of the gradients asked for; kept is only what they need."""
+    a, w, b = subject.arguments(device=device)
+    for needs_a, needs_w, needs_b in product((True, False), repeat=3):
+        if not (needs_a or needs_w or needs_b):
+            assert subject.ours(a, w, b).grad_fn is None
+            continue
+        needs = (needs_a, needs_w, needs_b)
+        arguments = [leaf(t) if n else t for t, n in zip((a, w, b), needs, strict=True)]
+        assert backward_operations(subject.ours, arguments).matrix_products == needs_a + needs_w
+        kept = saved_tensors(subject.ours, arguments)
+        assert any(is_same_memory(t, a) for t in kept) == needs_w
+        assert any(is_same_memory(t, w) for t in kept) == needs_a
+        assert not any(is_same_memory(t, b) for t in kept)
+        assert_matches(
+            lambda *free: subject.ours(*fill(free, needs, (a, w, b))),  # noqa: B023
+            lambda *free: subject.theirs(*fill(free, needs, (a, w, b))),  # noqa: B023
+            [t for t, n in zip((a, w, b), needs, strict=True) if n],
+        )
+
+
+def fill(free: Any, needs: Any, arguments: Any) -> list[Tensor]:
+    given = iter(free)
+    return [next(given) if n else t for t, n in zip(arguments, needs, strict=True)]
+
+
+@every_layer_with_weights
+def test_tied_weights(subject: Subject, device: torch.device) -> None:
+    """One tensor as the weight of two layers, as its own bias, and as input and weight at once."""
+    options: Any = {"dtype": torch.float64, "device": device}
+    x, w, b = torch.randn(5, IN, **options), torch.randn(IN, IN, **options), torch.randn(IN)
+    b = b.to(**options)
+
+    def twice(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, b: call(call(x, w, b), w, b)
+
+    def square(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda w, b: call(w, w, b)
+
+    def row(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w: call(x, w, w[0])
+
+    for tie, arguments in ((twice, (x, w, b)), (square, (w, b)), (row, (x, w))):
+        assert_matches(tie(subject.ours), tie(subject.theirs), arguments)
+
+
+@every_subject
+def test_retained_graph_gives_the_same_again(subject: Subject, device: torch.device) -> None:
+    arguments = leaves(subject.arguments(device=device))
+    output = subject.ours(*arguments)
+    wanted = [t for t in arguments if is_differentiable(t)]
+    upstream = torch.randn_like(output)
+    first = torch.autograd.grad(output, wanted, upstream, retain_graph=True)
+    second = torch.autograd.grad(output, wanted, upstream)
+    assert_same(first, second, rtol=0, atol=0)
+
+
+@every_subject
+def test_hooks_on_modules_see_what_they_see_on_pytorchs(
+    subject: Subject, device: torch.device
+) -> None:
+    seen: list[Tensor] = []
+
+    def note(_: Any, grad_input: Any, grad_output: Any) -> None:
+        seen.extend((grad_input[0], grad_output[0]))
+
+    def double(_: Any, grad_output: Any) -> Any:
+        return (2 * grad_output[0],)
+
+    inputs = leaves(subject.inputs(device=device))
+    for module in subject.modules(device=device):
+        module.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+        module.register_full_backward_hook(note)
+        module.register_full_backward_pre_hook(double)
+        module(*inputs).sum().backward()
+    half = len(seen) // 2
+    assert half >= 3
+    assert_same(seen[:half], seen[half:])
+
+
+def test_nothing_is_left_behind_over_thousands_of_steps() -> None:
+    """Counted in objects: what a step leaves behind would be there a thousand times."""
+    net = nn.Sequential(Linear(3, 4), ReLU(inplace=True), LinearSigmoid(4, 2))
+    cost = QuadraticCost()
+    x, y = torch.randn(5, 3), torch.rand(5, 2)
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            net.zero_grad()
+            cost(net(x), y).backward()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = steps(10)
+    assert steps(1000) - before < 100

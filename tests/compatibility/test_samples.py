@@ -1,0 +1,277 @@
+"""PyTorch's own sample inputs, those that its developers test it with: values, gradients, errors.
+
+They come with every installation, below torch.testing._internal, and are not made for others to
+rely on; where a later PyTorch has moved them, this file is where it will show.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manual_bp import convert, leaky_relu, linear, relu, sigmoid, softplus, tanh
+from tests.helpers import assert_same
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+with warnings.catch_warnings(action="ignore"):
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+OURS: dict[str, Callable[..., Tensor]] = {
+    "nn.functional.linear": linear,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "nn.functional.relu": relu,
+    "nn.functional.leaky_relu": leaky_relu,
+    "nn.functional.softplus": softplus,
+}
+MODULES = {
+    "nn.Linear": nn.Linear,
+    "nn.Sigmoid": nn.Sigmoid,
+    "nn.Tanh": nn.Tanh,
+    "nn.ReLU": nn.ReLU,
+    "nn.LeakyReLU": nn.LeakyReLU,
+    "nn.Softplus": nn.Softplus,
+}
+OPS: list[Any] = [op for op in op_db if op.name in OURS]
+MODULE_INFOS: list[Any] = [info for info in module_db if info.module_cls in MODULES.values()]
+
+# Rounding of a product of several terms; of float64, as everywhere in these tests.
+TOLERANCE = {
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+}
+FINE = [torch.float64, torch.complex128]
+
+
+def assert_close(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype is their.dtype
+        tolerance = TOLERANCE.get(our.dtype, 0)
+        finite = their[their.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 1.0
+        atol = tolerance * scale / 100 if our.dtype in FINE else tolerance * scale
+        torch.testing.assert_close(our, their, rtol=tolerance, atol=atol, equal_nan=True)
+
+
+def derivatives(call: Callable[[], Tensor], wanted: list[Tensor], order: int) -> list[Tensor]:
+    """A value, its gradients, and the gradients of those, with random weights."""
+    value = call()
+    found = [value.detach()]
+    if not wanted:
+        return found
+    torch.manual_seed(1)
+    values, upstream = [value], [torch.randn_like(value)]
+    for _ in range(order):
+        grads: Any = [None] * len(wanted)
+        if values:  # a slope that is constant leaves no graph, or one whose derivatives are 0
+            grads = torch.autograd.grad(
+                values, wanted, upstream, create_graph=True, allow_unused=True
+            )
+        found += [
+            torch.zeros_like(t) if g is None else g.detach()
+            for t, g in zip(wanted, grads, strict=True)
+        ]
+        upstream = [torch.randn_like(t) for t in wanted]
+        kept = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        values, upstream = [grads[i] for i in kept], [upstream[i] for i in kept]
+    return found
+
+
+def differentiable(values: Sequence[Any]) -> list[Tensor]:
+    return [t for t in values if isinstance(t, Tensor) and t.requires_grad]
+
+
+def samples(op: Any, device: torch.device, dtype: torch.dtype, grads: bool) -> list[Any]:
+    with warnings.catch_warnings(action="ignore"):
+        found = list(op.sample_inputs(device, dtype, requires_grad=grads))
+        return found + list(op.reference_inputs(device, dtype, requires_grad=grads))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_functions(op: Any, device: torch.device) -> None:
+    """Every dtype that PyTorch has for it, every sample; no exclusions."""
+    ours, theirs = OURS[op.name], op.op
+    trained = op.supported_backward_dtypes(device.type)
+    count = 0
+    for dtype in sorted(op.supported_dtypes(device.type), key=str):
+        for sample in samples(op, device, dtype, dtype in trained):
+            arguments = (sample.input, *sample.args)
+            wanted = differentiable(arguments)
+            found, expected = (
+                derivatives(
+                    lambda: call(*arguments, **sample.kwargs),  # noqa: B023
+                    wanted,
+                    order=2 if dtype in FINE else 1,
+                )
+                for call in (ours, theirs)
+            )
+            assert_close(found, expected)
+            count += 1
+    assert count >= 20
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.inplace_variant], ids=lambda op: op.name)
+def test_in_place_variants(op: Any, device: torch.device) -> None:
+    if op.name in ("sigmoid", "tanh"):
+        pytest.skip("sigmoid_ and tanh_ are methods of Tensor; torch.nn has no such option")
+    for sample in samples(op, device, torch.float64, True):
+        found, expected = (
+            derivatives(
+                lambda: call(sample.input.clone(), *sample.args, **sample.kwargs),  # noqa: B023
+                [sample.input],
+                order=2,
+            )
+            for call in (
+                lambda *a, **k: OURS[op.name](*a, inplace=True, **k),
+                op.inplace_variant,
+            )
+        )
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("info", MODULE_INFOS, ids=lambda info: info.name)
+@pytest.mark.parametrize("training", [True, False])
+def test_modules(info: Any, training: bool, device: torch.device) -> None:
+    """Every dtype, every constructor and input that PyTorch's ModuleInfo knows; no exclusions."""
+    count = 0
+    for dtype in info.dtypes:
+        inputs = info.module_inputs_func(
+            info, device=device, dtype=dtype, requires_grad=True, training=training
+        )
+        for given in inputs:
+            made = given.constructor_input
+            theirs = info.module_cls(*made.args, **made.kwargs).to(device, dtype).train(training)
+            ours = copy.deepcopy(theirs)
+            (change,) = convert(ours).changed
+            assert isinstance(change.after(*made.args, **made.kwargs), info.module_cls)
+            arguments, options = given.forward_input.args, given.forward_input.kwargs
+            leaves = differentiable([*arguments, *options.values()])
+            found, expected = (
+                derivatives(
+                    lambda: module(*arguments, **options),  # noqa: B023
+                    [*leaves, *module.parameters()],
+                    order=2 if dtype in FINE else 1,
+                )
+                for module in (ours, theirs)
+            )
+            assert_close(found, expected)
+            count += 1
+    assert count >= 3
+
+
+def ones(*shape: int, **options: Any) -> Tensor:
+    return torch.ones(*shape, **options)
+
+
+WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "too few columns": ("nn.functional.linear", (ones(5, 2), ones(4, 3))),
+    "no dimension": ("nn.functional.linear", (torch.ones(()), ones(4, 3))),
+    "bias too long": ("nn.functional.linear", (ones(5, 3), ones(4, 3), ones(5))),
+    "weight of three dimensions": ("nn.functional.linear", (ones(5, 3), ones(2, 4, 3))),
+    "another dtype": ("nn.functional.linear", (ones(5, 3), ones(4, 3, dtype=torch.float64))),
+    "bias of another dtype": (
+        "nn.functional.linear",
+        (ones(5, 3), ones(4, 3), ones(4, dtype=torch.float64)),
+    ),
+    "integers and floats": ("nn.functional.linear", (ones(5, 3).long(), ones(4, 3))),
+    "a list for linear": ("nn.functional.linear", ([[1.0]], ones(4, 3))),
+    "a list for sigmoid": ("sigmoid", ([1.0],)),
+    "a number for tanh": ("tanh", (1.0,)),
+    "None for relu": ("nn.functional.relu", (None,)),
+    "truth values for relu": ("nn.functional.relu", (ones(3, dtype=torch.bool),)),
+    "complex numbers for relu": ("nn.functional.relu", (ones(3, dtype=torch.complex64),)),
+    "integers for leaky_relu": ("nn.functional.leaky_relu", (ones(3).long(),)),
+    "complex numbers for leaky_relu": (
+        "nn.functional.leaky_relu",
+        (ones(3, dtype=torch.complex64),),
+    ),
+    "integers for softplus": ("nn.functional.softplus", (ones(3).long(),)),
+    "complex numbers for softplus": ("nn.functional.softplus", (ones(3, dtype=torch.complex64),)),
+    "sparse weight, with bias": (
+        "nn.functional.linear",
+        (ones(5, 3), ones(4, 3).to_sparse(), ones(4).to_sparse()),
+    ),
+}
+
+# Where PyTorch goes on and ours refuses: (call, arguments, why, the message).
+EXPLAINED: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    # A bias that is stretched over all neurons is more likely a mistake than meant.
+    "bias of one element": (
+        "nn.functional.linear",
+        (ones(5, 3), ones(4, 3), ones(1)),
+        r"b must have shape \(4,\), the first size of w; got \(1,\)",
+    ),
+    # Weights of one neuron, without its dimension: no nn.Linear can have them.
+    "weight of one dimension": (
+        "nn.functional.linear",
+        (ones(5, 3), ones(3)),
+        r"w must have shape \(out, in\); got \(3,\)",
+    ),
+    # The formulas are for dense tensors.
+    "sparse input": (
+        "nn.functional.linear",
+        (ones(5, 3).to_sparse(), ones(4, 3)),
+        "a must be a dense tensor; got layout torch.sparse_coo",
+    ),
+    "sparse input of relu": (
+        "nn.functional.relu",
+        (ones(5, 3).to_sparse(),),
+        "z must be a dense tensor; got layout torch.sparse_coo",
+    ),
+    # Below 0, the sign of a no longer tells the sign of z, and a is all that is kept.
+    "negative slope below 0": (
+        "nn.functional.leaky_relu",
+        (ones(3), -0.5),
+        "negative_slope must be at least 0; got -0.5",
+    ),
+    # ln(2) / 0: infinite everywhere.
+    "beta of 0": ("nn.functional.softplus", (ones(3), 0), "beta must not be 0; got 0"),
+}
+
+
+def reference(name: str) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = next(op.op for op in OPS if op.name == name)
+    return found
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_error_for_error(case: str) -> None:
+    name, arguments = WRONG[case]
+    with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
+        reference(name)(*arguments)
+    with pytest.raises((TypeError, ValueError), match=r"must (have|be) "):
+        OURS[name](*arguments)
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_what_is_refused_beyond_pytorch(case: str) -> None:
+    name, arguments, message = EXPLAINED[case]
+    assert isinstance(reference(name)(*arguments), Tensor)
+    with pytest.raises((TypeError, ValueError), match=message):
+        OURS[name](*arguments)
+
+
+def test_the_walk_is_whole() -> None:
+    assert {op.name for op in OPS} == set(OURS)
+    assert {info.name for info in MODULE_INFOS} == set(MODULES)
+
+
+def test_complex_linear_is_that_of_pytorch(device: torch.device) -> None:
+    options: Any = {"dtype": torch.complex128, "device": device, "requires_grad": True}
+    a, w, b = torch.randn(5, 3, **options), torch.randn(4, 3, **options), torch.randn(4, **options)
+    found, expected = (
+        derivatives(lambda: call(a, w, b), [a, w, b], 2)  # noqa: B023
+        for call in (linear, F.linear)
+    )
+    assert_same(found, expected)

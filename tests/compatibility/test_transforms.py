@@ -1,0 +1,135 @@
+"""torch.func, FX, and gradients of gradients, for every layer and cost."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
+
+from tests.compatibility.subjects import (
+    Subject,
+    every_layer,
+    every_layer_with_weights,
+    every_subject,
+)
+from tests.helpers import assert_gradchecks, assert_same
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad": lambda call: grad(lambda *a: call(*a).pow(3).sum()),
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": lambda call: hessian(lambda *a: call(*a).pow(3).sum()),
+    "jacfwd_of_jacrev": lambda call: jacfwd(jacrev(call)),
+    "jvp": lambda call: lambda *a: jvp(lambda x: call(x, *a[1:]), a[:1], (a[0] + 1,)),
+    "vjp": lambda call: lambda *a: vjp(lambda x: call(x, *a[1:]), a[0])[1](call(*a)),
+}
+
+
+def moved(subject: Subject) -> tuple[int | None, ...]:
+    """Over which arguments samples are counted: over all but the weights."""
+    inputs = len(subject.inputs())
+    return (0,) * inputs + (None,) * (len(subject.arguments()) - inputs)
+
+
+@every_subject
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_func(subject: Subject, name: str, device: torch.device) -> None:
+    arguments = subject.arguments(device=device)
+    transform = TRANSFORMS[name]
+    found = transform(subject.ours)(*arguments)
+    assert_same(tree_leaves(found), tree_leaves(transform(subject.theirs)(*arguments)))
+
+
+@every_subject
+def test_per_sample_gradients(subject: Subject, device: torch.device) -> None:
+    arguments = subject.arguments(device=device)
+    wanted = tuple(i for i, t in enumerate(arguments) if t.is_floating_point())
+
+    def per_sample(call: Callable[..., Tensor]) -> Callable[..., Any]:
+        return vmap(grad(lambda *a: call(*a).pow(3).sum(), argnums=wanted), moved(subject))
+
+    found = per_sample(subject.ours)(*arguments)
+    assert_same(tree_leaves(found), tree_leaves(per_sample(subject.theirs)(*arguments)))
+
+
+@every_subject
+def test_derivatives_of_first_and_second_order(subject: Subject, device: torch.device) -> None:
+    assert_gradchecks(subject.ours, subject.arguments(device=device))
+
+
+@every_layer_with_weights
+def test_functional_call(subject: Subject, device: torch.device) -> None:
+    ours, theirs = subject.modules(device=device)
+    inputs = subject.inputs(device=device)
+    values = {name: torch.randn_like(p, requires_grad=True) for name, p in ours.named_parameters()}
+    upstream = torch.randn(5, 4, dtype=torch.float64, device=device)
+    found, expected = (
+        torch.autograd.grad(functional_call(m, values, inputs), list(values.values()), upstream)
+        for m in (ours, theirs)
+    )
+    assert_same(found, expected)
+    assert all(p.grad is None for p in ours.parameters())
+
+
+@every_layer
+def test_ensembles(subject: Subject, device: torch.device) -> None:
+    """Several models in one call, as torch.func.stack_module_state is used for."""
+    pairs = [subject.modules(device=device) for _ in range(3)]
+    (x,) = subject.inputs(device=device)
+    results = []
+    for models in zip(*pairs, strict=True):
+        parameters, buffers = torch.func.stack_module_state(list(models))
+
+        def run(p: Any, b: Any, x: Tensor, model: Any = models[0]) -> Tensor:
+            return functional_call(model, (p, b), (x,))  # type: ignore[no-any-return]
+
+        results.append(vmap(run, (0, 0, None))(parameters, buffers, x) if parameters else x)
+    assert_same([results[0]], [results[1]])
+
+
+@every_subject
+def test_symbolic_trace(subject: Subject, device: torch.device) -> None:
+    module, _ = subject.modules(device=device)
+    inputs = [
+        t.requires_grad_() if t.is_floating_point() else t for t in subject.inputs(device=device)
+    ]
+    traced = torch.fx.symbolic_trace(module)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [subject.ours]
+    for graph in (traced, pickle.loads(pickle.dumps(traced))):
+        output = graph(*inputs)
+        assert torch.equal(output, module(*inputs))
+        assert type(output.grad_fn).__name__ == type(module(*inputs).grad_fn).__name__
+
+
+@every_subject
+def test_tensors_and_modes_with_a_torch_function(subject: Subject) -> None:
+    class Named(Tensor):
+        pass
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    arguments = subject.arguments()
+    named = subject.ours(arguments[0].as_subclass(Named), *arguments[1:])
+    assert type(named) is Named
+    assert torch.equal(named.as_subclass(Tensor), subject.ours(*arguments))
+    with Spy():
+        subject.ours(*arguments)
+    assert seen[0] is subject.ours
+
+
+@every_layer
+def test_tracing_a_whole_model(subject: Subject) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), subject.make(), torch.nn.GELU())
+    x = torch.randn(5, 3)
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
