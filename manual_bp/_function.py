@@ -114,7 +114,7 @@ def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
 
 def release_saved(ctx: Any) -> None:
     """Let go of what was saved before the backward ends, unless another is to come."""
-    if not (is_compiling() or _transforms_are_active()):
+    if not is_compiling():
         ctx.maybe_clear_saved_tensors()
 
 

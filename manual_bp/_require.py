@@ -38,14 +38,6 @@ def real(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must have a real floating-point dtype; got {value.dtype}")
 
 
-def inexact(name: str, value: Tensor) -> None:
-    """Refuse anything but a tensor of a real or complex floating dtype."""
-    tensor(name, value)
-    dtype = value.dtype
-    if not (dtype.is_floating_point or dtype.is_complex):
-        raise TypeError(f"{name} must have a floating-point or complex dtype; got {dtype}")
-
-
 def ordered(name: str, value: Tensor) -> None:
     """Refuse tensors of complex numbers and of truth values, where a sign makes no sense."""
     tensor(name, value)

@@ -1,6 +1,7 @@
 """The three forms of a Function, each tried on one that is written once."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
+import manual_bp
 from manual_bp import Linear, Sigmoid, _function
 from manual_bp._function import as_callable, autocast, autocast_to_float32, values_are_at_hand
 from tests.helpers import assert_same
@@ -50,6 +52,52 @@ def test_eager_takes_the_cheap_face(monkeypatch: pytest.MonkeyPatch) -> None:
     assert y.item() == 8
     assert torch.autograd.grad(y, x)[0].item() == 12
     assert type(y.grad_fn).__name__ == "CubeBackward"
+
+
+def test_a_subclass_with_a_torch_function_has_its_say() -> None:
+    class Loud(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func.__name__, args[1:]
+
+    z = torch.ones(2).as_subclass(Loud)
+    assert manual_bp.leaky_relu(z, 0.5) == ("leaky_relu", (0.5, False))
+
+
+def test_nothing_is_kept_for_forward_ad_where_it_cannot_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context: Any = torch.autograd.function.FunctionCtx
+    monkeypatch.setattr(context, "save_for_forward", lambda *_: pytest.fail("kept"))
+    x, w = torch.ones(1, 2, requires_grad=True), torch.ones(3, 2)
+    manual_bp.linear(x, w)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(pytest.fail.Exception, match="kept"):
+        manual_bp.linear(x, w)
+
+
+def test_a_frugal_backward_alone_holds_its_gradient() -> None:
+    """What the engine made for it is gone once the backward deletes it."""
+    alive: list[bool] = []
+
+    class Watched(Cube):
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            watch = weakref.ref(grad)
+            x = ctx.saved_tensors[0]
+            found: Tensor = 3 * x * x * grad
+            del grad
+            alive.append(watch() is not None)
+            return found
+
+    for frugal in (True, False):
+        x = torch.tensor(2.0, requires_grad=True)
+        (as_callable(Watched, frugal=frugal)(x) * 2).backward()
+        assert x.grad is not None
+        assert x.grad.item() == 24
+    can_be_frugal = hasattr(Function, "boxed_grads_call")
+    assert alive == [not can_be_frugal, True]
 
 
 def test_transforms_take_the_face_they_need() -> None:

@@ -13,7 +13,11 @@ ROW = torch.ones(1, 3)
     [
         ("tensor", ("a", 1), TypeError, "a must be a torch.Tensor; got int"),
         ("tensor", ("a", ROW.to_sparse()), TypeError, "a must be a dense tensor; got layout torch"),
-        ("inexact", ("a", ROW.int()), TypeError, "a must have a floating-point or complex dtype"),
+        ("ordered", ("a", ROW > 0), TypeError, "a must have a real or integer dtype; got torch.b"),
+        ("ordered", ("a", ROW + 1j), TypeError, "a must have a real or integer dtype; got"),
+        ("at_least", ("s", -0.1, 0), ValueError, "s must be at least 0; got -0.1"),
+        ("at_least", ("s", float("nan"), 0), ValueError, "s must be at least 0; got nan"),
+        ("not_zero", ("beta", 0.0), ValueError, "beta must not be 0; got 0.0"),
         (
             "real",
             ("a", ROW + 1j),
@@ -57,7 +61,10 @@ def test_refusals(check: str, arguments: Any, error: type[Exception], message: s
     ("check", "arguments"),
     [
         ("tensor", ("a", ROW)),
-        ("inexact", ("a", ROW + 1j)),
+        ("ordered", ("a", ROW.int())),
+        ("ordered", ("a", ROW)),
+        ("at_least", ("s", 0, 0)),
+        ("not_zero", ("beta", -2.0)),
         ("real", ("a", ROW.half())),
         ("like", ("a", ROW, "w", ROW)),
         ("shape", ("a", ROW, (1, 3), "why")),

@@ -86,10 +86,9 @@ class LinearSigmoidFunction(Function):
         # Memory is fullest below, where these two are needed no more: let go of them first.
         del grad_a, a
         release_saved(ctx)
-        rows = as_rows(delta)
         grad_a_prev = delta @ w if needs_a_prev else None  # BP2: the factor wᵀδ
-        grad_b = rows.sum(0) if needs_b else None  # BP3
-        grad_w = rows.mT @ as_rows(a_prev) if needs_w else None  # BP4
+        grad_b = as_rows(delta).sum(0) if needs_b else None  # BP3
+        grad_w = as_rows(delta).mT @ as_rows(a_prev) if needs_w else None  # BP4
         return grad_a_prev, grad_w, grad_b
 
     @staticmethod

@@ -1,0 +1,62 @@
+"""docs/compatibility.md says what is tested, and nothing else."""
+
+import re
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
+ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu", "softplus"]
+COSTS = ["quadratic_cost", "sigmoid_cross_entropy_cost", "softmax_cross_entropy_cost"]
+ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and "`test_" in line]
+
+
+@pytest.fixture(scope="module")
+def collected() -> list[str]:
+    """Every test there is, as file::name."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    names = [line for line in found.stdout.splitlines() if "::" in line]
+    assert len(names) > 1000, found.stdout[-2000:] + found.stderr[-2000:]
+    return names
+
+
+def spelled_out(pattern: str) -> list[str]:
+    """A cell, once for each layer that its A or C stands for."""
+    for letter, names in (("A", ACTIVATIONS), ("C", COSTS)):
+        if re.search(rf"(?<![A-Za-z]){letter}(?![A-Za-z])|test_{letter}\b", pattern):
+            return [re.sub(rf"(?<![A-Za-z]){letter}(?![A-Za-z])", name, pattern) for name in names]
+    return [pattern]
+
+
+def test_every_cell_is_a_test(collected: list[str]) -> None:
+    assert len(ROWS) > 50
+    missing = []
+    for row in ROWS:
+        for cell in re.findall(r"`((?:test_|[\w/]+\.py::)[^`]+)`", row):
+            for pattern in spelled_out(cell):
+                escaped = pattern.replace("[", "[[]")
+                wanted = f"*{'/' if '::' in pattern else '::'}{escaped}"
+                if not any(fnmatchcase(name, wanted) for name in collected):
+                    missing.append(pattern)
+    assert not missing
+
+
+def test_every_row_is_whole() -> None:
+    (head,) = re.findall(r"^\| \| Linear \|.*$", PAGE, flags=re.MULTILINE)
+    table = PAGE.split(head)[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 35
+    for row in table:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 5
+        assert all(cell == "–" or cell.startswith("`test_") for cell in cells[1:])
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    exec(compile(example, "compatibility.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("3 changed, 0 left as they are\n")

@@ -1,0 +1,88 @@
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import benchmark
+from experiments.benchmark import calls, main, networks, peak_bytes, quartiles, seconds, steps
+from manual_bp import Linear, LinearSigmoid, Sigmoid
+
+
+def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark, "NETS", [((6, 5, 4), 3)])
+    threads = torch.get_num_threads()
+    assert main(["layers", "--rounds", "2"]) == 0
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"torch {torch.__version__}, cpu, threads: 1"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    assert [row[0] for row in rows[2:10]] == list(calls("cpu"))
+    names = ["torch", "Linear, Sigmoid", "LinearSigmoid"]
+    assert [row[:3] for row in rows[-3:]] == [["6-5-4", "3", name] for name in names]
+    assert rows[-3][4] == rows[-3][7] == "1.000"
+
+
+def test_networks_are_what_their_names_say() -> None:
+    nets = networks((6, 5, 4), "cpu")
+    assert [type(m) for m in nets["torch"]] == [torch.nn.Linear, torch.nn.Sigmoid] * 2
+    assert [type(m) for m in nets["Linear, Sigmoid"]] == [Linear, Sigmoid] * 2
+    assert [type(m) for m in nets["LinearSigmoid"]] == [LinearSigmoid] * 2
+
+
+def test_unequal_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any) -> Any:
+        nets = networks(*arguments)
+        torch.nn.init.zeros_(nets["LinearSigmoid"][0].get_parameter("weight"))
+        return nets
+
+    monkeypatch.setattr(benchmark, "networks", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        steps((6, 5, 4), 3, "cpu")
+
+
+def test_contenders_take_turns() -> None:
+    turns: list[str] = []
+    calls = {"slow": lambda: turns.append("slow"), "fast": lambda: turns.append("fast")}
+    taken = seconds(calls, 4, 1)
+    assert [len(times) for times in taken.values()] == [4, 4]
+    changes = sum(one != two for one, two in pairwise(turns))
+    assert changes >= 7
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(1000)
+
+    def together() -> int:
+        return len([torch.empty(1000) for _ in range(3)])
+
+    assert peak_bytes(one_after_the_other, "cpu") == 4000
+    assert peak_bytes(together, "cpu") == 12000
+
+
+def test_quartiles() -> None:
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
+    assert quartiles([2.0]) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layers", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["layers", "--threads", "0"], "--threads must be at least 1; got 0"),
+        (
+            ["layers", "--device", "tpu"],
+            "must be cpu, or cuda where there is one; got tpu",
+        ),
+        (["sizes"], "layers"),
+    ],
+)
+def test_bad_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
