@@ -3,6 +3,9 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 import manual_bp
 
@@ -11,9 +14,13 @@ README = (ROOT / "README.md").read_text("utf-8")
 BACKPROP = (ROOT / "manual_bp" / "backprop.py").read_text("utf-8")
 
 
-def test_the_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_run() -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, Any] = {"model": nn.Sequential(nn.Linear(3, 4), nn.ReLU())}
+    for example in (first, second):
+        exec(compile(example, "README.md", "exec"), names)
+    assert len(names["report"].changed) == 2
+    assert type(names["model"][0]) is nn.Linear
 
 
 def test_the_equations_are_the_lines_of_backprop() -> None:

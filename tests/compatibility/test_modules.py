@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, skip_init
 
-from manual_bp import Linear, LinearSigmoid
+from manual_bp import Linear, LinearSigmoid, convert, restore
 from tests.compatibility.subjects import (
     IN,
     OUT,
@@ -133,3 +133,27 @@ def test_share_memory_and_data_parallel_replicas(subject: Subject) -> None:
         setattr(replica, name, value * 1)
     inputs = subject.inputs()
     assert_same([replica(*inputs)], [theirs(*inputs)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own end
+def test_script_wants_the_model_restored() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
+    convert(net)
+    with pytest.raises(RuntimeError, match=r"Torchscript|Unknown type name"):
+        torch.jit.script(net)
+    restore(net)
+    x = torch.randn(5, 3)
+    assert torch.equal(torch.jit.script(net)(x), net(x))
+
+
+# PyTorch is about to give its quantization up.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_what_goes_by_the_exact_class_passes_ours_over() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
+    convert(net)
+    quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+    assert type(quantized[0]) is Linear
+    restore(net)
+    quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+    assert not isinstance(quantized[0], nn.Linear)
