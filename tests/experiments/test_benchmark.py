@@ -86,3 +86,14 @@ def test_bad_options(
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.Function, "boxed_grads_call"), reason="needs torch 2.13"
+)
+@pytest.mark.parametrize("sizes", [(256,) * 5, (16,) * 5], ids=["weights", "activations"])
+def test_the_fused_layer_holds_no_more_than_pytorchs_pair(sizes: tuple[int, ...]) -> None:
+    """Where weights fill the memory, and where activations do."""
+    contenders = steps(sizes, 128, "cpu")
+    peaks = {name: peak_bytes(call, "cpu") for name, call in contenders.items()}
+    assert peaks["LinearSigmoid"] <= peaks["torch"]
