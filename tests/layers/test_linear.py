@@ -303,6 +303,16 @@ def test_module_survives_pickle_deepcopy_and_state_dict() -> None:
             "b must have the dtype of w",
         ),
         (
+            (torch.ones(5, 3), torch.ones(4, 3), torch.ones(4, device="meta")),
+            ValueError,
+            "b must be on the device of w, cpu; got meta",
+        ),
+        (
+            (torch.ones(5, 3), torch.ones(4, 3), torch.ones(4).to_sparse()),
+            TypeError,
+            "b must be a dense tensor; got layout torch.sparse_coo",
+        ),
+        (
             (torch.ones(5, 3), torch.ones(4, 3), 1.0),
             TypeError,
             "b must be a torch.Tensor; got float",
@@ -332,6 +342,13 @@ def test_integers_pass_as_in_pytorch() -> None:
 )
 def test_other_kinds_of_tensor(a: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
+        linear(a, torch.ones(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_of_the_older_kind() -> None:
+    a = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    with pytest.raises(TypeError, match="a must be a dense tensor; got a nested tensor"):
         linear(a, torch.ones(4, 3))
 
 
