@@ -59,15 +59,18 @@ class LeakyReLUFunction(Function):
         """From grad_a = ∂C/∂a to ∂C/∂z."""
         if grad_a is None:
             return None, None, None
-        (a,) = ctx.saved_tensors
-        sigma_prime = leaky_relu_prime(a, ctx.negative_slope)
-        return grad_a * sigma_prime, None, None  # BP1, BP2: the factor ⊙ σ'(z)
+        return _times_sigma_prime(ctx, grad_a), None, None  # BP1, BP2: the factor ⊙ σ'(z)
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
-        (a,) = ctx.saved_tensors
-        return dz * leaky_relu_prime(a, ctx.negative_slope)
+        return _times_sigma_prime(ctx, dz)
+
+
+def _times_sigma_prime(ctx: Any, t: Tensor) -> Tensor:
+    # Not t * leaky_relu_prime(a, s): of a low dtype, that would round s before it multiplies.
+    (a,) = ctx.saved_tensors
+    return torch.where(a > 0, t, t * ctx.negative_slope)
 
 
 _leaky_relu = as_callable(LeakyReLUFunction)

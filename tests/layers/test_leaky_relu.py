@@ -49,3 +49,13 @@ def test_a_slope_below_0_is_refused(call: Any) -> None:
     for slope in (-0.1, float("nan")):
         with pytest.raises(ValueError, match=f"negative_slope must be at least 0; got {slope}"):
             call(slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_slope_is_not_rounded_to_a_low_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    z = leaf(torch.full((1000,), -1.0, dtype=dtype, device=device))
+    upstream = torch.rand(1000, device=device).to(dtype) + 1
+    leaky_relu(z, 0.1).backward(upstream)
+    assert z.grad is not None
+    error = (z.grad.double() / (upstream.double() * 0.1) - 1).mean()
+    assert abs(error) < torch.finfo(dtype).eps / 20

@@ -1,0 +1,92 @@
+"""What the tests of every client need: a model and its converted twin, and what must be equal."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_bp import ConversionReport, convert
+from tests.helpers import assert_same
+
+NEEDS = "needs the extra clients: pip install -e '.[clients]'"
+
+# Our Linear's backward runs the matrix products that PyTorch's runs, and ReLU's and LeakyReLU's at
+# most multiply once: not a bit may differ. The other activations' formulas round differently from
+# PyTorch's fused kernels; models with them are compared in float64, to the usual tolerance.
+EXACT: Any = {"rtol": 0, "atol": 0}
+
+
+def every_activation(features: int, classes: int) -> nn.Sequential:
+    """A net of all the layers that we have."""
+    torch.manual_seed(1)
+    activations = [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.LeakyReLU(), nn.Softplus()]
+    hidden = [module for act in activations for module in (nn.Linear(features, features), act)]
+    net = nn.Sequential(*hidden, nn.Linear(features, classes))
+    for module in net:
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight, gain=2)  # lest all samples look alike at the end
+    return net
+
+
+def twins(model: Any, **options: bool) -> tuple[Any, Any, ConversionReport]:
+    """The model converted, a copy of it as it was, and what was converted."""
+    theirs = copy.deepcopy(model)
+    report = convert(model, **options)
+    return model, theirs, report
+
+
+def changes(report: ConversionReport) -> Counter[str]:
+    """How many layers were given each class of ours."""
+    return Counter(change.after.__name__ for change in report.changed)
+
+
+def identities(model: nn.Module) -> dict[str, tuple[int, type[Any]]]:
+    """Which object each module and each parameter is, and of which class."""
+    named: list[tuple[str, Any]] = [
+        *model.named_modules(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+    ]
+    return {name: (id(thing), type(thing)) for name, thing in named}
+
+
+def nodes(output: Tensor) -> Counter[str]:
+    """How many nodes of each kind there are in the graph below an output."""
+    seen: set[Any] = set()
+    queue: list[Any] = [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions]
+    return Counter(type(node).__name__ for node in seen)
+
+
+def train(parameters: Iterable[Tensor], losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
+    """A step for each loss; what the losses were."""
+    # Not with Adam, which would step almost the same for gradients all too large by a factor.
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    torch.manual_seed(5)  # of the dropout
+    seen = []
+    for compute in losses:
+        optimizer.zero_grad()
+        loss = compute()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.detach())
+    return seen
+
+
+def assert_learns(losses: list[Tensor]) -> None:
+    """Equal losses prove nothing unless the gradients move them."""
+    quarter = len(losses) // 4
+    assert torch.stack(losses[-quarter:]).mean() < torch.stack(losses[:quarter]).mean()
+
+
+def assert_same_parameters(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
+    assert [name for name, _ in ours.named_parameters()] == [
+        name for name, _ in theirs.named_parameters()
+    ]
+    assert_same(list(ours.parameters()), list(theirs.parameters()), **tolerance)
