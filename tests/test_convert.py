@@ -409,6 +409,16 @@ def test_one_place_that_cannot_be_fused_keeps_all_apart_that_share_with_it() -> 
     assert torch.equal(model(x), expected)
 
 
+def test_a_linear_that_is_used_elsewhere_as_well_is_not_fused() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Sigmoid(), shared)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    convert(model, fuse=True)
+    assert [type(m) for m in model] == [manual_bp.Linear, manual_bp.Sigmoid, manual_bp.Linear]
+    assert torch.equal(model(x), expected)
+
+
 def test_the_report_is_printed_by_kinds() -> None:
     model = nn.Sequential(
         nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout(), nn.Dropout(), Doubled(4, 4)
