@@ -7,9 +7,12 @@ PyTorch has several callers, and each wants another form of a Function:
   16 µs, against 6 µs for a Function whose `forward` takes `ctx`. `Function.apply` then takes care
   of transforms, another 1.3 µs, where there are none: its base's `apply` does without.
 - `torch.compile` refuses any Function that defines `jvp`.
+- `torch.jit.trace` cannot save a Function, nor trace one that works in place; and a second forward
+  mode within a first loses the derivatives of any Function. Both are given the bare forward, whose
+  derivatives are PyTorch's.
 - `torch.func` inside a compiled region tells a Function the wrong `needs_input_grad` (gradients
   are then silently zero) and can neither batch it nor push it forward. `torch.export` cuts it out
-  of the graph that autograd sees. Both are given the bare forward, whose derivatives are PyTorch's.
+  of the graph that autograd sees. Both are given the bare forward, likewise.
 
 So each Function here is written once, in the first form; `as_callable` derives the others. For the
 same reason every forward must be differentiable everywhere by PyTorch too.
@@ -25,7 +28,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 
-# Two private names, asked at every call because they are cheap. Should they go, the answer "yes"
+# Private names, asked at every call because they are cheap. Should they go, the answer given here
 # leads to the way that works everywhere and only costs more.
 _transforms_are_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
@@ -33,16 +36,26 @@ _transforms_are_active: Callable[[], bool] = getattr(
 any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
-def as_callable(function: Any, *, frugal: bool = False) -> Callable[..., Tensor]:
+_count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
+# Under is_grads_batched=True, which maps backwards in a way of its own.
+_is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda _: True
+)
+is_traced_by_jit: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+
+
+def as_callable(function: Any) -> Callable[..., Tensor]:
     """The call of a Function written with `setup_context`, `backward` and `jvp`.
 
-    Under `frugal` the backward alone holds the gradient it is given, where PyTorch can do that
-    (from 2.13 on), and may delete it before its end. Compiled autograd refuses such a Function.
+    One that has a `backward_boxed` as well is given its gradient in a list, where PyTorch can do
+    that (from 2.13 on): taken out of there, nobody else holds it, and it can be deleted before the
+    backward ends. Compiled autograd refuses such a Function.
 
     The forms are variables of the closure, because the compiler follows those and does not follow
     an attribute of a Function class.
     """
-    eager = _with_ctx_in_forward(function, frugal)
+    eager = _with_ctx_in_forward(function)
     compiled = _without_jvp(function)
     apply_eager = super(Function, eager).apply
 
@@ -52,10 +65,18 @@ def as_callable(function: Any, *, frugal: bool = False) -> Callable[..., Tensor]
                 return function.forward(*args)
             return compiled.apply(*_apart(args))
         if _transforms_are_active():
-            return function.apply(*args)
+            return function.forward(*args) if _jvp_is_nested() else function.apply(*args)
+        if is_traced_by_jit():
+            return function.forward(*args)
         return apply_eager(*args)
 
     return call
+
+
+def _jvp_is_nested() -> bool:
+    """Whether forward mode runs within forward mode, as in jacfwd(jacfwd(f))."""
+    kinds = [interpreter.key() for interpreter in _transforms() or ()]
+    return len(kinds) > 1 and kinds.count(torch._C._functorch.TransformType.Jvp) > 1
 
 
 def _apart(args: tuple[Any, ...]) -> list[Any]:
@@ -67,24 +88,20 @@ def _apart(args: tuple[Any, ...]) -> list[Any]:
     return apart
 
 
-def _with_ctx_in_forward(function: Any, frugal: bool) -> Any:
+def _with_ctx_in_forward(function: Any) -> Any:
     function_forward, setup_context = function.forward, function.setup_context
-    unboxed = function.backward
 
     def forward(ctx: Any, *args: object) -> Any:
         output = function_forward(*args)
         setup_context(ctx, args, output)
         return output
 
-    def backward(ctx: Any, grads: list[Tensor | None]) -> Any:
-        return unboxed(ctx, grads.pop())
-
     form: dict[str, Any] = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(Function.setup_context),
     }
-    if frugal and hasattr(Function, "boxed_grads_call"):
-        form |= {"backward": staticmethod(backward), "boxed_grads_call": True}
+    if hasattr(function, "backward_boxed") and hasattr(Function, "boxed_grads_call"):
+        form |= {"backward": staticmethod(function.backward_boxed), "boxed_grads_call": True}
     return type(function.__name__, (function,), form)
 
 
@@ -112,6 +129,25 @@ def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
     return result
 
 
+def is_watched() -> bool:
+    """Whether somebody sees each operation that runs, and may keep what it gave.
+
+    Checkpointing by a policy does: what it keeps must not be written over behind its back.
+    """
+    return not is_compiling() and _count_dispatch_modes() > 0
+
+
+def may_write_over_what_was_made_of(t: Tensor) -> bool:
+    """Whether in-place operations give the same as others: nobody differentiates or maps them."""
+    return not (
+        torch.is_grad_enabled()
+        or is_compiling()
+        or _transforms_are_active()
+        or _forward_ad_may_be_on()
+        or _is_mapped_by_autograd(t)
+    )
+
+
 def release_saved(ctx: Any) -> None:
     """Let go of what was saved before the backward ends, unless another is to come."""
     if not is_compiling():
@@ -124,9 +160,10 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
     """
-    if is_compiling() or _transforms_are_active() or _forward_ad_may_be_on():
+    if is_compiling() or _transforms_are_active() or _forward_ad_may_be_on() or is_traced_by_jit():
         return z.copy_(call(z.clone(), *options, False))
-    return call(z, *options, True)
+    a = call(z, *options, True)
+    return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z
 
 
 def values_are_at_hand(value: Tensor) -> bool:

@@ -184,7 +184,7 @@ def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
         elif _has_formula_of(LinearSigmoid, module):
             layers.append(_linear_layer(place, name, module, layers))
             layers[-1].activations.append(_activation(place, Sigmoid()))
-        else:
+        elif not _has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
             activations = layers[-1].activations if layers else input_activations
             activations.append(_activation(place, module))
         _refuse_hooks(place, module)

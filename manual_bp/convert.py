@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from manual_bp.layers import ACTIVATIONS
 from manual_bp.layers.leaky_relu import LeakyReLU
@@ -94,7 +95,7 @@ def convert(model: nn.Module, fuse: bool = False) -> ConversionReport:
     changes: dict[nn.Module, Class] = {}
     left: dict[nn.Module, str] = {}
     for module in model.modules():
-        if isinstance(module, (*LAYERS, LinearSigmoid)) or BEFORE in vars(module):
+        if isinstance(module, (*LAYERS, LinearSigmoid)) or _was_given(module):
             continue
         found = _counterpart(module)
         if isinstance(found, str):
@@ -117,7 +118,7 @@ def restore(model: nn.Module) -> ConversionReport:
     Layers of ours that were there before stay, and so does what was not converted.
 
     Args:
-        model: A module that was converted, or a copy of one.
+        model: What was converted, or a copy of it. Not a part, which might hold half of a pair.
 
     Returns:
         What was changed back; and what was not, because its class has changed since.
@@ -132,11 +133,23 @@ def restore(model: nn.Module) -> ConversionReport:
         before = vars(module).get(BEFORE)
         if before is None:
             continue
-        if type(module) in _classes_given_for(before):
+        if _was_given(module):
             changes[module] = before
-        else:
-            left[module] = "its class has changed since, as by parametrize: undo that first"
+        elif _class_of(module) is not before:
+            left[module] = "its class has changed since"
+    while halves := [pair for pair in _fused_pairs(model) if len(changes.keys() & set(pair)) == 1]:
+        for module in (module for pair in halves for module in pair):
+            if changes.pop(module, None) is not None:
+                left[module] = "it was fused with one that cannot be restored"
     return _apply(model, changes, left)
+
+
+def _fused_pairs(model: nn.Module) -> Iterator["_Pair"]:
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            for first, second in pairwise(m for m in module._modules.values() if m is not None):
+                if isinstance(first, LinearSigmoid) and type(second) is nn.Identity:
+                    yield _Pair(first, second)
 
 
 def _require_module(model: object) -> None:
@@ -152,21 +165,53 @@ def _apply(
         tuple(Change(names[m], type(m), changes[m]) for m in names if m in changes),
         tuple(Left(names[m], type(m), left[m]) for m in names if m in left),
     )
+    before = {m: vars(m)[BEFORE] if _was_given(m) else _class_of(m) for m in changes}
+    done: list[tuple[nn.Module, Class]] = []
+    try:
+        for module, after in changes.items():
+            done.append((module, type(module)))
+            _give(module, after)
+    except BaseException:
+        for module, was in done:
+            object.__setattr__(module, "__class__", was)
+        raise
     for module, after in changes.items():
-        before = vars(module).pop(BEFORE, type(module))
-        module.__class__ = after
-        if after is not before:
-            vars(module)[BEFORE] = before
+        vars(module)[BEFORE] = before[module]
+        if after is before[module]:
+            del vars(module)[BEFORE]
     return report
+
+
+def _give(module: nn.Module, after: Class) -> None:
+    # parametrize has made a class for this module alone; it is made anew, of another base.
+    if parametrize.is_parametrized(module):
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        after = type(type(module).__name__, (after,), own)
+    # Not by module.__class__ = after: a module may have its own idea of attributes.
+    object.__setattr__(module, "__class__", after)
+
+
+def _class_of(module: nn.Module) -> Class:
+    """Its class, or the one that parametrize found it with."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _was_given(module: nn.Module) -> bool:
+    """Whether its class is one that `convert` gave it."""
+    before = vars(module).get(BEFORE)
+    return before is not None and _class_of(module) in _classes_given_for(before)
 
 
 def _counterpart(module: nn.Module) -> Class | str | None:
     """The class of ours that fits, or why there is none; None for what holds other modules."""
-    kind: Class = type(module)
+    kind = _class_of(module)
     found = [(ours, theirs) for ours, theirs in LAYERS.items() if issubclass(kind, theirs)]
     if not found:
         has_children = next(module.children(), None) is not None
         return None if has_children else "there is no such layer among ours"
+    if len(found) > 1:
+        return "its class is of several layers at once"
     ((ours, theirs),) = found
     if any(is_lazy(parameter) for parameter in module.parameters()):
         return "it is lazy and has seen no input yet"
@@ -176,6 +221,8 @@ def _counterpart(module: nn.Module) -> Class | str | None:
         return "its class has a forward of its own"
     if kind.__call__ is not nn.Module.__call__:
         return "its class has a __call__ of its own"
+    if any("__init_subclass__" in vars(c) for c in kind.__mro__ if c is not object):
+        return "its class keeps watch over its subclasses"
     if ours is LeakyReLU and not module.negative_slope >= 0:  # type: ignore[operator]
         return "its negative_slope is below 0"
     if ours is Softplus and module.beta == 0:
@@ -202,7 +249,10 @@ def _joined(ours: Class, kind: Class) -> Class:
         def reduce(self: Any, _: object) -> tuple[Any, ...]:
             return _blank, (ours, kind), self.__getstate__()
 
-        body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": reduce}
+        # Of ours its forward alone: all else that ours defines is as the subclass has it.
+        body = {name: getattr(kind, name) for name in vars(ours) if hasattr(kind, name)}
+        body |= {"forward": ours.forward, "__reduce_ex__": reduce}
+        body = {k: v for k, v in body.items() if k not in ("__dict__", "__weakref__")}
         joined = type(kind.__name__, (ours, kind), body)
         _joined_classes[kind] = ref(joined)
     return joined
@@ -265,6 +315,8 @@ def _reason_against(pair: _Pair) -> str:
         return "there are hooks, which would miss z"
     if any(m._backward_hooks or m._backward_pre_hooks for m in pair):
         return "there are hooks, which would miss delta"
+    if any("forward" in vars(m) for m in pair):
+        return "a forward was replaced on the object"
     weight = pair.linear.weight
     if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
         return "its weight is computed from others, or not of real numbers"

@@ -24,6 +24,7 @@ from manual_bp import (
     Tanh,
     Trace,
     backprop,
+    convert,
 )
 from tests.helpers import Operations, assert_same
 
@@ -174,6 +175,16 @@ def test_linear_sigmoid_is_a_layer_with_its_activation(device: torch.device) -> 
         assert layer.grad_w is not None
         assert layer.w.grad is not None
         assert_same([layer.grad_w], [layer.w.grad])
+
+
+def test_what_was_fused_by_convert() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3), nn.Sigmoid())
+    x, y = torch.randn(6, 5), torch.rand(6, 3)
+    before = backprop(net, x, y, QuadraticCost())
+    convert(net, fuse=True)
+    after = backprop(net, x, y, QuadraticCost())
+    assert [layer.name for layer in after.layers] == ["0", "2"]
+    assert_same(parameter_gradients(after), parameter_gradients(before), rtol=0, atol=0)
 
 
 def test_a_softplus_with_a_low_threshold_is_refused() -> None:

@@ -2,8 +2,10 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +42,41 @@ class Doubled(nn.Linear):
 class Called(nn.Linear):
     def __call__(self, *arguments: Any) -> Any:
         return super().__call__(*arguments)
+
+
+class Watched(nn.Linear):
+    classes: list[str] = []  # noqa: RUF012
+
+    def __init_subclass__(cls) -> None:
+        Watched.classes.append(cls.__name__)
+
+
+class TwoAtOnce(nn.Sigmoid, nn.Tanh):
+    pass
+
+
+class Quantised(nn.Linear):
+    """Says something else of its weight than what it keeps."""
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        return (value * 8).round() / 8 if name == "weight" else value
+
+
+class Named(nn.LeakyReLU):
+    def __init__(self, name: str) -> None:
+        super().__init__(0.25)
+        self.name = name
+
+    def prime(self) -> str:
+        return f"{self.name}'"
+
+
+class Frozen(nn.Linear):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError("frozen")
+        super().__setattr__(name, value)
 
 
 class Net(nn.Module):
@@ -182,6 +219,8 @@ def test_tied_weights_stay_tied() -> None:
     [
         (Doubled(3, 4), "its class has a forward of its own"),
         (Called(3, 4), "its class has a __call__ of its own"),
+        (Watched(3, 4), "its class keeps watch over its subclasses"),
+        (TwoAtOnce(), "its class is of several layers at once"),
         (nn.LazyLinear(4), "it is lazy and has seen no input yet"),
         (nn.LeakyReLU(-0.1), "its negative_slope is below 0"),
         (nn.Softplus(0), "its beta is 0"),
@@ -274,15 +313,87 @@ def test_reparametrised_before_and_after() -> None:
     restore(before)
     assert type(before).__bases__ == (nn.Linear,)
     assert torch.equal(before(x), expected)
+    convert(before)
+    parametrize.remove_parametrizations(before, "weight")
+    assert type(before) is manual_bp.Linear
+    restore(before)
+    assert type(before) is nn.Linear
+    torch.testing.assert_close(before(x), expected)
 
     after = nn.Linear(3, 4)
     convert(after)
     parametrizations.weight_norm(after)
-    (left,) = restore(after).left
-    assert left.reason == "its class has changed since, as by parametrize: undo that first"
+    parametrize.register_parametrization(after, "bias", nn.Softplus())
+    expected = after(x)
+    assert restore(after).left == ()
+    assert type(after).__bases__ == (nn.Linear,)
+    assert torch.equal(after(x), expected)
     parametrize.remove_parametrizations(after, "weight")
-    restore(after)
+    parametrize.remove_parametrizations(after, "bias")
     assert type(after) is nn.Linear
+
+
+def test_subclasses_keep_all_but_their_backward() -> None:
+    x = torch.randn(2, 3)
+    quantised, frozen = Quantised(3, 4), Frozen(3, 4)
+    for module in (quantised, frozen):
+        expected = module(x)
+        convert(module)
+        assert isinstance(module, manual_bp.Linear)
+        assert torch.equal(module(x), expected)
+    named: Any = Named("leaky")
+    convert(named)
+    assert named.prime() == "leaky'"
+    assert type(named)("other").name == "other"
+    assert torch.equal(named(x), nn.functional.leaky_relu(x, 0.25))
+
+
+def test_an_error_half_way_leaves_nothing_half_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    before = everything(model)
+    given = []
+
+    def fail(module: nn.Module, after: type[Any]) -> None:
+        given.append(module)
+        if len(given) == 3:
+            raise KeyboardInterrupt
+        give(module, after)
+
+    module = sys.modules["manual_bp.convert"]  # the package has the function by this name
+    give = vars(module)["_give"]
+    monkeypatch.setattr(module, "_give", fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model)
+    assert everything(model) == before
+
+
+def test_a_mark_of_former_times_is_no_hindrance() -> None:
+    module = nn.Linear(3, 4)
+    convert(module)
+    object.__setattr__(module, "__class__", nn.Linear)
+    assert restore(module) == ConversionReport((), ())
+    assert len(convert(module).changed) == 1
+    restore(module)
+    assert type(module) is nn.Linear
+
+
+def test_no_half_of_a_fused_pair_is_restored() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Sigmoid())
+    model[3] = model[1]
+    x = torch.randn(2, 4)
+    expected = model(x)
+    convert(model, fuse=True)
+    object.__setattr__(model[2], "__class__", type("Changed", (LinearSigmoid,), {}))
+    reasons = {left.name: left.reason for left in restore(model).left}
+    assert reasons == {
+        "0": "it was fused with one that cannot be restored",
+        "1": "it was fused with one that cannot be restored",
+        "2": "its class has changed since",
+    }
+    torch.testing.assert_close(model(x), expected)
+    object.__setattr__(model[2], "__class__", LinearSigmoid)
+    assert restore(model).left == ()
+    assert torch.equal(model(x), expected)
 
 
 def test_layers_of_ours_from_before_stay_when_restored() -> None:
@@ -331,6 +442,13 @@ def hooked(model: nn.Sequential, where: int, hook: str) -> nn.Sequential:
     return model
 
 
+def replaced(model: nn.Sequential) -> nn.Sequential:
+    """As libraries do that hook into modules."""
+    convert(model)
+    model[0].forward = partial(type(model[0]).forward, model[0])
+    return model
+
+
 class Reversed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         return self[0](self[1](input))  # type: ignore[no-any-return]
@@ -354,6 +472,7 @@ class WithAct(nn.Module):
         (hooked(sigmoid_net(), 1, "forward_pre_hook"), "there are hooks, which would miss z"),
         (hooked(sigmoid_net(), 0, "full_backward_hook"), "there are hooks, which would miss delta"),
         (hooked(sigmoid_net(), 1, "full_backward_pre_hook"), "hooks, which would miss delta"),
+        (replaced(sigmoid_net()), "a forward was replaced on the object"),
         (WithAct(), "it or its Sigmoid occurs elsewhere as well"),
         (
             nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Sigmoid()),

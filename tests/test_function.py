@@ -77,13 +77,18 @@ def test_nothing_is_kept_for_forward_ad_where_it_cannot_ask(
         manual_bp.linear(x, w)
 
 
-def test_a_frugal_backward_alone_holds_its_gradient() -> None:
+def test_a_boxed_backward_alone_holds_its_gradient() -> None:
     """What the engine made for it is gone once the backward deletes it."""
     alive: list[bool] = []
 
     class Watched(Cube):
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return Watched.backward_boxed(ctx, [grad])
+
+        @staticmethod
+        def backward_boxed(ctx: Any, grads: list[Tensor]) -> Tensor:
+            grad = grads.pop()
             watch = weakref.ref(grad)
             x = ctx.saved_tensors[0]
             found: Tensor = 3 * x * x * grad
@@ -91,13 +96,12 @@ def test_a_frugal_backward_alone_holds_its_gradient() -> None:
             alive.append(watch() is not None)
             return found
 
-    for frugal in (True, False):
-        x = torch.tensor(2.0, requires_grad=True)
-        (as_callable(Watched, frugal=frugal)(x) * 2).backward()
-        assert x.grad is not None
-        assert x.grad.item() == 24
-    can_be_frugal = hasattr(Function, "boxed_grads_call")
-    assert alive == [not can_be_frugal, True]
+    x = torch.tensor(2.0, requires_grad=True)
+    (as_callable(Watched)(x) * 2).backward()
+    assert x.grad is not None
+    assert x.grad.item() == 24
+    assert torch.func.grad(as_callable(Watched))(torch.tensor(2.0)).item() == 12
+    assert alive == [not hasattr(Function, "boxed_grads_call"), True]
 
 
 def test_transforms_take_the_face_they_need() -> None:

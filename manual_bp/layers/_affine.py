@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, strided
 
 from manual_bp import _require
+from manual_bp._function import is_traced_by_jit, is_watched
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -22,19 +23,22 @@ def affine(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return z
     # Here z may be a view, which nobody could change in place afterwards (as ReLU(inplace) or
     # += do): PyTorch forbids that for views made inside a Function. So, no view of it.
+    if is_watched():
+        return z.clone()
     return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """`module.weight, module.bias`, mostly past `nn.Module.__getattr__`: it takes 1.4 µs for both.
 
-    Where they are not the module's own parameters (pruned, reparametrised), it is asked after all.
+    Where it may have something else to say, it is asked after all: for subclasses of the kind, and
+    for weights that are not the module's own parameters (pruned, a replica's).
     """
-    own: Any = module._parameters
-    try:
+    attributes = vars(module)
+    if type(module) is kind and "weight" not in attributes and "bias" not in attributes:
+        own = attributes["_parameters"]
         return own["weight"], own["bias"]
-    except KeyError:
-        return cast("Tensor", module.weight), cast("Tensor | None", module.bias)
+    return cast("Tensor", module.weight), cast("Tensor | None", module.bias)
 
 
 def affine_tangent(
@@ -57,6 +61,8 @@ def fit(a: Any, w: Any, b: Any) -> bool:
 
     Asked at every call, hence in as few steps as will do, in a fifth of the time of `refuse`.
     """
+    if is_traced_by_jit():  # to which a look at a shape is a part of the computation
+        return True
     try:
         (out_features, in_features), dtype, device = w.shape, w.dtype, w.device
         return (

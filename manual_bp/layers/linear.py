@@ -133,4 +133,4 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to weighted inputs z (..., out_features)."""
-        return _checked_linear(input, *weight_and_bias(self), ("input", "weight", "bias"))
+        return _checked_linear(input, *weight_and_bias(self, Linear), ("input", "weight", "bias"))

@@ -13,6 +13,8 @@ from manual_bp._function import (
     as_callable,
     autocast,
     hand_over,
+    is_watched,
+    may_write_over_what_was_made_of,
     release_saved,
     save_for_forward,
 )
@@ -22,12 +24,11 @@ from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refus
 def times_sigmoid_prime(grad_a: Tensor, a: Tensor) -> Tensor:
     """grad_a ⊙ σ'(z), written in terms of a = σ(z): σ' = a (1 − a). Shape as a.
 
-    As t − t a with t = grad_a a, which takes two operations and one new tensor.
+    Not as grad_a a − grad_a a²: where a neuron is saturated, that cancels to a third of its size.
     """
-    t = grad_a * a
-    if torch.is_grad_enabled():  # t will be wanted as it is, for second derivatives
-        return torch.addcmul(t, t, a, value=-1)
-    return t.addcmul_(t, a, value=-1)
+    if may_write_over_what_was_made_of(grad_a):
+        return (1 - a).mul_(a).mul_(grad_a)  # the same, in one new tensor
+    return grad_a * (a * (1 - a))
 
 
 class LinearSigmoidFunction(Function):
@@ -59,8 +60,8 @@ class LinearSigmoidFunction(Function):
     @staticmethod
     def forward(a_prev: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute a = σ(a_prev @ w.mT + b)."""
-        a = affine(a_prev, w, b)
-        return torch.sigmoid_(a)
+        z = affine(a_prev, w, b)
+        return torch.sigmoid(z) if is_watched() else torch.sigmoid_(z)
 
     @staticmethod
     def setup_context(
@@ -78,6 +79,14 @@ class LinearSigmoidFunction(Function):
         ctx: Any, grad_a: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """From grad_a = ∂C/∂a to ∂C/∂a_prev, ∂C/∂w and ∂C/∂b."""
+        return LinearSigmoidFunction.backward_boxed(ctx, [grad_a])
+
+    @staticmethod
+    def backward_boxed(
+        ctx: Any, grads: list[Tensor | None]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The same, of grad_a in a list, from which it is taken and let go of."""
+        grad_a = grads.pop()
         if grad_a is None:
             return None, None, None
         a_prev, w, a = ctx.saved_tensors
@@ -98,7 +107,7 @@ class LinearSigmoidFunction(Function):
         return times_sigmoid_prime(affine_tangent(a_prev, w, da_prev, dw, db), a)
 
 
-_linear_sigmoid = as_callable(LinearSigmoidFunction, frugal=True)
+_linear_sigmoid = as_callable(LinearSigmoidFunction)
 
 
 def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -182,7 +191,9 @@ class LinearSigmoid(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to activations (..., out_features)."""
-        return _checked_linear_sigmoid(input, *weight_and_bias(self), ("input", "weight", "bias"))
+        return _checked_linear_sigmoid(
+            input, *weight_and_bias(self, LinearSigmoid), ("input", "weight", "bias")
+        )
 
     def extra_repr(self) -> str:
         """The sizes, as `nn.Linear` has them."""

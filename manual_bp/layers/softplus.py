@@ -23,7 +23,8 @@ def softplus_prime(a: Tensor, beta: float, threshold: float) -> Tensor:
 
 def softplus_prime_of_z(z: Tensor, beta: float, threshold: float) -> Tensor:
     """σ'(z) for a threshold too low to show in a: 1 / (1 + e^(−β z)), and 1 where a = z."""
-    return torch.where(beta * z > threshold, 1, torch.sigmoid(beta * z))
+    t = beta * z.to(torch.promote_types(z.dtype, torch.float32))  # as PyTorch compares it
+    return torch.where(t > threshold, 1, torch.sigmoid(t)).to(z.dtype)
 
 
 class SoftplusFunction(Function):

@@ -12,8 +12,11 @@ from manual_bp._function import as_callable, hand_over
 
 
 def tanh_prime(a: Tensor) -> Tensor:
-    """σ'(z), written in terms of a = tanh(z): σ' = 1 − σ². Shape as a."""
-    return 1 - a * a
+    """σ'(z), written in terms of a = tanh(z): σ' = 1 − σ². Shape as a.
+
+    As (1 − σ)(1 + σ): where a neuron is saturated, 1 − σ² would round what is left.
+    """
+    return (1 - a) * (1 + a)
 
 
 class TanhFunction(Function):
@@ -21,7 +24,7 @@ class TanhFunction(Function):
 
     Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
 
-        ∂C/∂z = grad_a * (1 - a * a)        ∂C/∂z_xj = ∂C/∂a_xj (1 − a_xj²)
+        ∂C/∂z = grad_a * (1 - a) * (1 + a)        ∂C/∂z_xj = ∂C/∂a_xj (1 − a_xj²)
 
     This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
     linear layer above gave grad_a = wᵀδ. Complex tensors take the conjugate of σ', as PyTorch's

@@ -3,12 +3,11 @@
 Each process draws samples of its own, so that no number is right unless gradients are exchanged.
 """
 
-import gc
+import multiprocessing
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from itertools import count, pairwise
-from traceback import clear_frames
+from multiprocessing.pool import IMapIterator, Pool
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -49,9 +47,8 @@ RANKS = 2
 STEPS = 4
 IN, HIDDEN, OUT = 6, 8, 4
 
-# In seconds. A process that waits for one that is gone gives up before the test does, so that it
-# is free again for the next.
-GIVE_UP, TIMEOUT = 60, 120
+# Seconds: for a test; and once a rank has failed, for the other to end as well.
+TIMEOUT, GRACE = 120, 5
 
 Assert = Callable[[Any, Any], None]
 Wrap = Callable[[nn.Module], Any]
@@ -63,22 +60,33 @@ assert_equal_but_for_rounding: Assert = partial(assert_close, rtol=RTOL, atol=AT
 assert_equal_in_bfloat16: Assert = partial(assert_close, rtol=2**-5, atol=2**-9)
 
 
-def run_as_rank(rank: int, url: str, scenario: Callable[..., None], arguments: Any) -> None:
-    options: Any = {"rank": rank, "world_size": RANKS, "timeout": timedelta(seconds=GIVE_UP)}
-    dist.init_process_group("gloo", init_method=url, **options)
+def run_as_rank(work: tuple[int, str, Callable[..., None], tuple[object, ...]]) -> None:
+    rank, url, scenario, arguments = work
+    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=RANKS)
     try:
         with catch_warnings():
             simplefilter("error")  # as pytest has it, which a worker knows nothing of
             scenario(*arguments)
     except Exception as error:
         error.add_note(f"This was on rank {rank}.")
-        # A model in a failed frame holds the connections. Once they are closed, the other rank
-        # fails at its next call; else it waits until it gives up.
-        clear_frames(error.__traceback__)
-        gc.collect()
         raise
     finally:
         dist.destroy_process_group()
+
+
+def start_workers() -> Pool:
+    return multiprocessing.get_context("spawn").Pool(RANKS, torch.set_num_threads, (1,))
+
+
+def failures(answers: "IMapIterator[None]") -> list[Exception]:
+    """In the order in which they came. What has not come is a TimeoutError."""
+    errors: list[Exception] = []
+    for _ in range(RANKS):
+        try:
+            answers.next(GRACE if errors else TIMEOUT)
+        except Exception as error:
+            errors.append(error)
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +98,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """
     folder = tmp_path_factory.mktemp("rendezvous")
     numbers = count()
-    with get_context("spawn").Pool(RANKS, torch.set_num_threads, (1,)) as pool:
+    workers = start_workers()
 
-        def run(scenario: Callable[..., None], *arguments: object) -> None:
-            url = (folder / str(next(numbers))).as_uri()
-            work = [(rank, url, scenario, arguments) for rank in range(RANKS)]
-            pool.starmap_async(run_as_rank, work, chunksize=1).get(TIMEOUT)
+    def run(scenario: Callable[..., None], *arguments: object) -> None:
+        nonlocal workers
+        url = (folder / str(next(numbers))).as_uri()
+        work = [(rank, url, scenario, arguments) for rank in range(RANKS)]
+        errors = failures(workers.imap_unordered(run_as_rank, work))
+        if any(isinstance(error, multiprocessing.TimeoutError) for error in errors):
+            workers.terminate()  # one still waits for the other, which has failed
+            workers = start_workers()
+        if errors:
+            raise errors[0]
 
-        yield run
+    yield run
+    workers.terminate()
 
 
 class Net(NamedTuple):

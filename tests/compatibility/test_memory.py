@@ -1,7 +1,9 @@
 """What is kept and what is computed: frozen arguments, checkpoints, hooks, tied weights."""
 
+import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -9,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from manual_bp import Linear, LinearSigmoid, QuadraticCost, ReLU
+from manual_bp import Linear, LinearSigmoid, QuadraticCost, ReLU, convert
 from tests.compatibility.subjects import (
     IN,
     Subject,
@@ -51,6 +57,51 @@ def test_checkpoint(subject: Subject, use_reentrant: bool, device: torch.device)
     ours, theirs = results
     assert len(ours) > 1
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 5)], ids=str)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_checkpoint_that_keeps_the_matrix_products(
+    leading: tuple[int, ...], fuse: bool, device: torch.device
+) -> None:
+    """By a policy: what it keeps is not written over behind its back."""
+    products = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
+
+    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        keep = operation in products
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        output: Any = checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+        output.pow(2).sum().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Sigmoid())
+    net = net.double().to(device)
+    theirs = copy.deepcopy(net)
+    convert(net, fuse=fuse)
+    x = torch.randn(*leading, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert_same(gradients(net, x), gradients(theirs, x))
+
+
+def test_checkpoint_by_a_policy_notices_what_writes_over_its_products() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(inplace=True), nn.Linear(4, 4))
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    expected = torch.autograd.grad(net(x).pow(2).sum(), list(net.parameters()))
+    convert(net)
+
+    def policy(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    try:
+        output: Any = checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+        found = torch.autograd.grad(output.pow(2).sum(), list(net.parameters()))
+    except RuntimeError as error:
+        assert "has been mutated" in str(error)  # noqa: PT017 (either is right, as in PyTorch)
+    else:
+        assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @every_subject

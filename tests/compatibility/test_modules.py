@@ -136,6 +136,21 @@ def test_share_memory_and_data_parallel_replicas(subject: Subject) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own end
+@pytest.mark.parametrize("fuse", [True, False])
+def test_jit_trace(fuse: bool) -> None:
+    """As TensorBoard's add_graph traces a model."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.ReLU(True), nn.Tanh())
+    convert(net, fuse=fuse)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(net, torch.randn(5, 3)), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for x in (torch.randn(5, 3), torch.randn(7, 3)):
+        assert torch.equal(traced(x), net(x))
+    net(torch.randn(5, 3)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_script_wants_the_model_restored() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
     convert(net)

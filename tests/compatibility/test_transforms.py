@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +43,58 @@ def test_func(subject: Subject, name: str, device: torch.device) -> None:
     transform = TRANSFORMS[name]
     found = transform(subject.ours)(*arguments)
     assert_same(tree_leaves(found), tree_leaves(transform(subject.theirs)(*arguments)))
+
+
+NESTED: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "jacfwd_of_jacfwd": lambda call: jacfwd(jacfwd(call)),
+    "jacfwd_of_hessian": lambda call: jacfwd(hessian(lambda *a: call(*a).pow(3).sum())),
+    "jvp_of_jvp": lambda call: (
+        lambda x, *a: jvp(lambda x: jvp(lambda x: call(x, *a), (x,), (x + 1,))[1], (x,), (x - 1,))
+    ),
+}
+
+
+@every_subject
+@pytest.mark.parametrize("name", NESTED)
+def test_forward_mode_within_forward_mode(
+    subject: Subject, name: str, device: torch.device
+) -> None:
+    if name != "jvp_of_jvp" and subject.name == "sigmoid_cross_entropy_cost":
+        pytest.skip("binary_cross_entropy_with_logits fails there: ZeroTensors are immutable")
+    arguments = subject.arguments(device=device)
+    transform = NESTED[name]
+    found = transform(subject.ours)(*arguments)
+    assert_same(tree_leaves(found), tree_leaves(transform(subject.theirs)(*arguments)))
+
+
+@every_subject
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_forward_over_reverse_in_eager_code(
+    subject: Subject, create_graph: bool, device: torch.device
+) -> None:
+    arguments = subject.arguments(device=device)
+    tangent = torch.randn_like(arguments[0])
+
+    def hessian_vector_product(call: Callable[..., Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(arguments[0].clone().requires_grad_(), tangent)
+            cost = call(x, *arguments[1:]).pow(2).sum()
+            (found,) = torch.autograd.grad(cost, x, create_graph=create_graph)
+            product: Any = forward_ad.unpack_dual(found).tangent
+            return product.detach()  # type: ignore[no-any-return]
+
+    assert_same([hessian_vector_product(subject.ours)], [hessian_vector_product(subject.theirs)])
+
+
+@every_layer_with_weights
+def test_transforms_without_gradients_around(subject: Subject, device: torch.device) -> None:
+    x, w, b = subject.arguments(device=device)
+    with torch.no_grad():
+        found, expected = (
+            vmap(lambda x: jacfwd(lambda b: call(x, w, b))(b))(x)  # noqa: B023
+            for call in (subject.ours, subject.theirs)
+        )
+    assert_same([found], [expected])
 
 
 @every_subject

@@ -182,6 +182,15 @@ def test_in_place(kind: Activation, shape: tuple[int, ...], device: torch.device
 
 
 @in_place
+def test_in_place_without_a_graph_gives_back_the_tensor_itself(kind: Activation) -> None:
+    z = leaf(torch.randn(5)) * 1
+    with torch.no_grad():
+        a = kind.call(z, inplace=True)
+    assert a is z
+    assert a.requires_grad
+
+
+@in_place
 def test_in_place_keeps_no_second_tensor(kind: Activation, device: torch.device) -> None:
     z = leaf(sample(5, 3, device=device)) * 1
     (kept,) = saved_tensors(lambda z: kind.call(z, inplace=True), [z])

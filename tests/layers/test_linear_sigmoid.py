@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from manual_bp import LinearSigmoid, linear_sigmoid
+from manual_bp import LinearSigmoid, linear, linear_sigmoid, sigmoid
 from manual_bp.verify import CAPABILITIES, function_case, module_case, parametrize_with_checks
 from tests.helpers import (
     LAYOUTS,
@@ -202,6 +202,35 @@ def test_saturated_neurons_keep_their_small_gradients(device: torch.device) -> N
     right = torch.exp(-z.abs()) / (1 + torch.exp(-z.abs())) ** 2
     torch.testing.assert_close(found[:-2], right[:-2], rtol=1e-12, atol=0)
     torch.testing.assert_close(found[-2:], right[-2:], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_saturated_neurons_in_float32(compiled: bool, device: torch.device) -> None:
+    """A formula that cancels would lose a third there, on machines that round in between."""
+    torch._dynamo.reset()
+    call = torch.compile(linear_sigmoid, backend="aot_eager") if compiled else linear_sigmoid
+    z = leaf(torch.linspace(5, 16, 100, device=device)[:, None])
+    one = torch.ones(1, 1, device=device)
+    a = call(z, one)
+    (found,) = torch.autograd.grad(a, z, torch.rand_like(a) + 1)
+    exact = a.detach().double() * (1 - a.detach().double())
+    assert ((found.double() / exact) > 0.999).all()
+    (found,) = torch.autograd.grad(call(z, one), z, torch.ones_like(a))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_an_infinite_gradient_stays_infinite(device: torch.device) -> None:
+    a, w, b = sample(5, device=device)
+    found = gradients(linear_sigmoid, [a, w, leaf(b)], a.new_full((5, OUT), torch.inf))[1]
+    assert_same(found, gradients(pair, [a, w, leaf(b)], a.new_full((5, OUT), torch.inf))[1])
+
+
+def test_it_is_the_two_layers_bit_for_bit(device: torch.device) -> None:
+    arguments = [leaf(t) for t in sample(2, 5, device=device)]
+    upstream = torch.randn(2, 5, OUT, dtype=torch.float64, device=device)
+    found, found_gradients = gradients(linear_sigmoid, arguments, upstream)
+    two, two_gradients = gradients(lambda *t: sigmoid(linear(*t)), arguments, upstream)
+    assert_same([found, *found_gradients], [two, *two_gradients], rtol=0, atol=0)
 
 
 def test_module_has_the_parameters_of_nn_linear(device: torch.device) -> None:

@@ -90,3 +90,16 @@ def test_beta_0_is_refused() -> None:
         Softplus(0)
     with pytest.raises(ValueError, match=r"beta must not be 0; got 0\.0"):
         softplus(torch.ones(3), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta", "threshold"),
+    [(torch.bfloat16, 1, 0.1), (torch.float16, 2, 0.7), (torch.bfloat16, 3, 0.2)],
+)
+def test_the_threshold_in_low_dtypes(dtype: torch.dtype, beta: float, threshold: float) -> None:
+    near = threshold / beta
+    z = torch.linspace(0.9 * near, 1.1 * near, 200, dtype=dtype).unique()
+    ones = torch.ones_like(z)
+    found = gradients(lambda z: softplus(z, beta, threshold), [leaf(z)], ones)[1]
+    expected = gradients(lambda z: F.softplus(z, beta, threshold), [leaf(z)], ones)[1]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
