@@ -42,7 +42,7 @@ _transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_s
 _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_legacy_batchedtensor", lambda _: True
 )
-is_traced_by_jit: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
 
 def as_callable(function: Any) -> Callable[..., Tensor]:
@@ -66,7 +66,7 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
             return compiled.apply(*_apart(args))
         if _transforms_are_active():
             return function.forward(*args) if _jvp_is_nested() else function.apply(*args)
-        if is_traced_by_jit():
+        if _is_tracing():
             return function.forward(*args)
         return apply_eager(*args)
 
@@ -127,6 +127,11 @@ def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
     """
     result: Tensor = handle_torch_function(function, args, *args)
     return result
+
+
+def is_traced_by_jit() -> bool:
+    """Whether `torch.jit.trace` is at work."""
+    return not is_compiling() and _is_tracing()
 
 
 def is_watched() -> bool:
