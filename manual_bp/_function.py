@@ -134,13 +134,12 @@ def is_traced_by_jit() -> bool:
     return not is_compiling() and _is_tracing()
 
 
-def must_not_be_written_over(t: Tensor) -> bool:
-    """Whether somebody sees the operations that run, and may keep or not be able to change t.
+def is_watched() -> bool:
+    """Whether somebody sees each operation that runs, and may keep what it gave.
 
-    Checkpointing by a policy keeps results, which must not change behind its back; a subclass of
-    Tensor, such as a DTensor of partial sums, may not be able to do in place what it can do else.
+    Checkpointing by a policy does: what it keeps must not be written over behind its back.
     """
-    return not is_compiling() and (type(t) is not Tensor or _count_dispatch_modes() > 0)
+    return not is_compiling() and _count_dispatch_modes() > 0
 
 
 def may_write_over_what_was_made_of(t: Tensor) -> bool:

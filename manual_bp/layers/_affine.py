@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, strided
 
 from manual_bp import _require
-from manual_bp._function import is_traced_by_jit, must_not_be_written_over
+from manual_bp._function import is_traced_by_jit, is_watched
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def affine(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return z
     # Here z may be a view, which nobody could change in place afterwards (as ReLU(inplace) or
     # += do): PyTorch forbids that for views made inside a Function. So, no view of it.
-    if must_not_be_written_over(z):
+    if is_watched():
         return z.clone()
     return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
 

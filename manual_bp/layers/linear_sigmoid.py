@@ -13,8 +13,8 @@ from manual_bp._function import (
     as_callable,
     autocast,
     hand_over,
+    is_watched,
     may_write_over_what_was_made_of,
-    must_not_be_written_over,
     release_saved,
     save_for_forward,
 )
@@ -61,7 +61,9 @@ class LinearSigmoidFunction(Function):
     def forward(a_prev: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute a = σ(a_prev @ w.mT + b)."""
         z = affine(a_prev, w, b)
-        return torch.sigmoid(z) if must_not_be_written_over(z) else torch.sigmoid_(z)
+        # A subclass may not be able to do this in place, as a DTensor of partial sums is not.
+        is_its_own = type(z) is Tensor and not is_watched()
+        return torch.sigmoid_(z) if is_its_own else torch.sigmoid(z)
 
     @staticmethod
     def setup_context(

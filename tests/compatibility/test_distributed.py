@@ -60,9 +60,9 @@ assert_equal_but_for_rounding: Assert = partial(assert_close, rtol=RTOL, atol=AT
 
 
 def assert_equal_in_bfloat16(ours: Any, theirs: Any) -> None:
-    """Each tensor to its own scale, for the gradients of the first layers are small."""
+    """Each tensor to its own scale: gradients of the first layers are small.
     if isinstance(theirs, Tensor):
-        assert_close(ours, theirs, rtol=0, atol=float(2**-5 * theirs.abs().max()))
+        assert_close(ours, theirs, rtol=0, atol=float(2**-3 * theirs.abs().max()))
         return
     keys = theirs.keys() if isinstance(theirs, dict) else range(len(theirs))
     for key in keys:
@@ -193,8 +193,14 @@ def samples(step: int, *leading: int, rank: int | None = None) -> Tensor:
     return torch.randn(*leading, IN, generator=generator, dtype=torch.float64)
 
 
+def cost(a: Tensor, x: Tensor) -> Tensor:
+    """How far the net is from passing on the first of its inputs."""
+    return (a - x[..., :OUT]).square().mean()
+
+
 def backward(model: Any, step: int) -> Tensor:
-    loss: Tensor = model(samples(step, 5)).square().mean()
+    x = samples(step, 5)
+    loss = cost(model(x), x)
     loss.backward()
     return loss
 
@@ -322,10 +328,11 @@ class Branching(nn.Module):
 
 def backward_from_branches(model: Any, step: int) -> Tensor:
     counts = dist.get_rank() in BRANCH_COUNTS_ON[step]
-    trunk, *branch = model(samples(step, 5), counts)
-    loss: Tensor = trunk.square().mean()
+    x = samples(step, 5)
+    trunk, *branch = model(x, counts)
+    loss = cost(trunk, x)
     if counts:
-        loss = loss + branch[0].square().mean()
+        loss = loss + cost(branch[0], x)
     loss.backward()
     return loss
 
@@ -460,7 +467,8 @@ def tensor_parallel(name: str, split: str, local: bool) -> None:
     rank = 0 if split == "replicated" else None
 
     def backward_from_sequences(model: Any, step: int) -> Tensor:
-        loss: Tensor = model(samples(step, 4, 2, rank=rank)).square().mean()
+        x = samples(step, 4, 2, rank=rank)
+        loss = cost(model(x), x)
         loss.backward()
         return loss
 
@@ -525,19 +533,7 @@ def test_distributed_by_rows(ranks: Ranks, net: str) -> None:
     ranks(distributed_by_hand, net, {"0": 0, "2": 0, "4": 0})
 
 
-@pytest.mark.parametrize(
-    "net",
-    [
-        "not in place",
-        pytest.param(
-            "fused",
-            marks=pytest.mark.xfail(
-                raises=RuntimeError,
-                reason="LinearSigmoid takes σ in place, which DTensor refuses for partial sums",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("net", ["not in place", "fused"])
 def test_distributed_by_columns(ranks: Ranks, net: str) -> None:
     """What comes out of a Linear is a partial sum here, which the activation has to add up."""
     ranks(distributed_by_hand, net, {"0": 0, "2": 1, "4": 0})
