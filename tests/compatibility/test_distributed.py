@@ -60,7 +60,7 @@ assert_equal_but_for_rounding: Assert = partial(assert_close, rtol=RTOL, atol=AT
 
 
 def assert_equal_in_bfloat16(ours: Any, theirs: Any) -> None:
-    """Each tensor to its own scale: gradients of the first layers are small.
+    """Each tensor to its own scale: gradients of the first layers are small."""
     if isinstance(theirs, Tensor):
         assert_close(ours, theirs, rtol=0, atol=float(2**-3 * theirs.abs().max()))
         return
