@@ -90,10 +90,10 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         call()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     held = most = 0
-    for _, change in changes:
-        held += change
+    for change in changes:
+        held += change.nbytes()
         most = max(most, held)
     return most
 
