@@ -111,7 +111,7 @@ def _without_jvp(function: Any) -> Any:
 
 def save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_forward`, but only where forward-mode AD may ask for it: it takes 0.3 µs."""
-    if _forward_ad_may_be_on():
+    if getattr(forward_ad, "_current_level", 0) >= 0:
         ctx.save_for_forward(*tensors)
 
 
@@ -127,11 +127,6 @@ def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
     """
     result: Tensor = handle_torch_function(function, args, *args)
     return result
-
-
-def is_traced_by_jit() -> bool:
-    """Whether `torch.jit.trace` is at work."""
-    return not is_compiling() and _is_tracing()
 
 
 def is_watched() -> bool:
@@ -165,7 +160,7 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
     """
-    if is_compiling() or _transforms_are_active() or _forward_ad_may_be_on() or is_traced_by_jit():
+    if is_compiling() or _transforms_are_active() or _forward_ad_may_be_on() or _is_tracing():
         return z.copy_(call(z.clone(), *options, False))
     a = call(z, *options, True)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z

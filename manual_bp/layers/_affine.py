@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, strided
 
 from manual_bp import _require
-from manual_bp._function import is_traced_by_jit, is_watched
+from manual_bp._function import is_watched
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def fit(a: Any, w: Any, b: Any) -> bool:
 
     Asked at every call, hence in as few steps as will do, in a fifth of the time of `refuse`.
     """
-    if is_traced_by_jit():  # to which a look at a shape is a part of the computation
-        return True
     try:
         (out_features, in_features), dtype, device = w.shape, w.dtype, w.device
+        if isinstance(in_features, Tensor):
+            return True  # under torch.jit.trace, to which asking is a part of the computation
         return (
             a.shape[-1] == in_features
             and a.dtype is dtype
