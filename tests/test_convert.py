@@ -174,7 +174,8 @@ def test_it_is_our_backward_that_runs() -> None:
     model = network()
     convert(model)
     names = set()
-    queue = [model(torch.randn(2, 5)).grad_fn]
+    output = model(torch.randn(2, 5))
+    queue = [output.grad_fn]
     while queue:
         node = queue.pop()
         names.add(type(node).__name__)
