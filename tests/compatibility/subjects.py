@@ -15,7 +15,7 @@ IN, OUT = 3, 4
 ROWS = 5
 
 
-def pair(a: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def pair(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return torch.sigmoid(F.linear(a, w, b))
 
 

@@ -114,16 +114,20 @@ def test_derivatives_of_first_and_second_order(subject: Subject, device: torch.d
     assert_gradchecks(subject.ours, subject.arguments(device=device))
 
 
-@every_layer_with_weights
+@every_subject
 def test_functional_call(subject: Subject, device: torch.device) -> None:
     ours, theirs = subject.modules(device=device)
-    inputs = subject.inputs(device=device)
+    inputs = [
+        t.requires_grad_() if t.is_floating_point() else t for t in subject.inputs(device=device)
+    ]
     values = {name: torch.randn_like(p, requires_grad=True) for name, p in ours.named_parameters()}
-    upstream = torch.randn(5, 4, dtype=torch.float64, device=device)
+    wanted = [*values.values(), *(t for t in inputs if t.requires_grad)]
+    upstream = torch.randn_like(theirs(*inputs))
     found, expected = (
-        torch.autograd.grad(functional_call(m, values, inputs), list(values.values()), upstream)
+        torch.autograd.grad(functional_call(m, values, tuple(inputs)), wanted, upstream)
         for m in (ours, theirs)
     )
+    assert found
     assert_same(found, expected)
     assert all(p.grad is None for p in ours.parameters())
 
@@ -140,7 +144,9 @@ def test_ensembles(subject: Subject, device: torch.device) -> None:
         def run(p: Any, b: Any, x: Tensor, model: Any = models[0]) -> Tensor:
             return functional_call(model, (p, b), (x,))  # type: ignore[no-any-return]
 
-        results.append(vmap(run, (0, 0, None))(parameters, buffers, x) if parameters else x)
+        # Models without parameters differ in nothing: over the samples, then.
+        dims = (0, 0, None) if parameters else (None, None, 0)
+        results.append(vmap(run, dims)(parameters, buffers, x))
     assert_same([results[0]], [results[1]])
 
 

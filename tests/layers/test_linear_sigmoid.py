@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from manual_bp import LinearSigmoid, linear, linear_sigmoid, sigmoid
 from manual_bp.verify import CAPABILITIES, function_case, module_case, parametrize_with_checks
+from tests.compatibility.subjects import Pair, pair
 from tests.helpers import (
     LAYOUTS,
     assert_gradchecks,
@@ -27,15 +27,6 @@ from tests.helpers import (
 
 IN, OUT = 3, 4
 LEADING = [(5,), (), (1,), (0,), (2, 3), (2, 0)]
-
-
-def pair(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    return torch.sigmoid(F.linear(a, w, b))
-
-
-class Pair(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return pair(input, self.weight, self.bias)
 
 
 def sample(*leading: int, device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +151,14 @@ def test_an_undefined_gradient_costs_nothing(device: torch.device) -> None:
 
 def test_backward_runs_no_derivative_kernel(device: torch.device) -> None:
     assert_no_derivative_kernel(linear_sigmoid, sample(5, device=device))
+
+
+def test_an_output_changed_in_place_is_noticed(device: torch.device) -> None:
+    a = linear_sigmoid(*[leaf(t) for t in sample(5, device=device)])
+    with torch.no_grad():
+        a += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        a.sum().backward()
 
 
 @pytest.mark.parametrize("create_graph", [True, False])
