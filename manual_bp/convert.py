@@ -137,19 +137,16 @@ def restore(model: nn.Module) -> ConversionReport:
             changes[module] = before
         elif _class_of(module) is not before:
             left[module] = "its class has changed since"
-    while halves := [pair for pair in _fused_pairs(model) if len(changes.keys() & set(pair)) == 1]:
+    fused = [
+        pair
+        for _, pair in _neighbours(model)
+        if isinstance(pair.linear, LinearSigmoid) and type(pair.sigmoid) is nn.Identity
+    ]
+    while halves := [pair for pair in fused if len(changes.keys() & set(pair)) == 1]:
         for module in (module for pair in halves for module in pair):
             if changes.pop(module, None) is not None:
                 left[module] = "it was fused with one that cannot be restored"
     return _apply(model, changes, left)
-
-
-def _fused_pairs(model: nn.Module) -> Iterator["_Pair"]:
-    for module in model.modules():
-        if isinstance(module, nn.Sequential):
-            for first, second in pairwise(m for m in module._modules.values() if m is not None):
-                if isinstance(first, LinearSigmoid) and type(second) is nn.Identity:
-                    yield _Pair(first, second)
 
 
 def _require_module(model: object) -> None:
@@ -176,9 +173,10 @@ def _apply(
             object.__setattr__(module, "__class__", was)
         raise
     for module, after in changes.items():
-        vars(module)[BEFORE] = before[module]
         if after is before[module]:
-            del vars(module)[BEFORE]
+            vars(module).pop(BEFORE, None)
+        else:
+            vars(module)[BEFORE] = before[module]
     return report
 
 
@@ -297,17 +295,20 @@ def _pairs_to_fuse(
     return fused | {pair.sigmoid: nn.Identity for pair in kept}, apart
 
 
-def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]:
+def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Sequential, _Pair]]:
+    """Each module of a Sequential with the next, of all the Sequentials in a model."""
     for module in model.modules():
-        if not isinstance(module, nn.Sequential) or "forward" in vars(module):
-            continue
-        if type(module).forward is not nn.Sequential.forward:
-            continue
-        within = [m for m in module._modules.values() if m is not None]
-        for first, second in pairwise(within):
-            classes = [changes.get(m, type(m)) for m in (first, second)]
-            if classes == [Linear, Sigmoid]:
-                yield _Pair(first, second)
+        if isinstance(module, nn.Sequential):
+            for first, second in pairwise(m for m in module._modules.values() if m is not None):
+                yield module, _Pair(first, second)
+
+
+def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]:
+    for sequential, pair in _neighbours(model):
+        runs_in_order = type(sequential).forward is nn.Sequential.forward
+        classes = [changes.get(m, type(m)) for m in pair]
+        if runs_in_order and "forward" not in vars(sequential) and classes == [Linear, Sigmoid]:
+            yield pair
 
 
 def _reason_against(pair: _Pair) -> str:

@@ -85,6 +85,7 @@ def fit(a: Any, w: Any, b: Any) -> bool:
 
 
 def refuse(a: Any, w: Any, b: Any, names: tuple[str, str, str]) -> NoReturn:
+    """Raise the error that says what does not fit, in the caller's names."""
     name_a, name_w, name_b = names
     _require.tensor(name_w, w)
     _require.matrix(name_w, w, "(out, in)")

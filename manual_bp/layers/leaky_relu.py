@@ -59,18 +59,16 @@ class LeakyReLUFunction(Function):
         """From grad_a = ∂C/∂a to ∂C/∂z."""
         if grad_a is None:
             return None, None, None
-        return _times_sigma_prime(ctx, grad_a), None, None  # BP1, BP2: the factor ⊙ σ'(z)
+        (a,) = ctx.saved_tensors
+        # Not grad_a * leaky_relu_prime(a, s): of a low dtype, that would round s first.
+        grad_z = torch.where(a > 0, grad_a, grad_a * ctx.negative_slope)  # BP1, BP2: ⊙ σ'(z)
+        return grad_z, None, None
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
-        return _times_sigma_prime(ctx, dz)
-
-
-def _times_sigma_prime(ctx: Any, t: Tensor) -> Tensor:
-    # Not t * leaky_relu_prime(a, s): of a low dtype, that would round s before it multiplies.
-    (a,) = ctx.saved_tensors
-    return torch.where(a > 0, t, t * ctx.negative_slope)
+        (a,) = ctx.saved_tensors
+        return torch.where(a > 0, dz, dz * ctx.negative_slope)
 
 
 _leaky_relu = as_callable(LeakyReLUFunction)
@@ -102,11 +100,9 @@ def _checked_leaky_relu(z: Tensor, negative_slope: float, inplace: bool, name: s
         return hand_over(leaky_relu, z, negative_slope, inplace)
     _require.real(name, z)
     _require.at_least("negative_slope", negative_slope, 0)
-    return (
-        in_place(_leaky_relu, z, negative_slope)
-        if inplace
-        else _leaky_relu(z, negative_slope, False)
-    )
+    if not inplace:
+        return _leaky_relu(z, negative_slope, False)
+    return in_place(_leaky_relu, z, negative_slope)
 
 
 class LeakyReLU(nn.LeakyReLU):

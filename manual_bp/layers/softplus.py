@@ -67,15 +67,16 @@ class SoftplusFunction(Function):
         """From grad_a = ∂C/∂a to ∂C/∂z."""
         if grad_a is None:
             return None, None, None
-        return grad_a * _saved_prime(ctx), None, None  # BP1, BP2: the factor ⊙ σ'(z)
+        return grad_a * _sigma_prime(ctx), None, None  # BP1, BP2: the factor ⊙ σ'(z)
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
-        return dz * _saved_prime(ctx)
+        return dz * _sigma_prime(ctx)
 
 
-def _saved_prime(ctx: Any) -> Tensor:
+def _sigma_prime(ctx: Any) -> Tensor:
+    """σ'(z) from whichever of a and z was saved."""
     (saved,) = ctx.saved_tensors
     prime = softplus_prime if ctx.a_tells else softplus_prime_of_z
     return prime(saved, ctx.beta, ctx.threshold)
