@@ -34,14 +34,13 @@ _transforms_are_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
 _count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
 # Under is_grads_batched=True, which maps backwards in a way of its own.
 _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_legacy_batchedtensor", lambda _: True
 )
+# Should these two go, what they serve goes with them: nested forward mode, and torch.jit.trace.
+_transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
 

@@ -1,5 +1,6 @@
 """What the tests of several layers and costs ask of each of them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,6 +179,18 @@ def assert_undefined_gradient_costs_nothing(call: Call, arguments: Sequence[Any]
         found = torch.autograd.grad(cut, wanted, upstream, allow_unused=True)
     assert found == (None,) * len(wanted)
     assert operations.names == []
+
+
+def nodes(output: Tensor) -> Counter[str]:
+    """How many nodes of each kind there are in the graph below an output."""
+    seen: set[Any] = set()
+    queue: list[Any] = [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions]
+    return Counter(type(node).__name__ for node in seen)
 
 
 def saved_tensors(call: Call, arguments: Sequence[Any]) -> list[Tensor]:

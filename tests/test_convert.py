@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import manual_bp
 from manual_bp import ConversionReport, LinearSigmoid, convert, restore
-from tests.helpers import assert_same
+from tests.helpers import assert_same, nodes
 
 PAIRS = [
     (nn.Linear(3, 4), manual_bp.Linear),
@@ -173,14 +173,12 @@ def test_the_numbers_stay() -> None:
 def test_it_is_our_backward_that_runs() -> None:
     model = network()
     convert(model)
-    names = set()
-    output = model(torch.randn(2, 5))
-    queue = [output.grad_fn]
-    while queue:
-        node = queue.pop()
-        names.add(type(node).__name__)
-        queue += [below for below, _ in node.next_functions if below is not None]
-    assert {"LinearFunctionBackward", "SigmoidFunctionBackward", "TanhFunctionBackward"} <= names
+    names = nodes(model(torch.randn(2, 5)))
+    assert {
+        "LinearFunctionBackward",
+        "SigmoidFunctionBackward",
+        "TanhFunctionBackward",
+    } <= names.keys()
 
 
 def test_hooks_mode_and_the_optimiser_stay() -> None:

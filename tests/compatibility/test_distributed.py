@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from manual_bp import convert, restore
-from tests.helpers import ATOL, RTOL
+from tests.helpers import ATOL, RTOL, nodes
 
 if dist.is_available():  # a PyTorch that was built without it has none of these
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -210,27 +210,17 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def node_names(loss: Tensor) -> set[str]:
-    names = set()
-    queue = [loss.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None:
-            names.add(type(node).__name__)
-            queue += [below for below, _ in node.next_functions]
-    return names
-
-
 def train(model: Any, run_backward: Backward = backward) -> Trained:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    gradients, nodes = [], set()
+    gradients = []
+    names: set[str] = set()
     for step in range(STEPS):
         optimizer.zero_grad()
-        nodes |= node_names(run_backward(model, step))
+        names |= set(nodes(run_backward(model, step)))
         named = model.named_parameters()
         gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
         optimizer.step()
-    return Trained(gradients, {name: whole(p) for name, p in model.named_parameters()}, nodes)
+    return Trained(gradients, {name: whole(p) for name, p in model.named_parameters()}, names)
 
 
 def assert_same_training(

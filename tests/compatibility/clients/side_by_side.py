@@ -52,18 +52,6 @@ def identities(model: nn.Module) -> dict[str, tuple[int, type[Any]]]:
     return {name: (id(thing), type(thing)) for name, thing in named}
 
 
-def nodes(output: Tensor) -> Counter[str]:
-    """How many nodes of each kind there are in the graph below an output."""
-    seen: set[Any] = set()
-    queue: list[Any] = [output.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue += [below for below, _ in node.next_functions]
-    return Counter(type(node).__name__ for node in seen)
-
-
 def train(parameters: Iterable[Tensor], losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
     """A step for each loss; what the losses were."""
     # Not with Adam, which would step almost the same for gradients all too large by a factor.

@@ -18,10 +18,9 @@ from tests.compatibility.clients.side_by_side import (
     changes,
     every_activation,
     identities,
-    nodes,
     twins,
 )
-from tests.helpers import assert_same
+from tests.helpers import assert_same, nodes
 
 lightning: Any = pytest.importorskip("lightning", reason=NEEDS)
 

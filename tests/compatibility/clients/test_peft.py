@@ -17,11 +17,10 @@ from tests.compatibility.clients.side_by_side import (
     assert_same_parameters,
     changes,
     identities,
-    nodes,
     train,
     twins,
 )
-from tests.helpers import assert_same
+from tests.helpers import assert_same, nodes
 
 peft: Any = pytest.importorskip("peft", reason=NEEDS)
 transformers: Any = pytest.importorskip("transformers", reason=NEEDS)

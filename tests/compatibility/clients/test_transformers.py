@@ -20,11 +20,10 @@ from tests.compatibility.clients.side_by_side import (
     assert_same_parameters,
     changes,
     identities,
-    nodes,
     train,
     twins,
 )
-from tests.helpers import assert_same
+from tests.helpers import assert_same, nodes
 
 transformers: Any = pytest.importorskip("transformers", reason=NEEDS)
 
