@@ -8,6 +8,7 @@
     SigmoidCrossEntropyCost          on weighted inputs z; sigmoid_cross_entropy_cost
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
     backprop(net, x, y, cost)        BP1 to BP4 without autograd; returns a Trace
+    record(model)                    the same Trace of any model, from a backward() of autograd's
     convert(model), restore(model)   torch.nn's layers to ours, in place, and back
 
 Behind each layer and cost stands a `torch.autograd.Function`, public as well: `LinearFunction`
@@ -35,13 +36,16 @@ from manual_bp.layers.relu import ReLU, ReLUFunction, relu
 from manual_bp.layers.sigmoid import Sigmoid, SigmoidFunction, sigmoid
 from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
-from manual_bp.trace import LayerTrace, Trace
+from manual_bp.record import record
+from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConversionReport",
     "Cost",
+    "Diagnostics",
+    "LayerDiagnostics",
     "LayerTrace",
     "LeakyReLU",
     "LeakyReLUFunction",
@@ -70,6 +74,7 @@ __all__ = [
     "linear",
     "linear_sigmoid",
     "quadratic_cost",
+    "record",
     "relu",
     "restore",
     "sigmoid",

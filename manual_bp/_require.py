@@ -98,6 +98,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
+def above(name: str, value: float, least: float) -> None:
+    """Refuse a number that is not above the least."""
+    if not value > least:
+        raise ValueError(f"{name} must be above {least}; got {value}")
+
+
 def not_zero(name: str, value: float) -> None:
     """Refuse the number 0."""
     if value == 0:

@@ -13,9 +13,8 @@ rows, which `.sum(0)` and the matrix product do.
 Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from manual_bp._function import autocast
 from manual_bp.costs._cost import Cost
 from manual_bp.layers import ACTIVATIONS, Activation
 from manual_bp.layers._affine import as_rows
+from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear, linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid
 from manual_bp.layers.sigmoid import Sigmoid
-from manual_bp.trace import LayerTrace, Trace
+from manual_bp.trace import Call, LayerTrace, Trace
 
 
 @torch.no_grad()
@@ -104,21 +104,14 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
                 name=layer[l].name,
                 w=w[l],
                 b=b[l],
-                a_prev=a[l - 1],
-                z=z[l],
-                a=a[l],
-                delta=delta[l],
-                grad_w=_in_dtype_of(w[l], grad_w.get(l)),
-                grad_b=_in_dtype_of(b[l], grad_b.get(l)),
+                calls=(Call(a[l - 1], z[l], a[l], delta[l], tuple(layer[l].activations)),),
+                scale=len(x) if cost.reduction == "mean" and x.ndim > 1 else 1,
+                given=(_in_dtype_of(w[l], grad_w.get(l)), _in_dtype_of(b[l], grad_b.get(l))),
             )
             for l in layer
         ),
+        parameter_names={parameter: name for name, parameter in net.named_parameters()},
     )
-
-
-class _Activation(NamedTuple):
-    sigma: Callable[[Tensor], Tensor]
-    prime: Callable[[Tensor], Tensor]  # σ' in terms of σ(z)
 
 
 class _Layer(NamedTuple):
@@ -127,7 +120,7 @@ class _Layer(NamedTuple):
     name: str
     w: nn.Parameter
     b: nn.Parameter | None
-    activations: list[_Activation]
+    activations: list[Activation]
 
     @property
     def learns_w(self) -> bool:
@@ -138,13 +131,13 @@ class _Layer(NamedTuple):
         return self.b is not None and self.b.requires_grad
 
 
-def _sigma(activations: Sequence[_Activation], z: Tensor) -> Tensor:
+def _sigma(activations: Sequence[Activation], z: Tensor) -> Tensor:
     for activation in activations:
-        z = activation.sigma(z)
+        z = activation.forward(z)
     return z
 
 
-def _sigma_prime(activations: Sequence[_Activation], z: Tensor, a: Tensor) -> Tensor | int:
+def _sigma_prime(activations: Sequence[Activation], z: Tensor, a: Tensor) -> Tensor | int:
     if not activations:
         return 1  # a = z
     *inner, outer = activations
@@ -166,25 +159,25 @@ def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor 
     return None if parameter is None or grad is None else grad.to(parameter.dtype)
 
 
-def _read(net: nn.Sequential) -> tuple[list[_Activation], list[_Layer]]:
+def _read(net: nn.Sequential) -> tuple[list[Activation], list[_Layer]]:
     """The activations before the first linear layer (seldom any), and the layers."""
-    if not _has_formula_of(nn.Sequential, net):
+    if not has_formula_of(nn.Sequential, net):
         raise TypeError(
             f"net must be an nn.Sequential of linear layers and activations; "
             f"got {type(net).__name__}"
         )
     _refuse_hooks("net", net)
-    input_activations: list[_Activation] = []
+    input_activations: list[Activation] = []
     layers: list[_Layer] = []
     # Not named_children(), which passes over a module that occurs a second time.
     for name, module in net._modules.items():
         place = f"net[{name!r}]"
-        if _is_kind_of(Linear, module):
+        if is_kind_of(Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
-        elif _has_formula_of(LinearSigmoid, module):
+        elif has_formula_of(LinearSigmoid, module):
             layers.append(_linear_layer(place, name, module, layers))
             layers[-1].activations.append(_activation(place, Sigmoid()))
-        elif not _has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
+        elif not has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
             activations = layers[-1].activations if layers else input_activations
             activations.append(_activation(place, module))
         _refuse_hooks(place, module)
@@ -221,36 +214,16 @@ def _parameter(place: str, value: Tensor) -> nn.Parameter:
     return value
 
 
-def _activation(place: str, module: Any) -> _Activation:
+def _activation(place: str, module: Any) -> Activation:
     for ours in ACTIVATIONS:
-        if _is_kind_of(ours, module):
-            # torch's own has the same state as ours, which is its subclass.
-            return _Activation(partial(_activate, ours, module), partial(ours.prime, module))
+        if is_kind_of(ours, module):
+            # One that writes over nothing, since the trace keeps z.
+            return cast("Activation", as_ours(ours, module))
     known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
     raise TypeError(
         f"{place} must be a Linear, LinearSigmoid or an activation ({known}), of manual_bp or "
         f"torch.nn; "
         f"got {type(module).__name__}"
-    )
-
-
-def _activate(ours: type[Activation], module: Any, z: Tensor) -> Tensor:
-    # The trace keeps z, so what works in place gets a copy.
-    return ours.forward(module, z.clone() if getattr(module, "inplace", False) else z)
-
-
-def _is_kind_of(ours: Any, module: Any) -> bool:
-    """Whether a module is ours, or torch's own that ours is a subclass of."""
-    return _has_formula_of(ours, module) or _has_formula_of(ours.__base__, module)
-
-
-def _has_formula_of(kind: Any, module: Any) -> bool:
-    """Whether a module is of that kind, and a call of it computes nothing else."""
-    return (
-        isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and type(module).__call__ is nn.Module.__call__
-        and "forward" not in vars(module)
     )
 
 

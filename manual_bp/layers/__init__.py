@@ -12,7 +12,12 @@ from manual_bp.layers.tanh import Tanh
 
 
 class Activation(Protocol):
-    """What the explicit algorithm asks of an activation's module: σ, and σ' in terms of a."""
+    """What the explicit algorithm and a Trace ask of an activation's module: σ, and σ'."""
+
+    @property
+    def max_prime(self) -> float:
+        """The largest that σ' can be."""
+        ...
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name torch.nn gives it)
         """Compute a = σ(z)."""
@@ -20,6 +25,10 @@ class Activation(Protocol):
 
     def prime(self, a: Tensor) -> Tensor:
         """Compute σ'(z) from a = σ(z)."""
+        ...
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """Compute σ'(z) from z: 0 where σ is flat, and nowhere else, however close it comes."""
         ...
 
 

@@ -130,3 +130,12 @@ class LeakyReLU(nn.LeakyReLU):
     def prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need."""
         return leaky_relu_prime(a, self.negative_slope)
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """σ'(z) from z, shaped as z."""
+        return leaky_relu_prime(z, self.negative_slope)  # a > 0 just where z > 0
+
+    @property
+    def max_prime(self) -> float:
+        """The steepest that it is."""
+        return max(1.0, self.negative_slope)

@@ -107,6 +107,8 @@ class ReLU(nn.ReLU):
     `ReLUFunction` for the gradient.
     """
 
+    max_prime = 1.0
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.ReLU gives it)
         """From weighted inputs z to activations a."""
         return _checked_relu(input, self.inplace, "input")
@@ -114,3 +116,7 @@ class ReLU(nn.ReLU):
     def prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = max(0, z), shaped as a, for explicit BP1 and BP2."""
         return relu_prime(a)
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """σ'(z) from z, shaped as z; 0 where the neuron is off."""
+        return relu_prime(z)  # a > 0 just where z > 0

@@ -16,6 +16,15 @@ def sigmoid_prime(a: Tensor) -> Tensor:
     return a * (1 - a)
 
 
+def sigmoid_prime_of_z(z: Tensor) -> Tensor:
+    """σ'(z) = e^(−|z|) / (1 + e^(−|z|))², which does not cancel as 1 − a does. Shape as z.
+
+    It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
+    """
+    e = torch.exp(-z.abs())
+    return (e / (1 + e).square()).clamp(min=torch.finfo(z.dtype).tiny)
+
+
 class SigmoidFunction(Function):
     """a = σ(z) = 1 / (1 + e^(−z)), element by element, with its gradient written by hand.
 
@@ -98,6 +107,8 @@ class Sigmoid(nn.Sigmoid):
     `SigmoidFunction` for the gradient.
     """
 
+    max_prime = 0.25
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
         """From weighted inputs z to activations a."""
         return _checked_sigmoid(input, "input")
@@ -105,3 +116,7 @@ class Sigmoid(nn.Sigmoid):
     def prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = σ(z), shaped as a; the factor that explicit BP1 and BP2 need."""
         return sigmoid_prime(a)
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
+        return sigmoid_prime_of_z(z)

@@ -131,6 +131,8 @@ class Softplus(nn.Softplus):
         _require.not_zero("beta", beta)
         super().__init__(beta, threshold)
 
+    max_prime = 1.0
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Softplus gives it)
         """From weighted inputs z to activations a."""
         return _checked_softplus(input, self.beta, self.threshold, "input")
@@ -143,3 +145,8 @@ class Softplus(nn.Softplus):
         """
         _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
         return softplus_prime(a, self.beta, self.threshold)
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """σ'(z) from z, whatever the threshold, and never 0; shaped as z."""
+        prime = softplus_prime_of_z(z, self.beta, self.threshold)
+        return prime.clamp(min=torch.finfo(z.dtype).tiny)

@@ -19,6 +19,15 @@ def tanh_prime(a: Tensor) -> Tensor:
     return (1 - a) * (1 + a)
 
 
+def tanh_prime_of_z(z: Tensor) -> Tensor:
+    """σ'(z) = 4 e^(−2|z|) / (1 + e^(−2|z|))², which does not cancel as 1 − a does. Shape as z.
+
+    It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
+    """
+    e = torch.exp(-2 * z.abs())
+    return (4 * e / (1 + e).square()).clamp(min=torch.finfo(z.dtype).tiny)
+
+
 class TanhFunction(Function):
     """a = tanh(z), element by element, with its gradient written by hand.
 
@@ -101,6 +110,8 @@ class Tanh(nn.Tanh):
     `TanhFunction` for the gradient.
     """
 
+    max_prime = 1.0
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Tanh gives it)
         """From weighted inputs z to activations a."""
         return _checked_tanh(input, "input")
@@ -108,3 +119,7 @@ class Tanh(nn.Tanh):
     def prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = tanh(z), shaped as a; the factor that explicit BP1 and BP2 need."""
         return tanh_prime(a)
+
+    def prime_of_z(self, z: Tensor) -> Tensor:
+        """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
+        return tanh_prime_of_z(z)

@@ -1,0 +1,447 @@
+"""The Trace of any model that is trained through autograd: hooks collect the pairs (a, δ).
+
+A hook on every linear layer notes its input a and its output z; a hook on z notes the gradient that
+backward brings there, which is δ. Nothing is computed twice, and nothing that the model computes is
+touched. Watching the functions that are called tells which activation a z goes through, and
+when backward begins, and of which cost.
+
+A pair is complete when its δ arrives. So what a checkpoint computes again counts once, whichever of
+the two calls the gradient goes through.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from manual_bp import _require
+from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
+from manual_bp.layers.linear import Linear, linear
+from manual_bp.layers.linear_sigmoid import LinearSigmoid, linear_sigmoid
+from manual_bp.layers.sigmoid import Sigmoid, sigmoid_prime
+from manual_bp.trace import Call, LayerTrace, Trace
+
+Reduction = Literal["mean", "sum"]
+Layers = Iterable[str | type[nn.Module]]
+
+
+def record(
+    model: nn.Module, reduction: Reduction = "mean", layers: Layers | None = None
+) -> AbstractContextManager[Trace]:
+    """Record one backward pass through a model as a Trace, the same that `backprop` returns.
+
+        with manual_bp.record(model) as trace:
+            cost(model(x), y).backward()
+        trace["encoder.fc1"].delta
+
+    The trace is filled when `backward()` has run. Weights, gradients and random numbers are what
+    they would be without; the hooks are gone when the block is left, however it is left. What the
+    trace holds is a and δ of every recorded layer, until it is let go of.
+
+    Args:
+        model: Any module with linear layers within: `nn.Linear`, ours, `LinearSigmoid`. They may
+            see inputs of any number of dimensions, run several times, share their weights, be
+            frozen, or be within checkpoints. A sample is an index of the input's first dimension.
+        reduction: How the cost is made of the costs C_x of its samples: their "mean" or "sum". It
+            gives per-sample results their unit, that of C_x.
+        layers: Which linear layers to record, by name (as "encoder.fc1", or a pattern with * and
+            ?) or by type; None for all of them.
+
+    Returns:
+        A context manager, which gives the Trace.
+
+    Raises:
+        TypeError: model is no nn.Module, or layers are neither names nor types.
+        ValueError: reduction is neither; model has no linear layer, or none that is chosen; or,
+            from backward(), the cost is plainly reduced in the other way.
+        RuntimeError: From backward(), a second backward pass within one block. On leaving the
+            block: no backward pass reached a layer; or an input of a frozen layer was changed in
+            place afterwards.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    _require.one_of("reduction", reduction, ("mean", "sum"))
+    return _recording(_Recorder(model, reduction, layers))
+
+
+@contextmanager
+def _recording(recorder: "_Recorder") -> Iterator[Trace]:
+    try:
+        recorder.add_hooks()
+        with recorder:
+            yield recorder.trace
+        recorder.require_filled()
+    finally:
+        recorder.remove_hooks()
+
+
+class _Pending:
+    """One call of a layer, whose δ is yet to come."""
+
+    def __init__(
+        self, is_fused: bool, a_prev: Tensor, w: Tensor, b: Tensor | None, z: Tensor
+    ) -> None:
+        self.w, self.b = w, b
+        self.a_prev = _Kept(a_prev)
+        self.way = [_Kept(z)]  # from z to a, through one activation after another
+        self.activations: list[Activation] = []
+        self.is_forked = False
+        self.is_fused = is_fused  # and z is a already
+        self.gradient: Tensor | None = None
+        self.hook: Any = z.register_hook(self.receive)  # type: ignore[no-untyped-call]
+
+    def receive(self, gradient: Tensor) -> None:
+        # The object itself: were it a view, autograd might take its memory for a `.grad`.
+        self.gradient = gradient
+
+    def follow(self, activation: Activation | None, z: Tensor, a: Tensor) -> None:
+        """Note that z went through an activation; None if it is not quite one that is known."""
+        if activation is None or z is not self.way[-1].tensor:
+            self.is_forked = True  # two ways lead on from a z: there is no one a
+            return
+        self.activations.append(activation)
+        self.way.append(_Kept(a))
+
+    def call(self, name: str) -> Call:
+        """The call, now that its δ is there.
+
+        Raises:
+            RuntimeError: Its input is no longer what it was.
+        """
+        assert self.gradient is not None
+        if self.a_prev.has_changed():
+            raise RuntimeError(
+                f"the input of layer {name!r} must stay as it is until backward() has run; it was "
+                f"changed in place: choose other layers, as record(model, layers=[...])"
+            )
+        a_prev, z, delta = self.a_prev.detached, self.way[0].detached, self.gradient.detach()
+        activations = [] if self.is_forked else self.activations
+        if self.is_fused:
+            delta = delta * sigmoid_prime(z)  # BP1, BP2: the factor ⊙ σ'(z)
+            activations = [Sigmoid(), *activations]
+        if self.is_fused or self.way[0].has_changed():
+            w, b = (None if p is None else p.detach().to(z.dtype) for p in (self.w, self.b))
+            z = F.linear(a_prev.to(z.dtype), cast("Tensor", w), b)
+        return Call(a_prev, z, self._a(z, activations), delta, tuple(activations))
+
+    def _a(self, z: Tensor, activations: Sequence[Activation]) -> Tensor:
+        if not activations:
+            return z
+        if not (self.is_forked or self.way[-1].has_changed()):
+            return self.way[-1].detached
+        for activation in activations:
+            z = activation.forward(z)
+        return z
+
+
+class _Kept:
+    """A tensor as it is now, or at least the knowledge that it has been written over since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.detached = tensor.detach()
+        self.version = self._version()
+
+    def _version(self) -> int:
+        return 0 if self.detached.is_inference() else self.detached._version
+
+    def has_changed(self) -> bool:
+        return self._version() != self.version
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every call of a function of PyTorch's, and of ours, while it is entered."""
+
+    def __init__(self, model: nn.Module, reduction: Reduction, layers: Layers | None) -> None:
+        super().__init__()
+        self.model = model
+        self.reduction = reduction
+        self.is_chosen = layers is not None
+        self.names = _choose(model, layers)
+        self.pending: dict[nn.Module, list[_Pending]] = {}
+        self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
+        self.last_product: tuple[Any, ...] = ()
+        self.output: Any = None
+        self.is_in_backward = False
+        self.handles: list[Any] = []
+        self.trace = Trace.__new__(Trace)  # empty until backward() has run
+
+    @property
+    def is_filled(self) -> bool:
+        return "layers" in vars(self.trace)
+
+    def add_hooks(self) -> None:
+        for module in self.names:
+            hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
+            self.handles.append(hook)
+        self.handles.append(self.model.register_forward_hook(self._see_output))
+
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for calls in self.pending.values():
+            for pending in calls:
+                pending.hook.remove()
+        self.handles, self.pending, self.leads_on, self.last_product = [], {}, {}, ()
+
+    def require_filled(self) -> None:
+        """Refuse to leave the block with an empty trace."""
+        if self.is_filled:
+            return
+        if any(self.pending.values()):
+            raise RuntimeError("backward() must run within the block of record; it did not")
+        raise RuntimeError(
+            "a linear layer of the model must run within the block of record, with gradients on; "
+            "none did (a compiled model does not show its layers: record the model it was made of)"
+        )
+
+    def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        if not self.is_in_backward:
+            self.output = output.detach() if isinstance(output, Tensor) else output
+
+    def _see_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls = self.pending.setdefault(layer, [])
+        if not output.requires_grad:  # not now; a checkpoint may run it again in backward
+            return
+        parameters = self._parameters(layer, output)
+        if parameters is None:
+            return
+        a_prev = args[0] if args else kwargs["input"]
+        pending = _Pending(isinstance(layer, LinearSigmoid), a_prev, *parameters, output)
+        calls.append(pending)
+        self.leads_on[id(output)] = pending
+
+    def _parameters(self, layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """W and b of a call.
+
+        A weight that is computed (weight norm, pruning) is the one that the call was seen with:
+        `layer.weight` might compute it anew, and spectral norm takes a step each time.
+        """
+        w, b = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if w is not None and "bias" in layer._parameters:
+            return w, b
+        if not self.last_product or self.last_product[0] is not output:
+            return None
+        _, w, b = (*self.last_product[1], None)[:3]
+        return w, b
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARDS and not self.is_in_backward:
+            return self._see_backward(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func in _PRODUCTS:
+            self.last_product = result, args
+        elif func in _ACTIVATION_OF:
+            self._see_activation(_ACTIVATION_OF[func], args, kwargs, result)
+        return result
+
+    def _see_activation(self, kind: Any, args: Any, kwargs: Any, a: Tensor) -> None:
+        z, *options = args or (kwargs.get("input"),)
+        pending = self.leads_on.get(id(z))
+        if pending is None or not a.requires_grad:
+            return
+        named = {name: value for name, value in kwargs.items() if name != "input"}
+        pending.follow(_activation(kind, options, named), z, a)
+        self.leads_on[id(a)] = pending
+
+    def _see_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not any(self.pending.values()) and not self.is_filled:
+            return func(*args, **kwargs)  # of something else
+        if self.is_filled:
+            raise RuntimeError(
+                "record is of one backward pass, which has run; open another block for another"
+            )
+        roots = _roots(*args, **kwargs)
+        self._check_reduction(roots)
+        elsewhere = self._elsewhere(roots)
+        self.is_in_backward = True
+        try:
+            with self:  # what a checkpoint computes again is seen, too
+                result = func(*args, **kwargs)
+        finally:
+            self.is_in_backward = False
+        self._fill(roots, elsewhere)
+        return result
+
+    def _check_reduction(self, roots: Sequence[Tensor]) -> None:
+        found = _reduction_of(roots[0].grad_fn, self._samples()) if len(roots) == 1 else None
+        if found is not None and found != self.reduction:
+            raise ValueError(
+                f"reduction must be that of the cost; got {self.reduction!r}, and a cost that is "
+                f"the {found} over samples: record(model, reduction={found!r})"
+            )
+
+    def _samples(self) -> int:
+        first = next(calls[0] for calls in self.pending.values() if calls)
+        shape = first.way[0].detached.shape
+        return shape[0] if len(shape) > 1 else 1
+
+    def _elsewhere(self, roots: Sequence[Tensor]) -> tuple[str, ...]:
+        """The parameters that the cost depends on by other ways than the calls that were seen."""
+        uses, has_hidden_parts = _uses(roots)
+        seen = Counter(
+            parameter
+            for calls in self.pending.values()
+            for pending in calls
+            for parameter in (pending.w, pending.b)
+            if parameter is not None
+        )
+        recorded = {p for layer in self.names for p in layer.parameters(recurse=False)}
+        return tuple(
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+            and (
+                uses[parameter] > seen[parameter]
+                or (has_hidden_parts and parameter not in recorded)
+            )
+        )
+
+    def _fill(self, roots: Sequence[Tensor], elsewhere: tuple[str, ...]) -> None:
+        layers = []
+        missed = dict.fromkeys(self.names.values(), "it did not run")
+        for layer, calls in self.pending.items():
+            name = self.names[layer]
+            reached = [pending for pending in calls if pending.gradient is not None]
+            if not reached:
+                missed[name] = "it ran, but no error came back to it"
+                continue
+            del missed[name]
+            layers.append(self._layer_trace(name, reached))
+        if not layers:
+            return
+        costs = [root.detach() for root in roots]
+        self.trace.cost = (
+            costs[0] if len(costs) == 1 else torch.stack([c.sum() for c in costs]).sum()
+        )
+        self.trace.output = self.output
+        self.trace.parameter_names = {p: name for name, p in self.model.named_parameters()}
+        self.trace.missed = missed
+        self.trace.elsewhere = elsewhere
+        self.trace.chosen = self.is_chosen
+        self.trace.layers = tuple(layers)
+
+    def _layer_trace(self, name: str, reached: Sequence[_Pending]) -> LayerTrace:
+        calls = tuple(pending.call(name) for pending in reached)
+        scale = calls[0].samples if self.reduction == "mean" else 1
+        return LayerTrace(name, reached[0].w, reached[0].b, calls, scale)
+
+
+def _choose(model: nn.Module, layers: Layers | None) -> dict[nn.Module, str]:
+    """The linear layers that are to be recorded, with their names."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise TypeError(
+                f"model must not be compiled, since its layers then do not show; got "
+                f"{type(module).__name__} {name!r}: record the model that it was made of"
+            )
+    linear_layers = {
+        module: name for name, module in model.named_modules() if _is_linear_layer(module)
+    }
+    if not linear_layers:
+        raise ValueError(
+            f"model must have linear layers, nn.Linear or LinearSigmoid; got {type(model).__name__}"
+            f", which has none"
+        )
+    if layers is None:
+        return linear_layers
+    chosen = set()
+    for choice in [layers] if isinstance(layers, str | type) else layers:
+        fitting = [m for m, name in linear_layers.items() if _fits(choice, m, name)]
+        if not fitting:
+            names = ", ".join(repr(name) for name in linear_layers.values())
+            raise ValueError(
+                f"layers must choose linear layers of the model, {names}; got {choice!r}"
+            )
+        chosen.update(fitting)
+    return {module: name for module, name in linear_layers.items() if module in chosen}
+
+
+def _is_linear_layer(module: nn.Module) -> bool:
+    return is_kind_of(Linear, module) or has_formula_of(LinearSigmoid, module)
+
+
+def _fits(choice: object, module: nn.Module, name: str) -> bool:
+    if isinstance(choice, str):
+        return fnmatchcase(name, choice)
+    if isinstance(choice, type):
+        return isinstance(module, choice)
+    raise TypeError(f"layers must be names or types; got {type(choice).__name__}")
+
+
+def _activation(kind: Any, options: Any, named: Any) -> Activation | None:
+    """The activation that a function computes, as a module of ours that writes over nothing."""
+    try:
+        return cast("Activation", as_ours(kind, kind(*options, **named)))
+    except (TypeError, ValueError):  # options that ours does not have
+        return None
+
+
+def _functions_of(kind: Any) -> Iterator[Any]:
+    """All functions of PyTorch's and of ours by the name of an activation, in place or not."""
+    name = kind.__module__.rpartition(".")[2]
+    for room in (torch, F, Tensor, sys.modules[kind.__module__]):
+        for function in (getattr(room, name, None), getattr(room, f"{name}_", None)):
+            if function is not None:
+                yield function
+
+
+_BACKWARDS = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+_PRODUCTS = {F.linear, linear, linear_sigmoid}
+_ACTIVATION_OF = {function: kind for kind in ACTIVATIONS for function in _functions_of(kind)}
+
+
+def _roots(tensors: Any, *_: Any, **__: Any) -> list[Tensor]:
+    """What backward is called on: the first argument of each of the three functions."""
+    return (
+        [tensors] if isinstance(tensors, Tensor) else [t for t in tensors if isinstance(t, Tensor)]
+    )
+
+
+def _uses(roots: Sequence[Tensor]) -> tuple[Counter[Tensor], bool]:
+    """How often the graph below uses each leaf, and whether parts of it are not to be seen."""
+    uses: Counter[Tensor] = Counter()
+    nodes = {root.grad_fn for root in roots}
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        for below, _ in () if node is None else node.next_functions:
+            leaf = getattr(below, "variable", None)
+            if leaf is not None:
+                uses[leaf] += 1
+            elif below not in nodes:
+                nodes.add(below)
+                queue.append(below)
+    return uses, any("CheckpointFunction" in node.name() for node in nodes if node is not None)
+
+
+def _reduction_of(node: Any, samples: int) -> str | None:
+    """How a cost was made of those of its samples, where its last step says so."""
+    while node is not None and _numel(node) == 1:  # the mean of what is one number already
+        node = node.next_functions[0][0]
+    if node is None or samples == 1:
+        return None
+    of_kernel = {1: "mean", 2: "sum"}.get(getattr(node, "_saved_reduction", 0))
+    of_ours = getattr(node, "reduction", None)
+    if of_kernel or of_ours in ("mean", "sum"):
+        return of_kernel or of_ours
+    name = {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(node.name())
+    below = node.next_functions[0][0] if name else None
+    is_of_several_costs = below is None or below.name() in ("StackBackward0", "CatBackward0")
+    is_over_samples = name and node._saved_self_sym_sizes[:1] == (samples,)
+    return name if is_over_samples and not is_of_several_costs else None
+
+
+def _numel(node: Any) -> int:
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    return 0 if sizes is None else math.prod(sizes)

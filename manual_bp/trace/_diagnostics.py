@@ -1,0 +1,345 @@
+"""How well each layer learns, read off its pairs (a, δ), and why not.
+
+The equations name what can go wrong. BP2 makes δ^l of δ^(l+1) in two steps, ·w and ⊙ σ'; each has
+its share in how fast an error fades or grows on its way down. σ' ≈ 0 is a saturated neuron. BP4
+multiplies δ with a^(l-1): where that is near 0, weights hardly move.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from manual_bp import _require
+from manual_bp.layers import Activation
+from manual_bp.layers._affine import as_rows
+from manual_bp.trace._layer import Call, LayerTrace, learns
+
+# A neuron is saturated if its σ', over the batch, comes to less than this share of what it can be.
+SATURATED = 0.05
+# An input is dead if it never has this share of the inputs' root mean square.
+DEAD = 0.01
+# The share of a layer's neurons or inputs from which on the verdict is about them.
+MANY = 0.5
+# How many times smaller or larger than the last layer's an error has to be for a verdict about it.
+FAR = 100.0
+# The share of the weights from which on an update is a leap.
+LEAP = 0.1
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics:
+    """The numbers of one layer; all norms are Frobenius norms, of the reduced cost.
+
+    name            the layer's
+    delta_norm      ‖δ^l‖
+    ratio           ‖δ^l‖ / ‖δ^(l+1)‖, to the layer that reads this one's a, else to the next one
+    by_w            ‖wᵀδ^(l+1)‖ / ‖δ^(l+1)‖, the first factor of that ratio by BP2
+    by_sigma        ‖δ^l‖ / ‖wᵀδ^(l+1)‖, the second one: what ⊙ σ' did
+    mean_prime      the mean of σ'(z) over the batch
+    saturated       the share of neurons whose σ' comes to under 5 % of the largest possible
+    zeros           the share of δ that is exactly 0, and is so because
+    zeros_rounded     σ'(z) > 0, or what it was multiplied with, got lost by rounding;
+    zeros_from_above  nothing came from above;
+    zeros_off         σ'(z) is 0: a ReLU that is off
+    nonfinite       how many numbers of z, a, δ and w are nan or infinite
+    grad_norm       ‖∂C/∂w‖
+    update          learning rate · ‖∂C/∂w‖ / ‖w‖
+    dead_inputs     the share of inputs that are near 0 in the whole batch
+    verdict         all that in a line
+
+    None stands for what there is not: a ratio for the last layer; its factors where BP2 does not
+    hold, because a does not go straight into another layer, or not only there; σ' where no known
+    activation follows; a gradient where w is frozen; an update without a learning rate.
+    """
+
+    name: str
+    delta_norm: float
+    ratio: float | None
+    by_w: float | None
+    by_sigma: float | None
+    mean_prime: float | None
+    saturated: float | None
+    zeros: float
+    zeros_rounded: float
+    zeros_from_above: float
+    zeros_off: float
+    nonfinite: int
+    grad_norm: float | None
+    update: float | None
+    dead_inputs: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Every layer's numbers and verdict; `print` shows them as a table."""
+
+    layers: tuple[LayerDiagnostics, ...]
+
+    def __getitem__(self, name: str) -> LayerDiagnostics:
+        """The layer of that name.
+
+        Raises:
+            KeyError: No layer has that name.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
+
+    def __str__(self) -> str:
+        rows = [
+            {
+                "layer": layer.name,
+                "‖δ‖": _number(layer.delta_norm),
+                "to next": _number(layer.ratio),
+                "by wᵀ": _number(layer.by_w),
+                "by σ'": _number(layer.by_sigma),
+                "mean σ'": _number(layer.mean_prime),
+                "saturated": _share(layer.saturated),
+                "δ = 0": _share(layer.zeros),
+                "rounded": _share(layer.zeros_rounded),
+                "from above": _share(layer.zeros_from_above),
+                "not finite": str(layer.nonfinite),
+                "‖∂C/∂w‖": _number(layer.grad_norm),
+                "update": _number(layer.update),
+                "dead inputs": _share(layer.dead_inputs),
+            }
+            for layer in self.layers
+        ]
+        table = tabulate(rows, "keys", stralign="right", disable_numparse=True)
+        verdicts = tabulate(
+            [(layer.name, layer.verdict) for layer in self.layers], tablefmt="plain"
+        )
+        return f"{table}\n\n{verdicts}"
+
+
+@torch.no_grad()
+def diagnose(layers: Sequence[LayerTrace], learning_rate: float | None) -> Diagnostics:
+    """The numbers and the verdict of every layer of a trace, in forward order."""
+    found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
+    verdicts = [_verdict(found[i:], learns(layer.w)) for i, layer in enumerate(layers)]
+    return Diagnostics(
+        tuple(replace(d, verdict=verdict) for d, verdict in zip(found, verdicts, strict=True))
+    )
+
+
+def _numbers(
+    layer: LayerTrace, later: Sequence[LayerTrace], learning_rate: float | None
+) -> LayerDiagnostics:
+    _require.real(f"the output of layer {layer.name!r}", layer.calls[0].z)
+    a_prev, z, a, delta = (_rows(layer, name) for name in ("a_prev", "z", "a", "delta"))
+    slope = _slope(layer)
+    reader = _reader(layer, later)
+    came = None if reader is None else _came_from(reader, layer, delta, slope)
+    zeros = _zeros(delta, slope, came)
+    above = reader or (later[0] if later else None)
+    above_norm = None if above is None else _norm(_rows(above, "delta"))
+    came_norm = None if came is None else _norm(came)
+    grad_norm = None if layer.grad_w is None else _norm(layer.grad_w)
+    update = None if learning_rate is None or grad_norm is None else learning_rate * grad_norm
+    return LayerDiagnostics(
+        name=layer.name,
+        delta_norm=_norm(delta),
+        ratio=_over(_norm(delta), above_norm),
+        by_w=_over(came_norm, above_norm),
+        by_sigma=_over(_norm(delta), came_norm),
+        mean_prime=None if slope is None else _mean(slope.prime),
+        saturated=None if slope is None else _saturated(slope),
+        zeros=_mean(delta == 0),
+        zeros_rounded=_mean(zeros.rounded),
+        zeros_from_above=_mean(zeros.from_above),
+        zeros_off=_mean(zeros.off),
+        nonfinite=sum(int((~t.isfinite()).sum()) for t in (z, a, delta, layer.w)),
+        grad_norm=grad_norm,
+        update=_over(update, _norm(layer.w)),
+        dead_inputs=_dead(a_prev),
+        verdict="",
+    )
+
+
+class _Slope(NamedTuple):
+    """σ' of a layer's activations, one row for each of δ."""
+
+    prime: Tensor  # from z, exact
+    is_lost: Tensor  # whether in terms of a, as a backward has it, it is rounded to 0
+    largest: float  # that it can be
+
+
+def _slope(layer: LayerTrace) -> _Slope | None:
+    """None where no known activation follows, each time that the layer ran."""
+    if not all(call.activations for call in layer.calls):
+        return None
+    slopes = [_slope_of(call) for call in layer.calls]
+    return _Slope(
+        prime=torch.cat([slope.prime for slope in slopes]),
+        is_lost=torch.cat([slope.is_lost for slope in slopes]),
+        largest=max(slope.largest for slope in slopes),
+    )
+
+
+def _slope_of(call: Call) -> _Slope:
+    z = as_rows(call.z)
+    prime = torch.ones_like(_wide(z))
+    is_lost = torch.zeros_like(z, dtype=torch.bool)
+    largest = 1.0
+    for activation in call.activations:
+        a = activation.forward(z)
+        prime = prime * activation.prime_of_z(_wide(z))
+        is_lost |= _is_lost(activation, z, a)
+        largest *= activation.max_prime
+        z = a
+    return _Slope(prime, is_lost, largest)
+
+
+def _is_lost(activation: Activation, z: Tensor, a: Tensor) -> Tensor:
+    try:
+        in_terms_of_a = activation.prime(a)
+    except ValueError:  # a Softplus from whose a the slope does not follow keeps z instead
+        in_terms_of_a = activation.prime_of_z(z)
+    return (in_terms_of_a == 0) & (activation.prime_of_z(z) > 0)
+
+
+class _Zeros(NamedTuple):
+    """Where δ is exactly 0, and why."""
+
+    rounded: Tensor
+    from_above: Tensor
+    off: Tensor
+
+
+def _zeros(delta: Tensor, slope: _Slope | None, came: Tensor | None) -> _Zeros:
+    zero = delta == 0
+    off = zero & (slope.prime == 0) if slope else torch.zeros_like(zero)
+    if came is not None:
+        was_rounded = came != 0
+    elif slope is not None:
+        was_rounded = slope.is_lost  # what reached a is not known, but could not have passed
+    else:
+        was_rounded = torch.zeros_like(zero)
+    return _Zeros(zero & ~off & was_rounded, zero & ~off & ~was_rounded, off)
+
+
+def _reader(layer: LayerTrace, later: Sequence[LayerTrace]) -> LayerTrace | None:
+    """The later layer that takes this one's a for its input, as it is; both ran once."""
+    if len(layer.calls) != 1:
+        return None
+    for other in later:
+        if len(other.calls) == 1 and _is_same_memory(layer.a, other.a_prev):
+            return other
+    return None
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def _came_from(
+    reader: LayerTrace, layer: LayerTrace, delta: Tensor, slope: _Slope | None
+) -> Tensor | None:
+    """wᵀδ^(l+1), if it is all that reached a and ⊙ σ' makes δ^l of it: if BP2 holds here."""
+    came = _rows(reader, "delta").to(delta.dtype) @ reader.w.to(delta.dtype)  # BP2: wᵀδ
+    dtype = layer.delta.dtype
+    share = 0.001 if dtype in (torch.float32, torch.float64) else 0.05
+    # σ' in terms of a is exact but for some units of rounding in a.
+    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * _norm(came)
+    difference = delta - came * (slope.prime if slope else 1)
+    return came if _norm(difference) <= share * _norm(delta) + rounding else None
+
+
+def _saturated(slope: _Slope) -> float:
+    return _mean(slope.prime.mean(0) < SATURATED * slope.largest) if len(slope.prime) else 0.0
+
+
+def _dead(a_prev: Tensor) -> float:
+    if not len(a_prev):
+        return 0.0
+    root_mean_square = _norm(a_prev) / math.sqrt(a_prev.numel())
+    return _mean(a_prev.abs().amax(0) <= DEAD * root_mean_square)
+
+
+def _verdict(layers: Sequence[LayerDiagnostics], learns: bool) -> str:
+    """What is to be said of the first of these; the others are those above it."""
+    layer, last = layers[0], layers[-1]
+    if layer.nonfinite:
+        return f"is broken: {layer.nonfinite} numbers of z, a, δ or w are not finite"
+    if not learns:
+        return "is frozen"
+    if layer.zeros == 1:
+        return f"does not learn: {_why_all_zero(layer)}"
+    if layer.saturated is not None and layer.saturated >= MANY:
+        kind = "off" if layer.zeros_off >= layer.zeros / 2 > 0 else "saturated"
+        return f"learns slowly: {_share(layer.saturated)} of its neurons are {kind}"
+    if layer.delta_norm * FAR < last.delta_norm:
+        times = _number(last.delta_norm / layer.delta_norm)
+        fading = f"its error is {times} times smaller than the last layer's"
+        return f"learns slowly: {fading}{_cause(layers, min)}"
+    if layer.delta_norm > FAR * last.delta_norm:
+        times = _number(layer.delta_norm / last.delta_norm)
+        growth = f"its error is {times} times larger than the last layer's"
+        return f"is unsteady: {growth}{_cause(layers, max)}"
+    if layer.update is not None and layer.update > LEAP:
+        return f"leaps: one update is {_share(layer.update)} of its weights"
+    if layer.dead_inputs >= MANY:
+        return f"learns in part: {_share(layer.dead_inputs)} of its inputs are near 0"
+    return "learns"
+
+
+def _why_all_zero(layer: LayerDiagnostics) -> str:
+    reasons = {
+        "σ' of its neurons is rounded to 0": layer.zeros_rounded,
+        "all its neurons are off": layer.zeros_off,
+        "no error comes from above": layer.zeros_from_above,
+    }
+    return max(reasons, key=lambda reason: reasons[reason])
+
+
+def _cause(layers: Sequence[LayerDiagnostics], worst: Callable[..., float]) -> str:
+    """Which factor of BP2 did most of it from the last layer down to here; "" if not known."""
+    by_w = [layer.by_w for layer in layers[:-1] if layer.by_w]
+    by_sigma = [layer.by_sigma for layer in layers[:-1] if layer.by_sigma]
+    if len(by_w) < len(layers) - 1 or len(by_sigma) < len(by_w):
+        return ""
+    w, sigma = math.prod(by_w), math.prod(by_sigma)
+    name = "wᵀ" if worst(w, sigma) == w else "σ'"
+    return f", most of it by {name}"
+
+
+def _rows(layer: LayerTrace, name: str) -> Tensor:
+    """a_prev, z, a or delta of all calls, (rows, components), in at least single precision."""
+    return _wide(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _norm(t: Tensor) -> float:
+    # In double precision: the square of a faded error is less than float32 can hold.
+    norm: float = torch.linalg.vector_norm(t.double()).item()
+    return norm
+
+
+def _mean(t: Tensor) -> float:
+    return t.double().mean().item() if t.numel() else 0.0
+
+
+def _over(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

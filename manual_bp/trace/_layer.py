@@ -1,0 +1,222 @@
+"""One linear layer as one pass saw it: its parameters, and a pair (a, δ) for each time it ran."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from manual_bp.layers import Activation
+from manual_bp.layers._affine import as_rows
+from manual_bp.trace import _per_sample
+
+# a as (N, T, in) and δ as (N, T, out): a sample, its rows, and their components.
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Call:
+    """One time that a layer ran, and the activations that its z went through.
+
+    Where an activation is not one of ours or of torch.nn's of the same kind, a is z.
+    """
+
+    a_prev: Tensor
+    z: Tensor
+    a: Tensor
+    delta: Tensor
+    activations: tuple[Activation, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """N: the first dimension, or 1 for a sample that came alone."""
+        return self.delta.shape[0] if self.delta.ndim > 1 else 1
+
+    @cached_property
+    def pair(self) -> Pair:
+        """(a, δ) as (N, T, components), in at least single precision."""
+        # a as the layer multiplied it: under autocast, in the dtype of its output.
+        a_prev = self.a_prev.to(self.delta.dtype)
+        return _by_sample(a_prev, self.samples), _by_sample(self.delta, self.samples)
+
+    def part(self, start: int, stop: int) -> "Call":
+        """The same, of some samples."""
+        if self.delta.ndim == 1:
+            return self
+        some = slice(start, stop)
+        return replace(
+            self,
+            a_prev=self.a_prev[some],
+            z=self.z[some],
+            a=self.a[some],
+            delta=self.delta[some],
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerTrace:
+    """One linear layer, and the activations that follow it, as one pass saw them.
+
+    For N samples, a layer of in_features and out_features:
+
+        name     the layer's key in the network, as "0", or its path in a model
+        w, b     its parameters: the nn.Parameter objects themselves; b may be None
+        a_prev   a^(l-1), its input            (N, in)
+        z        its weighted inputs           (N, out)
+        a        a^l = σ(z), its output        (N, out)
+        delta    δ^l = ∂C/∂z of the reduced cost, one sample a row      (N, out)
+        grad_w   ∂C/∂w, summed over the rows of delta                   (out, in)
+        grad_b   ∂C/∂b, likewise                                        (out,)
+
+    or (N, ..., in) and (N, ..., out), where a sample has several rows; or (in,) and (out,).
+
+    Under the mean over samples, a row of delta carries its 1/N. A gradient is None where the
+    parameter is frozen or absent, as `.grad` would be. The first layer's a_prev shares the memory
+    of x: nothing is copied.
+
+    calls: All of a_prev, z, a and delta, once for each time that the layer ran. Where that was
+        more than once, they are to be had from here alone; the gradients are of all of them.
+    scale: What a row of delta is multiplied with to be of C_x: N under "mean", 1 under "sum".
+    given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
+    """
+
+    name: str
+    w: Tensor
+    b: Tensor | None
+    calls: tuple[Call, ...]
+    scale: int = 1
+    given: tuple[Tensor | None, Tensor | None] | None = None
+
+    @property
+    def a_prev(self) -> Tensor:
+        """a^(l-1), the layer's input."""
+        return self._call.a_prev
+
+    @property
+    def z(self) -> Tensor:
+        """The weighted inputs."""
+        return self._call.z
+
+    @property
+    def a(self) -> Tensor:
+        """a^l = σ(z); z itself where no activation follows that is known."""
+        return self._call.a
+
+    @property
+    def delta(self) -> Tensor:
+        """δ^l = ∂C/∂z."""
+        return self._call.delta
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """What z went through, as modules of ours: none, one, or several in that order."""
+        return self._call.activations
+
+    @property
+    def _call(self) -> Call:
+        if len(self.calls) != 1:
+            raise ValueError(
+                f"layer {self.name!r} must have run once to have one a_prev, z, a and delta; "
+                f"it ran {len(self.calls)} times: see its calls"
+            )
+        return self.calls[0]
+
+    @cached_property
+    def grad_w(self) -> Tensor | None:
+        """∂C/∂w; None if w is frozen."""
+        if self.given is not None:
+            return self.given[0]
+        if not learns(self.w):
+            return None
+        rows = ((as_rows(call.a_prev), as_rows(call.delta)) for call in self.calls)
+        return _sum(delta.mT @ a.to(delta.dtype).conj() for a, delta in rows).to(
+            self.w.dtype
+        )  # BP4
+
+    @cached_property
+    def grad_b(self) -> Tensor | None:
+        """∂C/∂b; None if b is frozen or absent."""
+        if self.given is not None:
+            return self.given[1]
+        if self.b is None or not learns(self.b):
+            return None
+        return _sum(as_rows(call.delta).sum(0) for call in self.calls).to(self.b.dtype)  # BP3
+
+    def per_sample_grad_w(self) -> Tensor | None:
+        """∂C_x/∂w of every sample x, (N, out, in); None if w is frozen.
+
+        In the unit of the notes: of the sample's own cost C_x, so that their mean is grad_w where
+        the cost is the mean over samples, and their sum where it is the sum.
+
+        Raises:
+            ValueError: The layer did not see the same number of samples each time that it ran.
+        """
+        if not learns(self.w):
+            return None
+        return (_per_sample.grad_w(*self.pair) * self.scale).to(self.w.dtype)
+
+    def per_sample_grad_b(self) -> Tensor | None:
+        """∂C_x/∂b of every sample x, (N, out); None if b is frozen or absent.
+
+        Unit and errors as of `per_sample_grad_w`.
+        """
+        if self.b is None or not learns(self.b):
+            return None
+        return (_per_sample.grad_b(self.pair[1]) * self.scale).to(self.b.dtype)
+
+    @property
+    def samples(self) -> int:
+        """N.
+
+        Raises:
+            ValueError: It was not the same each time that the layer ran.
+        """
+        self._require_same_samples()
+        return self.calls[0].samples
+
+    def _require_same_samples(self) -> None:
+        counts = sorted({call.samples for call in self.calls})
+        if len(counts) > 1:
+            raise ValueError(
+                f"layer {self.name!r} must see the same samples each time that it runs, in its "
+                f"input's first dimension; got {' and '.join(map(str, counts))} of them"
+            )
+
+    @property
+    def pair(self) -> Pair:
+        """(a, δ) of all calls, (N, T, in) and (N, T, out): several calls are as rows of one."""
+        self._require_same_samples()
+        return joined(call.pair for call in self.calls)
+
+    def part(self, start: int, stop: int) -> "LayerTrace":
+        """The same, of some samples; its gradients are their share of the whole ones."""
+        return replace(self, calls=tuple(c.part(start, stop) for c in self.calls), given=None)
+
+    def __repr__(self) -> str:
+        out_features, in_features = self.w.shape
+        return f"LayerTrace({self.name!r}, {in_features} to {out_features})"
+
+
+def learns(parameter: Tensor | None) -> bool:
+    """Whether a gradient is wanted of it, and it is no tensor computed from others."""
+    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
+
+
+def joined(pairs: Iterator[Pair]) -> Pair:
+    """Pairs of the same samples as one, of all their rows."""
+    a, delta = zip(*pairs, strict=True)
+    return (a[0], delta[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(delta, 1))
+
+
+def _by_sample(t: Tensor, samples: int) -> Tensor:
+    rows = t.shape[1:-1].numel() if t.ndim > 1 else 1
+    t = t.reshape(samples, rows, t.shape[-1])
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total = total + term
+    return total

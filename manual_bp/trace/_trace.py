@@ -1,0 +1,252 @@
+"""One pass of the algorithm, whole: its cost, its output, and its layers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manual_bp import _require
+from manual_bp.trace import _per_sample
+from manual_bp.trace._diagnostics import Diagnostics, diagnose
+from manual_bp.trace._layer import LayerTrace, Pair, joined, learns
+
+
+@dataclass(eq=False, repr=False)
+class Trace:
+    """One pass of the algorithm: the cost, the output, and every linear layer in forward order.
+
+    cost: The cost, of shape ().
+    output: What the network gave.
+    layers: The linear layers that an error reached.
+    parameter_names: The name of every parameter, as `named_parameters()` of the network has it.
+    missed: The linear layers that no error reached, each with the reason.
+    elsewhere: The names of parameters whose gradient comes, wholly or in part, from elsewhere than
+        `layers`: a LayerNorm's, or a weight that is an Embedding's as well. Per-sample results do
+        not have that part.
+    chosen: Whether the layers are a choice out of all.
+    """
+
+    cost: Tensor
+    output: Any
+    layers: tuple[LayerTrace, ...]
+    parameter_names: Mapping[Tensor, str]
+    missed: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
+    chosen: bool = False
+
+    def __getitem__(self, name: str) -> LayerTrace:
+        """The layer of that name.
+
+        Raises:
+            KeyError: No layer has that name; the message lists those that there are.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        if name in self.missed:
+            raise KeyError(f"layer {name!r} is not in this trace: {self.missed[name]}")
+        names = ", ".join(repr(layer.name) for layer in self.layers)
+        raise KeyError(f"no layer {name!r} in this trace, which has {names}; see trace.layers")
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Of the attributes that each trace has once it is filled: asked for too early.
+            if name in Trace.__dataclass_fields__:
+                raise AttributeError(
+                    f"this trace has no {name} yet: record fills it when backward() has run"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def assign_grads(self) -> None:
+        """Add every ∂C/∂w and ∂C/∂b to its parameter's `.grad`, as `backward()` would.
+
+        Adding means that a second pass accumulates, and that a parameter used by two layers gets
+        the sum of both. The trace keeps its own tensors: what is later done to `.grad` does not
+        reach it. What `record` made comes from a `backward()` that has done this already.
+        """
+        for layer in self.layers:
+            _accumulate(layer.w, layer.grad_w)
+            _accumulate(layer.b, layer.grad_b)
+
+    @property
+    def samples(self) -> int:
+        """N, the number of samples: the first dimension of every layer's input.
+
+        Raises:
+            ValueError: The layers do not agree.
+        """
+        self._require_same_samples()
+        return self.layers[0].samples
+
+    def _require_same_samples(self) -> None:
+        first = self.layers[0]
+        for layer in self.layers:
+            if layer.samples != first.samples:
+                raise ValueError(
+                    f"every layer must see the same samples in its input's first dimension; "
+                    f"got {first.samples} in {first.name!r} and {layer.samples} in {layer.name!r}"
+                )
+
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """Every sample's own gradient: for each parameter that learns, (N, *its shape), by name.
+
+        In the unit of the notes, dC_x/dw: their mean over samples is `.grad` where the cost is
+        the mean, and their sum where it is the sum. A parameter that several layers use has one
+        entry, of all of them. This takes N times the memory of the gradients: see `split`.
+
+        Raises:
+            ValueError: The layers saw different numbers of samples; or the gradient of one of
+                these parameters comes in part from elsewhere (see `elsewhere`), and the layers
+                are not chosen.
+        """
+        return {share.name: share.grads() for share in self._shares()}
+
+    def per_sample_norms(self) -> Tensor:
+        """The norm of every sample's whole gradient, over the parameters of `layers`: (N,).
+
+        In the unit of the notes, ‖dC_x/d(all w and b)‖. From the pairs (a, δ), without making the
+        gradients. Errors as of `per_sample_grads`.
+        """
+        return self._norms().to(self.layers[0].w.dtype.to_real())
+
+    def clipped_grads(self, max_norm: float) -> dict[str, Tensor]:
+        """The gradient with each sample's own scaled down to a norm of at most max_norm, by name.
+
+        Reduced as the cost is: the mean, or the sum, of the scaled gradients dC_x/dw. As in
+        differentially private training, before the noise.
+
+        Args:
+            max_norm: The most that the norm of a sample's gradient, over all parameters of
+                `layers` together, may be; in the unit of `per_sample_norms`.
+
+        Raises:
+            ValueError: max_norm is not above 0; or as of `per_sample_grads`; or there are
+                parameters whose gradients are not in this trace, which this would leave
+                unclipped, and the layers are not chosen.
+        """
+        _require.above("max_norm", max_norm, 0)
+        if self.elsewhere and not self.chosen:
+            raise ValueError(
+                f"clipped_grads must have the whole gradient of a sample; got a model where that "
+                f"of {_some(self.elsewhere)} comes from elsewhere than linear layers: freeze "
+                f"these, or choose what is to be clipped, as record(model, layers=[...])"
+            )
+        weights = (max_norm / self._norms()).clamp(max=1)
+        return {share.name: share.weighted(weights) for share in self._shares()}
+
+    def split(self, size: int) -> Iterator["Trace"]:
+        """This trace some samples at a time, so that per-sample gradients fit into the memory.
+
+        Args:
+            size: How many samples at a time; the last part may have fewer.
+
+        Yields:
+            Traces of `size` samples each, in the same unit. Their gradients, and their clipped
+            ones, are shares of the whole: they add up to it.
+
+        Raises:
+            ValueError: size is below 1; or the layers saw different numbers of samples.
+        """
+        _require.at_least("size", size, 1)
+        for start in range(0, self.samples, size):
+            yield replace(
+                self, layers=tuple(layer.part(start, start + size) for layer in self.layers)
+            )
+
+    def diagnostics(self, learning_rate: float | None = None) -> Diagnostics:
+        """How well each layer learns, and why not: numbers, and a verdict; prints as a table.
+
+        Args:
+            learning_rate: That of gradient descent, to tell how large an update is beside the
+                weights.
+
+        Raises:
+            TypeError: The layers are of complex numbers.
+        """
+        return diagnose(self.layers, learning_rate)
+
+    def _norms(self) -> Tensor:
+        norms = [share.norms() for share in self._shares()]
+        if not norms:
+            return torch.zeros(self.samples, dtype=torch.float64, device=self.cost.device)
+        return _per_sample.norms(torch.stack(norms, dim=1), 1)
+
+    def _shares(self) -> list["_Share"]:
+        """Each parameter that learns once, with all pairs that its gradient is made of."""
+        self._require_same_samples()
+        pairs: dict[Tensor, list[Pair]] = {}
+        weights = set()
+        for layer in self.layers:
+            a, delta = layer.pair
+            if learns(layer.w):
+                pairs.setdefault(layer.w, []).append((a, delta))
+                weights.add(layer.w)
+            if layer.b is not None and learns(layer.b):
+                pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
+        shares = [
+            _Share(
+                p, self.parameter_names[p], p in weights, joined(iter(of_p)), self.layers[0].scale
+            )
+            for p, of_p in pairs.items()
+        ]
+        partly = [s.name for s in shares if s.name in self.elsewhere]
+        if partly and not self.chosen:
+            raise ValueError(
+                f"a parameter's whole gradient must come from linear layers; got {_some(partly)}, "
+                f"used elsewhere as well: choose layers, as record(model, layers=[...]), to have "
+                f"what comes through them"
+            )
+        return shares
+
+    def __repr__(self) -> str:
+        return f"Trace(cost={self.cost.item():.6g}, layers={list(self.layers)})"
+
+
+class _Share(NamedTuple):
+    """A parameter, and the pairs (a, δ) that its gradient is made of, whatever layers saw them."""
+
+    parameter: Tensor
+    name: str
+    is_weight: bool
+    pair: Pair
+    scale: int
+
+    def grads(self) -> Tensor:
+        grad = (
+            _per_sample.grad_w(*self.pair) if self.is_weight else _per_sample.grad_b(self.pair[1])
+        )
+        return (grad * self.scale).to(self.parameter.dtype)
+
+    def norms(self) -> Tensor:
+        norm = (
+            _per_sample.norm_w(*self.pair) if self.is_weight else _per_sample.norm_b(self.pair[1])
+        )
+        return norm * self.scale
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        a, delta = self.pair
+        weights = weights.to(delta.dtype.to_real())
+        if self.is_weight:
+            grad = _per_sample.weighted_grad_w(a, delta, weights)
+        else:
+            grad = _per_sample.weighted_grad_b(delta, weights)
+        return grad.to(self.parameter.dtype)
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _accumulate(parameter: Tensor | None, grad: Tensor | None) -> None:
+    if parameter is None or grad is None:
+        return
+    # Outside of any inference mode: what that makes, a later backward() could not add to.
+    with torch.inference_mode(False), torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = grad.clone()
+        else:
+            parameter.grad += grad
