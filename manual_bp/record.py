@@ -12,9 +12,10 @@ the two calls the gradient goes through.
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -96,6 +97,7 @@ class _Pending:
         self.activations: list[Activation] = []
         self.is_forked = False
         self.is_fused = is_fused  # and z is a already
+        self.node = z.grad_fn
         self.gradient: Tensor | None = None
         self.hook: Any = z.register_hook(self.receive)  # type: ignore[no-untyped-call]
 
@@ -103,13 +105,17 @@ class _Pending:
         # The object itself: were it a view, autograd might take its memory for a `.grad`.
         self.gradient = gradient
 
-    def follow(self, activation: Activation | None, z: Tensor, a: Tensor) -> None:
-        """Note that z went through an activation; None if it is not quite one that is known."""
+    def follow(self, activation: Activation | None, z: Tensor, a: Tensor) -> bool:
+        """Note that z went through an activation; None if it is not quite one that is known.
+
+        Returns whether the way to a leads through it.
+        """
         if activation is None or z is not self.way[-1].tensor:
             self.is_forked = True  # two ways lead on from a z: there is no one a
-            return
+            return False
         self.activations.append(activation)
         self.way.append(_Kept(a))
+        return True
 
     def call(self, name: str) -> Call:
         """The call, now that its δ is there.
@@ -183,6 +189,11 @@ class _Recorder(TorchFunctionMode):
         for module in self.names:
             hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
             self.handles.append(hook)
+        for module in self.model.modules():
+            kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
+            if kind is not None:
+                hook = module.register_forward_hook(partial(self._see_module, kind), prepend=True)
+                self.handles.append(hook)
         self.handles.append(self.model.register_forward_hook(self._see_output))
 
     def remove_hooks(self) -> None:
@@ -237,37 +248,45 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _BACKWARDS and not self.is_in_backward:
-            return self._see_backward(func, args, kwargs)
+            return self._watch_pass(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _PRODUCTS:
             self.last_product = result, args
         elif func in _ACTIVATION_OF:
-            self._see_activation(_ACTIVATION_OF[func], args, kwargs, result)
+            self._see_function(_ACTIVATION_OF[func], args, kwargs, result)
         return result
 
-    def _see_activation(self, kind: Any, args: Any, kwargs: Any, a: Tensor) -> None:
+    def _see_function(self, kind: Any, args: Any, kwargs: Any, a: Tensor) -> None:
         z, *options = args or (kwargs.get("input"),)
-        pending = self.leads_on.get(id(z))
-        if pending is None or not a.requires_grad:
-            return
         named = {name: value for name, value in kwargs.items() if name != "input"}
-        pending.follow(_activation(kind, options, named), z, a)
-        self.leads_on[id(a)] = pending
+        self._follow(z, lambda: _activation(kind, options, named), a)
 
-    def _see_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if not any(self.pending.values()) and not self.is_filled:
-            return func(*args, **kwargs)  # of something else
+    def _see_module(self, kind: Any, module: nn.Module, args: Any, a: Tensor) -> None:
+        # Elsewhere its function is seen; but functions do not show that backward calls, which
+        # a reentrant checkpoint does.
+        if self.is_in_backward and args:
+            self._follow(args[0], lambda: cast("Activation", as_ours(kind, module)), a)
+
+    def _follow(self, z: Any, activation: Callable[[], Activation | None], a: Tensor) -> None:
+        pending = self.leads_on.get(id(z))
+        if pending is not None and a.requires_grad and pending.follow(activation(), z, a):
+            self.leads_on[id(a)] = pending
+
+    def _watch_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
+        roots = _roots(*args, **kwargs)
+        graph = _Graph(roots)
+        nodes = (pending.node for calls in self.pending.values() for pending in calls)
+        if not (graph.has_hidden_parts or any(node in graph.nodes for node in nodes)):
+            return func(*args, **kwargs)  # it has nothing to do with the model
         if self.is_filled:
             raise RuntimeError(
                 "record is of one backward pass, which has run; open another block for another"
             )
-        roots = _roots(*args, **kwargs)
         self._check_reduction(roots)
-        elsewhere = self._elsewhere(roots)
+        elsewhere = self._elsewhere(graph)
         self.is_in_backward = True
         try:
-            with self:  # what a checkpoint computes again is seen, too
-                result = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         finally:
             self.is_in_backward = False
         self._fill(roots, elsewhere)
@@ -286,9 +305,8 @@ class _Recorder(TorchFunctionMode):
         shape = first.way[0].detached.shape
         return shape[0] if len(shape) > 1 else 1
 
-    def _elsewhere(self, roots: Sequence[Tensor]) -> tuple[str, ...]:
+    def _elsewhere(self, graph: "_Graph") -> tuple[str, ...]:
         """The parameters that the cost depends on by other ways than the calls that were seen."""
-        uses, has_hidden_parts = _uses(roots)
         seen = Counter(
             parameter
             for calls in self.pending.values()
@@ -302,8 +320,8 @@ class _Recorder(TorchFunctionMode):
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
             and (
-                uses[parameter] > seen[parameter]
-                or (has_hidden_parts and parameter not in recorded)
+                graph.uses[parameter] > seen[parameter]
+                or (graph.has_hidden_parts and parameter not in recorded)
             )
         )
 
@@ -408,21 +426,27 @@ def _roots(tensors: Any, *_: Any, **__: Any) -> list[Tensor]:
     )
 
 
-def _uses(roots: Sequence[Tensor]) -> tuple[Counter[Tensor], bool]:
-    """How often the graph below uses each leaf, and whether parts of it are not to be seen."""
-    uses: Counter[Tensor] = Counter()
-    nodes = {root.grad_fn for root in roots}
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        for below, _ in () if node is None else node.next_functions:
-            leaf = getattr(below, "variable", None)
-            if leaf is not None:
-                uses[leaf] += 1
-            elif below not in nodes:
-                nodes.add(below)
-                queue.append(below)
-    return uses, any("CheckpointFunction" in node.name() for node in nodes if node is not None)
+class _Graph:
+    """What autograd's graph shows of how a cost was computed.
+
+    nodes: All of its nodes.
+    uses: How often it uses each leaf.
+    has_hidden_parts: Whether it has a reentrant checkpoint, whose inside is not to be seen.
+    """
+
+    def __init__(self, roots: Sequence[Tensor]) -> None:
+        self.uses: Counter[Tensor] = Counter()
+        self.nodes = {root.grad_fn for root in roots if root.grad_fn is not None}
+        queue = list(self.nodes)
+        while queue:
+            for node, _ in queue.pop().next_functions:
+                leaf = getattr(node, "variable", None)
+                if leaf is not None:
+                    self.uses[leaf] += 1
+                elif node is not None and node not in self.nodes:
+                    self.nodes.add(node)
+                    queue.append(node)
+        self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
 
 
 def _reduction_of(node: Any, samples: int) -> str | None:

@@ -1,0 +1,795 @@
+"""record: the Trace of a model that is trained through autograd."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import manual_bp
+from manual_bp import (
+    Cost,
+    LeakyReLU,
+    Linear,
+    LinearSigmoid,
+    LayerTrace,
+    QuadraticCost,
+    ReLU,
+    Sigmoid,
+    SigmoidCrossEntropyCost,
+    SoftmaxCrossEntropyCost,
+    Softplus,
+    Tanh,
+    Trace,
+    backprop,
+    record,
+)
+from tests.helpers import assert_same
+
+FIELDS = ("a_prev", "z", "a", "delta", "grad_w", "grad_b")
+
+
+def of(layer: LayerTrace) -> list[Tensor]:
+    """All that a layer's trace holds, where nothing is frozen."""
+    return [getattr(layer, name) for name in FIELDS]
+
+
+def recorded(
+    model: nn.Module,
+    x: Tensor,
+    cost_of: Callable[[Any], Tensor] = lambda output: output.square().sum(-1).mean(),
+    **options: Any,
+) -> Trace:
+    """The trace of one pass; `.grad` is that of this pass alone."""
+    model.zero_grad()
+    with record(model, **options) as trace:
+        cost_of(model(x)).backward()
+    return trace
+
+
+def assert_gradients_are_those_of_autograd(trace: Trace, rtol: float = 1e-10) -> None:
+    """BP3 and BP4 from the pairs, beside what backward() left in `.grad`."""
+    found: dict[Tensor, Tensor] = {}
+    for layer in trace.layers:
+        for parameter, grad in ((layer.w, layer.grad_w), (layer.b, layer.grad_b)):
+            if parameter is not None and grad is not None:
+                found[parameter] = found[parameter] + grad if parameter in found else grad
+    assert found
+    for parameter, grad in found.items():
+        assert parameter.grad is not None
+        assert grad.dtype is parameter.dtype
+        assert_same([grad], [parameter.grad], rtol=rtol)
+
+
+def net_of(*modules: nn.Module, device: torch.device) -> nn.Sequential:
+    return nn.Sequential(*modules).to(device, torch.float64)
+
+
+class TestTheSameAsBackprop:
+    @pytest.mark.parametrize("ours", [True, False])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (0, 5), (3, 2, 5)], ids=str)
+    def test_in_all_that_it_holds(
+        self, ours: bool, reduction: Any, shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        net = net_of(
+            nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 6, bias=False), nn.Tanh(),
+            nn.Linear(6, 3), nn.LeakyReLU(0.2), nn.Linear(3, 3), nn.Softplus(2.0), nn.Linear(3, 2),
+            device=device,
+        )  # fmt: skip
+        if ours:
+            manual_bp.convert(net)
+        cost = QuadraticCost(reduction)
+        x = torch.randn(shape, dtype=torch.float64, device=device)
+        y = torch.rand((*shape[:-1], 2), dtype=torch.float64, device=device)
+        net.zero_grad()
+        with record(net, reduction) as trace:
+            cost(net(x), y).backward()
+        expected = backprop(net, x, y, cost)
+        assert [layer.name for layer in trace.layers] == ["0", "2", "4", "6", "8"]
+        torch.testing.assert_close(trace.cost, expected.cost, equal_nan=True)
+        assert_same([trace.output], [expected.output])
+        for ours_, theirs in zip(trace.layers, expected.layers, strict=True):
+            assert ours_.w is theirs.w
+            assert ours_.b is theirs.b
+            assert ours_.scale == theirs.scale
+            assert list(map(repr, ours_.activations)) == list(map(repr, theirs.activations))
+            for name in FIELDS:
+                one, other = getattr(ours_, name), getattr(theirs, name)
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert not one.requires_grad
+                    assert_same([one], [other])
+        if shape[0]:
+            assert_gradients_are_those_of_autograd(trace)
+
+    def test_of_fused_layers(self, device: torch.device) -> None:
+        net = net_of(LinearSigmoid(5, 4), LinearSigmoid(4, 2), device=device)
+        x = torch.randn(3, 5, dtype=torch.float64, device=device)
+        y = torch.rand(3, 2, dtype=torch.float64, device=device)
+        with record(net) as trace:
+            QuadraticCost()(net(x), y).backward()
+        expected = backprop(net, x, y, QuadraticCost())
+        for one, other in zip(trace.layers, expected.layers, strict=True):
+            assert_same(of(one), of(other))
+            assert [type(activation) for activation in one.activations] == [Sigmoid]
+
+    def test_a_fused_layer_and_what_follows_it(self, device: torch.device) -> None:
+        net = net_of(LinearSigmoid(5, 4), nn.Tanh(), Linear(4, 2), device=device)
+        x = torch.randn(3, 5, dtype=torch.float64, device=device)
+        y = torch.rand(3, 2, dtype=torch.float64, device=device)
+        with record(net) as trace:
+            QuadraticCost()(net(x), y).backward()
+        # Explicit backprop counts both activations to the layer, and so δ is before both.
+        expected = backprop(net, x, y, QuadraticCost())
+        for one, other in zip(trace.layers, expected.layers, strict=True):
+            assert_same(of(one), of(other))
+            assert list(map(type, one.activations)) == list(map(type, other.activations))
+
+
+class Functional(nn.Module):
+    """Activations as functions and methods, one of them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.fourth, self.fifth, self.sixth = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = self.second(x).sigmoid()
+        x = F.relu(self.third(x), inplace=True)
+        x = F.leaky_relu(self.fourth(x), negative_slope=0.3)
+        x = manual_bp.softplus(self.fifth(x), 3.0)
+        return torch.sigmoid_(self.sixth(x))
+
+
+def test_activations_that_are_functions(device: torch.device) -> None:
+    model = Functional().to(device, torch.float64)
+    modules = [Tanh(), Sigmoid(), ReLU(), LeakyReLU(0.3), Softplus(3.0), Sigmoid()]
+    pairs = zip(model.children(), modules, strict=True)
+    net = nn.Sequential(*[module for pair in pairs for module in pair])
+    x = torch.randn(6, 5, dtype=torch.float64, device=device)
+    y = torch.rand(6, 2, dtype=torch.float64, device=device)
+    trace = recorded(model, x, lambda output: QuadraticCost()(output, y))
+    names = ["first", "second", "third", "fourth", "fifth", "sixth"]
+    assert [layer.name for layer in trace.layers] == names
+    for one, other in zip(trace.layers, backprop(net, x, y, QuadraticCost()).layers, strict=True):
+        assert_same(of(one), of(other))
+        assert list(map(repr, one.activations)) == list(map(repr, other.activations))
+
+
+def test_an_activation_that_is_not_known_leaves_a_at_z(device: torch.device) -> None:
+    net = net_of(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 2), device=device)
+    trace = recorded(net, torch.randn(3, 5, dtype=torch.float64, device=device))
+    assert trace["0"].activations == ()
+    assert torch.equal(trace["0"].a, trace["0"].z)
+    assert_gradients_are_those_of_autograd(trace)
+
+
+def test_z_and_a_that_are_written_over(device: torch.device) -> None:
+    """By a ReLU in place, and then by a sum in place: the trace has what they were."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.out(F.relu_(self.fc(x)).add(0))
+            h += 1
+            return h
+
+    model = Residual().to(device, torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    trace = recorded(model, x)
+    z = F.linear(x, model.fc.weight, model.fc.bias)
+    assert_same([trace["fc"].z, trace["fc"].a], [z, z.relu()])
+    z = F.linear(z.relu(), model.out.weight, model.out.bias)
+    assert_same([trace["out"].z, trace["out"].a], [z, z])
+    assert_gradients_are_those_of_autograd(trace)
+
+
+def test_an_activation_that_is_written_over(device: torch.device) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = F.leaky_relu(self.fc(x))
+            a *= 2
+            return a
+
+    model = Shifted().to(device, torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64, device=device)
+    trace = recorded(model, x)
+    assert_same([trace["fc"].a], [F.leaky_relu(trace["fc"].z)])
+
+
+def test_a_z_that_goes_two_ways_has_no_one_activation(device: torch.device) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.fc(x)
+            return torch.sigmoid(z) * torch.tanh(z)
+
+    model = Gate().to(device, torch.float64)
+    trace = recorded(model, torch.randn(6, 4, dtype=torch.float64, device=device))
+    assert trace["fc"].activations == ()
+    assert trace["fc"].a is trace["fc"].z
+    assert_gradients_are_those_of_autograd(trace)
+
+
+def test_options_that_ours_does_not_have_leave_a_at_z() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(self.fc(x), -0.5)
+
+    trace = recorded(Odd(), torch.randn(6, 4))
+    assert trace["fc"].activations == ()
+
+
+class TestNothingIsChanged:
+    def test_gradients_weights_and_random_numbers(self, device: torch.device) -> None:
+        x, y = torch.randn(8, 6, device=device), torch.rand(8, 2, device=device)
+        results = []
+        for is_recorded in (False, True):
+            torch.manual_seed(3)
+            net = nn.Sequential(
+                nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Dropout(0.4), Linear(5, 4), Sigmoid(),
+                LinearSigmoid(4, 2),
+            ).to(device)  # fmt: skip
+            optimizer = torch.optim.Adam(net.parameters())
+            grads = []
+            for _ in range(4):
+                optimizer.zero_grad()
+                if is_recorded:
+                    with record(net) as trace:
+                        QuadraticCost()(net(x), y).backward()
+                    trace.per_sample_norms()
+                    trace.clipped_grads(1.0)
+                    trace.diagnostics()
+                else:
+                    QuadraticCost()(net(x), y).backward()
+                grads += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+                optimizer.step()
+            results.append([*grads, *net.state_dict().values(), torch.rand(3, device=device)])
+        assert len(results[0]) == 4 * 6 + 6 + 1
+        for without, with_ in zip(*results, strict=True):
+            assert torch.equal(without, with_)
+
+    @pytest.mark.parametrize("where", ["forward", "backward", "after"])
+    def test_hooks_are_gone_after_an_exception(self, where: str) -> None:
+        net = nn.Sequential(Linear(3, 2), Sigmoid())
+
+        def fail(*_: object) -> None:
+            raise ArithmeticError(where)
+
+        def run() -> Trace:
+            with record(net) as trace:
+                output = net(torch.randn(4, 3))
+                if where == "forward":
+                    fail()
+                if where == "backward":
+                    output.register_hook(fail)
+                output.mean().backward()
+                if where == "after":
+                    fail()
+            return trace
+
+        with pytest.raises(ArithmeticError, match=where):
+            run()
+        self.assert_has_no_hooks(net)
+
+    def test_hooks_are_gone(self) -> None:
+        net = nn.Sequential(Linear(3, 2), Sigmoid())
+        with record(net) as trace:
+            z = net[0](torch.randn(4, 3))
+            z.mean().backward(retain_graph=True)
+            assert trace["0"].delta.unique() == 1 / 8
+        self.assert_has_no_hooks(net)
+        assert not z._backward_hooks
+        z.sum().backward()
+        assert trace["0"].delta.unique() == 1 / 8
+
+    @staticmethod
+    def assert_has_no_hooks(net: nn.Module) -> None:
+        for module in net.modules():
+            assert not module._forward_hooks
+            assert not module._forward_hooks_with_kwargs
+            assert not module._forward_pre_hooks
+            assert not module._backward_hooks
+
+    def test_nothing_is_left_after_a_thousand_uses(self) -> None:
+        net = nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), Linear(5, 2), nn.ReLU(inplace=True))
+        x = torch.randn(4, 6)
+        held: list[Any] = []
+
+        def use() -> None:
+            trace = recorded(net, x)
+            trace.per_sample_norms()
+            held[:] = [weakref.ref(trace), weakref.ref(trace.layers[0].delta)]
+
+        for _ in range(10):
+            use()
+        gc.collect()
+        gc.disable()  # what only the collector would find is a leak as well
+        try:
+            before = len(gc.get_objects())
+            for _ in range(1000):
+                use()
+                assert [reference() for reference in held] == [None, None]
+            assert len(gc.get_objects()) <= before + 20
+        finally:
+            gc.enable()
+
+    def test_a_trace_does_not_hold_the_graph(self) -> None:
+        net = nn.Sequential(Linear(3, 2), Sigmoid())
+        net.zero_grad()
+        with record(net) as trace:
+            output = net(torch.randn(4, 3))
+            output.mean().backward()
+        node = weakref.ref(output)
+        del output
+        assert node() is None
+        assert all(not t.requires_grad for t in (trace.output, trace.cost, *of(trace["0"])))
+
+    def test_the_gradient_of_a_bias_is_not_the_memory_of_delta(self) -> None:
+        layer = nn.Linear(3, 2)  # for one sample, δ itself is ∂C/∂b
+        trace = recorded(layer, torch.randn(3), lambda z: z.square().sum())
+        before = trace[""].delta.clone()
+        assert layer.bias.grad is not None
+        layer.bias.grad.zero_()
+        assert torch.equal(trace[""].delta, before)
+
+    def test_spectral_norm_takes_no_step_more(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Sigmoid())
+        other = copy.deepcopy(net)
+        x = torch.randn(5, 4)
+        trace = recorded(net, x)
+        other(x).square().sum(-1).mean().backward()
+        for one, two in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(one, two)
+        assert_same([trace["0"].z], [F.linear(x, trace["0"].w, trace["0"].b)], rtol=1e-6)
+        assert trace["0"].grad_w is None  # w is computed, no parameter
+        assert trace.elsewhere == ("0.parametrizations.weight.original",)
+
+
+class Repeated(nn.Module):
+    """One layer three times, and two that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.down, self.up = nn.Linear(4, 4), Linear(4, 4), nn.Linear(4, 4)
+        self.up.weight = self.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.inner(x))
+        return self.up(torch.sigmoid(self.down(x)))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_runs_several_times_and_tied_weights(device: torch.device) -> None:
+    model = Repeated().to(device, torch.float64)
+    trace = recorded(model, torch.randn(6, 4, dtype=torch.float64, device=device))
+    inner = trace["inner"]
+    assert len(inner.calls) == 3
+    assert torch.equal(inner.calls[0].a, inner.calls[1].a_prev)
+    with pytest.raises(ValueError, match="layer 'inner' must have run once .* it ran 3 times"):
+        inner.delta  # noqa: B018
+    assert_gradients_are_those_of_autograd(trace)
+    assert trace["down"].w is trace["up"].w
+    assert list(trace.per_sample_grads()) == [
+        "inner.weight", "inner.bias", "down.weight", "down.bias", "up.bias",
+    ]  # fmt: skip
+
+
+def test_frozen_layers(device: torch.device) -> None:
+    net = net_of(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(),
+        nn.Linear(3, 2), device=device,
+    )  # fmt: skip
+    for frozen in (net[0], net[4]):
+        frozen.requires_grad_(False)
+    net[6].bias.requires_grad_(False)
+    trace = recorded(net, torch.randn(6, 5, dtype=torch.float64, device=device))
+    assert [layer.name for layer in trace.layers] == ["2", "4", "6"]
+    assert trace["4"].grad_w is trace["4"].grad_b is trace["6"].grad_b is None
+    assert trace["4"].per_sample_grad_w() is trace["4"].per_sample_grad_b() is None
+    assert list(trace.per_sample_grads()) == ["2.weight", "2.bias", "6.weight"]
+    assert_gradients_are_those_of_autograd(trace)
+    with pytest.raises(KeyError, match="layer '0' is not in this trace: it ran, but no error"):
+        trace["0"]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, body: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.use_reentrant = body, nn.Linear(3, 2), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.body, x, use_reentrant=self.use_reentrant)
+        return self.head(h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints(use_reentrant: bool, device: torch.device) -> None:
+    body = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), Linear(4, 3), nn.ReLU(inplace=True))
+    model = Checkpointed(body, use_reentrant).to(device, torch.float64)
+    plain = nn.Sequential(*body, model.head)
+    x = torch.randn(6, 5, dtype=torch.float64, device=device, requires_grad=True)
+    trace = recorded(model, x)
+    expected = recorded(plain, x)
+    assert [layer.name for layer in trace.layers] == ["body.0", "body.2", "head"]
+    for one, other in zip(trace.layers, expected.layers, strict=True):
+        assert len(one.calls) == 1
+        assert_same(of(one), of(other))
+        assert list(map(type, one.activations)) == list(map(type, other.activations))
+    assert trace.elsewhere == ()
+    assert_same([trace.per_sample_norms()], [expected.per_sample_norms()])
+
+
+def test_what_a_reentrant_checkpoint_hides_is_taken_to_be_elsewhere() -> None:
+    body = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
+    model = Checkpointed(body, use_reentrant=True)
+    trace = recorded(model, torch.randn(6, 5, requires_grad=True))
+    assert trace.elsewhere == ("body.1.weight", "body.1.bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), Linear(6, 4)).to(device)
+    x = torch.randn(5, 8, device=device)
+    net.zero_grad()
+    with record(net) as trace:
+        with torch.autocast(device.type, dtype):
+            output = net(x)
+        output.float().square().sum(-1).mean().backward()
+    assert trace["0"].delta.dtype is trace["0"].z.dtype is dtype
+    assert trace["0"].a_prev.dtype is torch.float32
+    assert_gradients_are_those_of_autograd(trace, rtol=0)
+    mean = trace.per_sample_grads()["0.weight"].mean(0)
+    assert mean.dtype is torch.float32
+    assert_same([mean], [net[0].weight.grad], rtol=3 * torch.finfo(dtype).eps, atol=1e-4)  # type: ignore[list-item]
+
+
+def test_gradient_scaler_scales_the_trace(device: torch.device) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).to(device)
+    x = torch.randn(5, 4, device=device)
+    expected = recorded(net, x)
+    net.zero_grad()
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    with record(net) as trace:
+        scaler.scale(net(x).square().sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
+    assert_same([trace["0"].delta], [1024 * expected["0"].delta], rtol=1e-6)
+
+
+class TestWaysToCallBackward:
+    def test_autograd_backward_and_grad(self) -> None:
+        net = net_of(nn.Linear(4, 3), nn.Sigmoid(), device=torch.device("cpu"))
+        x = torch.randn(5, 4, dtype=torch.float64)
+        expected = recorded(net, x)
+        with record(net) as trace:
+            torch.autograd.backward(net(x).square().sum(-1).mean())
+        assert_same(of(trace["0"]), of(expected["0"]))
+        with record(net) as trace:
+            torch.autograd.grad(net(x).square().sum(-1).mean(), [net[0].weight])
+        assert_same(of(trace["0"]), of(expected["0"]))
+        with record(net) as trace:
+            torch.autograd.backward([net(x).square().sum(-1).mean(), net(x).mean()])
+        assert len(trace["0"].calls) == 2
+        assert trace.cost.ndim == 0
+
+    def test_with_a_graph_of_its_own(self) -> None:
+        net = net_of(nn.Linear(4, 3), nn.Sigmoid(), device=torch.device("cpu"))
+        x = torch.randn(5, 4, dtype=torch.float64)
+        with record(net) as trace:
+            torch.autograd.grad(net(x).sum(-1).mean(), [net[0].weight], create_graph=True)
+        assert not trace["0"].delta.requires_grad
+
+    def test_what_has_nothing_to_do_with_the_model_does_not_count(self) -> None:
+        net = nn.Linear(3, 2)
+        other = torch.ones((), requires_grad=True)
+        with record(net) as trace:
+            (2 * other).backward()
+            z = net(torch.randn(4, 3))
+            (3 * other).backward()
+            z.square().sum(-1).mean().backward()
+            (4 * other).backward()
+        assert len(trace.layers) == 1
+        assert other.grad == 9
+
+    def test_the_trace_is_there_within_the_block(self) -> None:
+        net = nn.Linear(3, 2)
+        with record(net) as trace:
+            with pytest.raises(AttributeError, match="this trace has no layers yet: record fills"):
+                trace.layers  # noqa: B018
+            net(torch.randn(4, 3)).square().sum(-1).mean().backward()
+            assert trace.per_sample_norms().shape == (4,)
+
+    def test_model_called_by_a_keyword_and_a_layer_by_a_keyword(self) -> None:
+        net = nn.Linear(3, 2)
+        x = torch.randn(4, 3)
+        with record(net) as trace:
+            net(input=x).square().sum(-1).mean().backward()
+        assert torch.equal(trace[""].a_prev, x)
+
+
+def test_hooks_of_others_have_their_say() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[0].register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    net[0].register_forward_hook(lambda _, __, output: 3 * output)
+    x = torch.randn(4, 3)
+    trace = recorded(net, x)
+    assert torch.equal(trace["0"].a_prev, 2 * x)
+    assert_same([trace["1"].a_prev], [3 * trace["0"].z], rtol=1e-6)
+    assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
+
+
+class TestChoosingLayers:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        def block() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Linear(4, 4))
+
+        return nn.ModuleDict({"encoder": block(), "decoder": block()})
+
+    @pytest.mark.parametrize(
+        ("layers", "expected"),
+        [
+            (None, ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]),
+            (["decoder.0"], ["decoder.0"]),
+            ("decoder.0", ["decoder.0"]),
+            (["encoder.*"], ["encoder.0", "encoder.2"]),
+            ([Linear], ["encoder.2", "decoder.2"]),
+            (["decoder.2", "encoder.?"], ["encoder.0", "encoder.2", "decoder.2"]),
+            ((layer for layer in [Linear, "*.0"]), ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]),
+        ],
+    )  # fmt: skip
+    def test_by_name_pattern_and_type(self, model: Any, layers: Any, expected: list[str]) -> None:
+        with record(model, layers=layers) as trace:
+            model["decoder"](model["encoder"](torch.randn(3, 4))).square().sum(-1).mean().backward()
+        assert [layer.name for layer in trace.layers] == expected
+        assert trace.chosen == (layers is not None)
+
+    def test_refusals(self, model: Any) -> None:
+        with pytest.raises(
+            ValueError, match="must choose linear layers .* 'encoder.0', .*; got 'e'"
+        ):
+            record(model, layers=["e"])
+        with pytest.raises(ValueError, match="got <class .*Bilinear'>"):
+            record(model, layers=[nn.Bilinear])
+        with pytest.raises(TypeError, match="layers must be names or types; got int"):
+            record(model, layers=[3])  # type: ignore[list-item]
+
+
+class TestElsewhere:
+    """Parameters whose gradient the pairs do not have, or not all of it."""
+
+    def test_other_layers(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+        trace = recorded(net, torch.randn(5, 4))
+        assert trace.elsewhere == ("1.weight", "1.bias")
+        assert trace.per_sample_norms().shape == (5,)
+        with pytest.raises(
+            ValueError, match="got a model where that of '1.weight', '1.bias' comes"
+        ):
+            trace.clipped_grads(1.0)
+        chosen = recorded(net, torch.randn(5, 4), layers=[nn.Linear])
+        assert list(chosen.clipped_grads(1.0)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        net[1].requires_grad_(False)
+        assert recorded(net, torch.randn(5, 4)).elsewhere == ()
+
+    def test_a_weight_that_is_an_embedding_too(self) -> None:
+        model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+        model["head"].weight = model["embed"].weight
+
+        def run(**options: Any) -> Trace:
+            with record(model, **options) as trace:
+                z = model["head"](model["embed"](torch.arange(6)))
+                F.cross_entropy(z, torch.arange(6)).backward()
+            return trace
+
+        trace = run()
+        assert trace.elsewhere == ("embed.weight",)
+        for ask in (trace.per_sample_grads, trace.per_sample_norms):
+            with pytest.raises(ValueError, match="got 'embed.weight', used elsewhere as well"):
+                ask()
+        assert list(run(layers="head").per_sample_grads()) == ["embed.weight"]
+
+    def test_a_penalty_in_the_cost(self) -> None:
+        layer = nn.Linear(4, 3)
+        penalty = lambda z: z.square().sum(-1).mean() + layer.weight.square().sum()  # noqa: E731
+        assert recorded(layer, torch.randn(5, 4), penalty).elsewhere == ("weight",)
+
+    def test_attention_that_never_calls_its_layer(self) -> None:
+        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        trace = recorded(model, torch.randn(3, 5, 8), lambda z: z.square().sum((1, 2)).mean())
+        assert [layer.name for layer in trace.layers] == ["linear1", "linear2"]
+        assert "self_attn.out_proj.weight" in trace.elsewhere
+        assert "linear1.weight" not in trace.elsewhere
+        with pytest.raises(KeyError, match="'self_attn.out_proj' is not in this trace: it did not"):
+            trace["self_attn.out_proj"]
+
+    def test_pruning(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        prune.l1_unstructured(net[0], "weight", 0.5)  # type: ignore[no-untyped-call]
+        trace = recorded(net, torch.randn(5, 4))
+        assert torch.equal(trace["0"].w, net[0].weight)
+        assert trace.elsewhere == ("0.weight_orig",)
+        assert list(trace.per_sample_grads()) == ["0.bias", "1.weight", "1.bias"]
+
+
+class TestReduction:
+    @pytest.mark.parametrize("told", ["mean", "sum"])
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda r: lambda z: F.mse_loss(z, torch.zeros_like(z), reduction=r),
+            lambda r: lambda z: F.binary_cross_entropy_with_logits(z, z.detach() * 0, reduction=r),
+            lambda r: lambda z: F.cross_entropy(z, torch.zeros(4, dtype=torch.long), reduction=r),
+            lambda r: lambda z: QuadraticCost(r)(z, torch.zeros_like(z)),
+            lambda r: lambda z: SigmoidCrossEntropyCost(r)(z, torch.zeros_like(z)),
+            lambda r: lambda z: SoftmaxCrossEntropyCost(r)(z, torch.zeros(4, dtype=torch.long)),
+            lambda r: lambda z: getattr(z.square().sum(-1), r)(),
+            lambda r: lambda z: getattr(z.square(), r)(),
+            lambda r: lambda z: getattr(F.l1_loss(z, z.detach() + 1, reduction=r), "mean")(),
+        ],
+    )  # fmt: skip
+    def test_a_plainly_wrong_one_is_refused(self, cost_of: Any, told: Any) -> None:
+        net = nn.Sequential(nn.Linear(3, 2))
+        x = torch.randn(4, 3)
+        recorded(net, x, cost_of(told), reduction=told)
+        other = {"mean": "sum", "sum": "mean"}[told]
+        net.zero_grad()
+        message = (
+            f"reduction must be that of the cost; got '{told}', and a cost that is the {other}"
+        )
+        with pytest.raises(ValueError, match=message):
+            recorded(net, x, cost_of(other), reduction=told)
+        assert net[0].weight.grad is None
+
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda z: z.square().sum() / 4,
+            lambda z: 4 * z.square().sum(-1).mean(),
+            lambda z: torch.stack([c.mean() for c in z.square()]).sum(),
+            lambda z: z.square().sum(-1).mean() + z.sum(),
+            lambda z: torch.einsum("ij,ij->", z, z),
+        ],
+    )
+    def test_where_it_does_not_show_what_is_told_is_believed(self, cost_of: Any) -> None:
+        for told in ("mean", "sum"):
+            recorded(nn.Linear(3, 2), torch.randn(4, 3), cost_of, reduction=told)
+
+    def test_of_one_sample_both_are_right(self) -> None:
+        for told in ("mean", "sum"):
+            recorded(nn.Linear(3, 2), torch.randn(1, 3), lambda z: z.sum(), reduction=told)
+
+    def test_unknown(self) -> None:
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum'; got 'none'"):
+            record(nn.Linear(3, 2), "none")  # type: ignore[arg-type]
+
+
+class TestRefusals:
+    def test_no_model(self) -> None:
+        with pytest.raises(TypeError, match="model must be an nn.Module; got function"):
+            record(lambda x: x)  # type: ignore[arg-type]
+
+    def test_no_linear_layer(self) -> None:
+        with pytest.raises(
+            ValueError, match="model must have linear layers, .*; got Conv1d, which"
+        ):
+            record(nn.Conv1d(3, 2, 1))
+
+    def test_compiled_models(self) -> None:
+        net = nn.Sequential(nn.Linear(3, 2))
+        with pytest.raises(
+            TypeError, match="model must not be compiled, .* got OptimizedModule ''"
+        ):
+            record(torch.compile(net))  # type: ignore[arg-type]
+        net[0].compile()
+        with pytest.raises(TypeError, match="got Linear '0'"):
+            record(net)
+
+    def test_a_second_pass(self) -> None:
+        net = nn.Linear(3, 2)
+        with record(net) as trace:
+            net(torch.randn(4, 3)).square().sum(-1).mean().backward()
+            delta = trace[""].delta.clone()
+            assert net.weight.grad is not None
+            before = net.weight.grad.clone()
+            cost = net(torch.randn(4, 3)).square().sum(-1).mean()
+            with pytest.raises(RuntimeError, match="record is of one backward pass, which has run"):
+                cost.backward()
+        assert torch.equal(net.weight.grad, before)
+        assert torch.equal(trace[""].delta, delta)
+
+    def test_no_pass(self) -> None:
+        net = nn.Linear(3, 2)
+        with pytest.raises(RuntimeError, match="backward.. must run within the block"), record(net):
+            cost = net(torch.randn(4, 3)).sum()
+        cost.backward()
+        message = "a linear layer of the model must run within the block"
+        with pytest.raises(RuntimeError, match=message), record(net):
+            pass
+        with pytest.raises(RuntimeError, match=message), record(net), torch.no_grad():
+            net(torch.randn(4, 3))
+        with pytest.raises(RuntimeError, match="backward.. must run within"), record(net):
+            net(torch.randn(4, 3))
+            torch.ones((), requires_grad=True).backward()
+
+    def test_an_input_that_a_frozen_layer_no_longer_has(self) -> None:
+        class Adapted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner, self.fc = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.inner(x)
+                z = self.fc(h)
+                h += 1
+                return z  # type: ignore[no-any-return]
+
+        model = Adapted()
+        with pytest.raises(RuntimeError, match="the input of layer 'fc' must stay as it is"):
+            recorded(model, torch.randn(4, 3))
+        assert recorded(model, torch.randn(4, 3), layers="inner")["inner"].delta.shape == (4, 3)
+
+
+def test_several_dimensions_and_a_single_sample(device: torch.device) -> None:
+    net = net_of(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), device=device)
+    x = torch.randn(5, 2, 3, 4, dtype=torch.float64, device=device)
+    trace = recorded(net, x, lambda z: z.square().sum((1, 2, 3)).mean())
+    assert trace["0"].delta.shape == (5, 2, 3, 3)
+    assert trace.samples == trace["0"].scale == 5
+    assert_gradients_are_those_of_autograd(trace)
+    alone = recorded(net, x[0, 0, 0], lambda z: z.square().sum())
+    assert alone["0"].delta.shape == (3,)
+    assert alone.samples == alone["0"].scale == 1
+    assert_gradients_are_those_of_autograd(alone)
+
+
+def test_converted_models_give_the_same(device: torch.device) -> None:
+    net = net_of(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Sigmoid(), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    expected = recorded(net, x)
+    for fuse in (False, True):
+        converted = copy.deepcopy(net)
+        manual_bp.convert(converted, fuse=fuse)
+        for one, other in zip(recorded(converted, x).layers, expected.layers, strict=True):
+            assert_same(of(one), of(other))
+
+
+def test_complex_layers() -> None:
+    options: Any = {"dtype": torch.complex128}
+    net = nn.Sequential(nn.Linear(4, 3, **options), nn.Tanh(), Linear(3, 2, **options))
+    x = torch.randn(5, 4, dtype=torch.complex128)
+    trace = recorded(net, x, lambda z: z.abs().square().sum(-1).mean())
+    assert_gradients_are_those_of_autograd(trace)
+
+
+def test_a_cost_of_ones_own() -> None:
+    """A Cost is a module too, and no part of the model."""
+    net = nn.Sequential(nn.Linear(4, 2))
+    cost: Cost = QuadraticCost()
+    with record(net) as trace:
+        cost(net(torch.randn(3, 4)), torch.rand(3, 2)).backward()
+    assert [layer.name for layer in trace.layers] == ["0"]

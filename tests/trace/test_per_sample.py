@@ -1,0 +1,369 @@
+"""Every sample's own gradient: against a loop over single samples, and against vmap(grad)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from manual_bp import Linear, LinearSigmoid, QuadraticCost, Sigmoid, Trace, backprop, record
+from manual_bp.trace import _per_sample
+from tests.helpers import assert_same
+
+Grads = dict[str, Tensor]
+
+
+def loss(output: Tensor, y: Tensor) -> Tensor:
+    """C_x of each sample: whatever the dimensions of its output, (N,)."""
+    return (output - y).square().flatten(1).sum(1) / 2 + output.sin().flatten(1).sum(1)
+
+
+def loop(model: nn.Module, x: Tensor, y: Tensor) -> Grads:
+    """The oracle: one sample at a time, through autograd."""
+    grads: dict[str, list[Tensor]] = {}
+    for i in range(len(x)):
+        model.zero_grad()
+        loss(model(x[i : i + 1]), y[i : i + 1]).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                grads.setdefault(name, []).append(parameter.grad.clone())
+    return {name: torch.stack(each) for name, each in grads.items()}
+
+
+def traced(
+    model: nn.Module, x: Tensor, y: Tensor, reduction: Any = "mean", **options: Any
+) -> Trace:
+    model.zero_grad()
+    with record(model, reduction, **options) as trace:
+        getattr(loss(model(x), y), reduction)().backward()
+    return trace
+
+
+def norms_of(grads: Grads) -> Tensor:
+    return torch.cat([g.flatten(1) for g in grads.values()], 1).norm(dim=1)
+
+
+def assert_same_grads(found: Grads, expected: Grads) -> None:
+    assert list(found) == list(expected)
+    assert_same(list(found.values()), list(expected.values()))
+
+
+def assert_follows(trace: Trace, model: nn.Module, x: Tensor, y: Tensor, reduction: str) -> None:
+    """All per-sample results, and their sums beside `.grad` of the pass, from the loop."""
+    whole = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected = loop(model, x, y)
+    found = trace.per_sample_grads()
+    assert_same_grads(found, expected)
+    for name, grads in found.items():
+        assert_same([getattr(grads, reduction)(0)], [whole[name]])
+    norms = norms_of(expected)
+    assert_same([trace.per_sample_norms()], [norms])
+    for max_norm in (norms.median().item(), 2 * norms.max().item(), 1e-3):
+        weights = (max_norm / norms).clamp(max=1)
+        clipped = {
+            name: getattr(torch.einsum("n,n...->n...", weights, grads), reduction)(0)
+            for name, grads in expected.items()
+        }
+        assert_same_grads(trace.clipped_grads(max_norm), clipped)
+
+
+class Model(nn.Module):
+    """Layers of all kinds: alone, run twice, tied, without a bias, fused."""
+
+    def __init__(self, sizes: tuple[int, int, int]) -> None:
+        super().__init__()
+        n_in, n, n_out = sizes
+        self.first = nn.Linear(n_in, n)
+        self.again = Linear(n, n)
+        self.tied = nn.Linear(n, n, bias=False)
+        self.other = nn.Linear(n, n)
+        self.other.weight = self.tied.weight
+        self.fused = LinearSigmoid(n, n)
+        self.last = nn.Linear(n, n_out, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = torch.sigmoid(self.again(torch.sigmoid(self.again(h))))
+        h = F.softplus(self.other(F.relu(self.tied(h))))
+        return self.last(self.fused(h))  # type: ignore[no-any-return]
+
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
+
+
+@given(
+    sizes=sizes,
+    samples=st.integers(1, 6),
+    rows=st.lists(st.integers(1, 4), max_size=2),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 100),
+)
+def test_any_shape_against_the_loop(
+    sizes: tuple[int, int, int], samples: int, rows: list[int], reduction: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = Model(sizes)
+    x = torch.randn(samples, *rows, sizes[0], dtype=torch.float64)
+    y = torch.randn(samples, *rows, sizes[2], dtype=torch.float64)
+    assert_follows(traced(model, x, y, reduction), model, x, y, reduction)
+
+
+@given(sizes=sizes, samples=st.integers(1, 6), rows=st.lists(st.integers(1, 4), max_size=2))
+def test_any_shape_against_vmap_of_grad(
+    sizes: tuple[int, int, int], samples: int, rows: list[int]
+) -> None:
+    model = Model(sizes)
+    x = torch.randn(samples, *rows, sizes[0], dtype=torch.float64)
+    y = torch.randn(samples, *rows, sizes[2], dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def of_one(parameters: Grads, x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(model, parameters, (x[None],)), y[None]).sum()
+
+    expected = vmap(grad(of_one), (None, 0, 0))(parameters, x, y)
+    assert_same_grads(traced(model, x, y).per_sample_grads(), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_on_every_device(reduction: str, device: torch.device) -> None:
+    model = Model((3, 4, 2)).to(device)
+    x = torch.randn(5, 3, dtype=torch.float64, device=device)
+    y = torch.randn(5, 2, dtype=torch.float64, device=device)
+    assert_follows(traced(model, x, y, reduction), model, x, y, reduction)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 4, 3)], ids=str)
+def test_of_backprop(shape: tuple[int, ...], device: torch.device) -> None:
+    """Where a sample has several rows, its own cost is the mean over them."""
+    net = nn.Sequential(Linear(3, 4), Sigmoid(), Linear(4, 2), Sigmoid()).to(device, torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    y = torch.rand((*shape[:-1], 2), dtype=torch.float64, device=device)
+    trace = backprop(net, x, y, QuadraticCost())
+    for i in range(6):
+        alone = backprop(net, x[i], y[i], QuadraticCost())
+        for layer, of_one in zip(trace.layers, alone.layers, strict=True):
+            w, b = layer.per_sample_grad_w(), layer.per_sample_grad_b()
+            assert w is not None
+            assert b is not None
+            assert_same([w[i], b[i]], [of_one.grad_w, of_one.grad_b])  # type: ignore[list-item]
+    for layer in trace.layers:
+        assert_same([layer.per_sample_grad_w().mean(0)], [layer.grad_w])  # type: ignore[union-attr,list-item]
+    grads = trace.per_sample_grads()
+    assert list(grads) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert torch.equal(grads["2.weight"], trace["2"].per_sample_grad_w())  # type: ignore[arg-type]
+    assert_same([trace.per_sample_norms()], [norms_of(grads)])
+
+
+class TestForms:
+    """Both forms of a norm, in chunks and whole, and which is taken."""
+
+    @pytest.mark.parametrize("form", [_per_sample._gram_norm, _per_sample._direct_norm])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+    def test_each_is_the_norm(
+        self, form: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        a = torch.randn(5, 4, 3, dtype=dtype, device=device)
+        delta = torch.randn(5, 4, 2, dtype=dtype, device=device)
+        slow = torch.stack([sum(torch.outer(d, v.conj()) for d, v in zip(*pair, strict=True)).norm()  # type: ignore[union-attr]
+                            for pair in zip(delta, a, strict=True)])  # fmt: skip
+        assert_same([form(a, delta)], [slow])
+        assert_same([_per_sample.norm_w(a, delta)], [slow])
+
+    def test_the_cheaper_is_taken(self) -> None:
+        gram, direct = _per_sample._gram_norm, _per_sample._direct_norm
+        assert _per_sample._cheaper(16, 64, 64) == (gram, 2 * 16 * 16)
+        assert _per_sample._cheaper(32, 64, 64) == (gram, 2 * 32 * 32)
+        assert _per_sample._cheaper(33, 64, 64) == (direct, 64 * 64)
+        assert _per_sample._cheaper(2, 1, 5) == (direct, 5)
+
+    @pytest.mark.parametrize("rows", [2, 9])
+    def test_in_chunks(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        a = torch.randn(7, rows, 6, dtype=torch.float64)
+        delta = torch.randn(7, rows, 5, dtype=torch.float64)
+        whole = _per_sample.norm_w(a, delta)
+        taken: list[int] = []
+        name, numbers = ("_gram_norm", 8) if rows == 2 else ("_direct_norm", 30)
+        form = getattr(_per_sample, name)
+
+        def watched(a: Tensor, delta: Tensor) -> Tensor:
+            taken.append(len(a))
+            return form(a, delta)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(_per_sample, name, watched)
+        monkeypatch.setattr(_per_sample, "CHUNK", 3 * numbers + 1)
+        assert torch.equal(_per_sample.norm_w(a, delta), whole)
+        assert taken == [3, 3, 1]
+
+    def test_norms_make_no_gradient(self, device: torch.device) -> None:
+        """For samples of one row, nothing as large as a gradient of each is ever made."""
+        net = nn.Sequential(nn.Linear(40, 30), nn.Sigmoid(), nn.Linear(30, 20)).to(device)
+        x, y = torch.randn(50, 40, device=device), torch.randn(50, 20, device=device)
+        trace = traced(net, x, y)
+        largest = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+                nonlocal largest
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, Tensor):
+                    largest = max(largest, result.numel())
+                return result
+
+        with Watch():
+            trace.per_sample_norms()
+        assert 0 < largest <= 50 * 40
+        with Watch():
+            trace.clipped_grads(1.0)
+        assert largest <= 50 * 40
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e18], ids=str)
+def test_norms_neither_vanish_nor_overflow(scale: float) -> None:
+    """Squares of float32 would, below 1e-22 and above 1e19."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    for rows in ((), (2,), (40,)):
+        x, y = torch.randn(5, *rows, 4), torch.randn(5, *rows, 2)
+        net.zero_grad()
+        with record(net, "sum") as trace:
+            (loss(net(x), y) * scale).sum().mul(1).backward()
+        exact = net.double()
+        expected = norms_of(loop(exact, x.double(), y.double())) * scale
+        net.float()
+        assert_same([trace.per_sample_norms().double()], [expected], rtol=1e-5)
+
+
+class TestFewSamples:
+    @pytest.mark.parametrize("rows", [(), (3,), (0,)], ids=str)
+    def test_none(self, rows: tuple[int, ...], device: torch.device) -> None:
+        model = Model((3, 4, 2)).to(device)
+        x = torch.randn(0, *rows, 3, dtype=torch.float64, device=device)
+        y = torch.randn(0, *rows, 2, dtype=torch.float64, device=device)
+        trace = traced(model, x, y, "sum")
+        assert trace.samples == 0
+        assert trace.per_sample_norms().shape == (0,)
+        for name, parameter in model.named_parameters():
+            assert trace.per_sample_grads()[name].shape == (0, *parameter.shape)
+            assert torch.equal(trace.clipped_grads(1.0)[name], torch.zeros_like(parameter))
+        assert list(trace.split(3)) == []
+        assert "not finite" in str(trace.diagnostics())
+
+    def test_no_rows(self) -> None:
+        model = Model((3, 4, 2))
+        trace = traced(model, torch.randn(2, 0, 3).double(), torch.randn(2, 0, 2).double())
+        assert torch.equal(trace.per_sample_norms(), torch.zeros(2, dtype=torch.float64))
+
+    def test_one_without_a_batch(self) -> None:
+        model = Model((3, 4, 2))
+        x, y = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+        model.zero_grad()
+        with record(model) as trace:
+            loss(model(x)[None], y[None]).sum().backward()
+        assert_same_grads(trace.per_sample_grads(), loop(model, x[None], y[None]))
+        (part,) = trace.split(4)
+        assert_same_grads(part.per_sample_grads(), trace.per_sample_grads())
+
+
+class TestSplit:
+    @pytest.mark.parametrize("size", [1, 3, 7, 100])
+    def test_parts_make_up_the_whole(self, size: int) -> None:
+        model = Model((3, 4, 2))
+        x = torch.randn(7, 2, 3, dtype=torch.float64)
+        y = torch.randn(7, 2, 2, dtype=torch.float64)
+        trace = traced(model, x, y)
+        parts = list(trace.split(size))
+        assert [part.samples for part in parts] == [len(t) for t in torch.arange(7).split(size)]
+        for name, grads in trace.per_sample_grads().items():
+            assert_same([torch.cat([part.per_sample_grads()[name] for part in parts])], [grads])
+        assert_same(
+            [torch.cat([part.per_sample_norms() for part in parts])], [trace.per_sample_norms()]
+        )
+        for name, grad_ in trace.clipped_grads(0.5).items():
+            shares = [part.clipped_grads(0.5)[name] for part in parts]
+            assert_same([torch.stack(shares).sum(0)], [grad_])
+        for layer in trace.layers:
+            assert_same(
+                [torch.stack([part[layer.name].grad_w for part in parts]).sum(0)],  # type: ignore[misc]
+                [layer.grad_w],  # type: ignore[list-item]
+            )
+
+    def test_bad_size(self) -> None:
+        trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
+        with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+            next(trace.split(0))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+    def test_max_norm(self, max_norm: float) -> None:
+        trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
+        with pytest.raises(ValueError, match=f"max_norm must be above 0; got {max_norm}"):
+            trace.clipped_grads(max_norm)
+
+    def test_layers_that_see_other_samples(self) -> None:
+        class Flattening(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.outer(self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]))  # type: ignore[no-any-return]
+
+        trace = traced(Flattening(), torch.randn(4, 5, 3), torch.randn(4, 5, 2))
+        message = "got 20 in 'inner' and 4 in 'outer'"
+        for ask in (
+            trace.per_sample_grads,
+            trace.per_sample_norms,
+            lambda: trace.clipped_grads(1.0),
+            lambda: list(trace.split(2)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ask()
+        assert trace["inner"].per_sample_grad_b().shape == (20, 3)  # type: ignore[union-attr]
+
+    def test_a_layer_that_sees_now_these_now_those(self) -> None:
+        layer = nn.Linear(3, 3)
+        with record(layer) as trace:
+            (layer(torch.randn(4, 3)).mean() + layer(torch.randn(5, 3)).mean()).backward()
+        with pytest.raises(ValueError, match="layer '' must see the same samples .* got 4 and 5"):
+            trace.per_sample_norms()
+
+
+def test_a_sample_that_is_not_finite_spoils_no_other() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    for rows in ((), (2,), (9,)):
+        x, y = torch.randn(4, *rows, 3), torch.randn(4, *rows, 2)
+        expected = traced(net, x, y).per_sample_norms()
+        y[2] = torch.inf
+        found = traced(net, x, y).per_sample_norms()
+        assert_same([found[[0, 1, 3]]], [expected[[0, 1, 3]]], rtol=1e-6)
+        assert not found[2].isfinite()
+
+
+def test_a_sample_without_a_gradient_is_not_scaled() -> None:
+    layer = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        y = layer(x)
+    y[1:] += 1
+    layer.zero_grad()
+    with record(layer) as trace:
+        F.mse_loss(layer(x), y).backward()
+    assert trace.per_sample_norms()[0] == 0
+    assert all(grad.isfinite().all() for grad in trace.clipped_grads(0.1).values())
+
+
+def test_what_they_return_is_like_the_parameters(device: torch.device) -> None:
+    net = nn.Sequential(nn.Linear(3, 2)).to(device, torch.bfloat16)
+    x = torch.randn(4, 3, device=device, dtype=torch.bfloat16)
+    trace = traced(net, x, torch.randn(4, 2, device=device, dtype=torch.bfloat16))
+    for result in (trace.per_sample_norms(), *trace.per_sample_grads().values()):
+        assert result.dtype is torch.bfloat16
+        assert result.device == x.device
+    assert all(g.dtype is torch.bfloat16 for g in trace.clipped_grads(1.0).values())
