@@ -15,8 +15,8 @@ class Activation(Protocol):
     """What the explicit algorithm and a Trace ask of an activation's module: σ, and σ'."""
 
     @property
-    def max_prime(self) -> float:
-        """The largest that σ' can be."""
+    def slopes(self) -> tuple[float, float]:
+        """The least and the largest that σ' comes to, or close to."""
         ...
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name torch.nn gives it)

@@ -136,6 +136,6 @@ class LeakyReLU(nn.LeakyReLU):
         return leaky_relu_prime(z, self.negative_slope)  # a > 0 just where z > 0
 
     @property
-    def max_prime(self) -> float:
-        """The steepest that it is."""
-        return max(1.0, self.negative_slope)
+    def slopes(self) -> tuple[float, float]:
+        """The least and the largest that σ' comes to."""
+        return min(1.0, self.negative_slope), max(1.0, self.negative_slope)

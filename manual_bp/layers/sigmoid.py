@@ -107,7 +107,7 @@ class Sigmoid(nn.Sigmoid):
     `SigmoidFunction` for the gradient.
     """
 
-    max_prime = 0.25
+    slopes = (0.0, 0.25)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
         """From weighted inputs z to activations a."""

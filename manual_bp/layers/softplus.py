@@ -131,7 +131,7 @@ class Softplus(nn.Softplus):
         _require.not_zero("beta", beta)
         super().__init__(beta, threshold)
 
-    max_prime = 1.0
+    slopes = (0.0, 1.0)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Softplus gives it)
         """From weighted inputs z to activations a."""

@@ -110,7 +110,7 @@ class Tanh(nn.Tanh):
     `TanhFunction` for the gradient.
     """
 
-    max_prime = 1.0
+    slopes = (0.0, 1.0)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Tanh gives it)
         """From weighted inputs z to activations a."""

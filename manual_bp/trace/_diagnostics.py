@@ -19,7 +19,7 @@ from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace._layer import Call, LayerTrace, learns
 
-# A neuron is saturated if its σ', over the batch, comes to less than this share of what it can be.
+# A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.
 SATURATED = 0.05
 # An input is dead if it never has this share of the inputs' root mean square.
 DEAD = 0.01
@@ -41,7 +41,9 @@ class LayerDiagnostics:
     by_w            ‖wᵀδ^(l+1)‖ / ‖δ^(l+1)‖, the first factor of that ratio by BP2
     by_sigma        ‖δ^l‖ / ‖wᵀδ^(l+1)‖, the second one: what ⊙ σ' did
     mean_prime      the mean of σ'(z) over the batch
-    saturated       the share of neurons whose σ' comes to under 5 % of the largest possible
+    saturated       the share of neurons, counted for each sample, whose σ' is under 5 % of the
+                    largest possible, though not 0
+    off             the share of neurons whose σ' is 0 for every sample: dead ReLUs
     zeros           the share of δ that is exactly 0, and is so because
     zeros_rounded     σ'(z) > 0, or what it was multiplied with, got lost by rounding;
     zeros_from_above  nothing came from above;
@@ -64,6 +66,7 @@ class LayerDiagnostics:
     by_sigma: float | None
     mean_prime: float | None
     saturated: float | None
+    off: float | None
     zeros: float
     zeros_rounded: float
     zeros_from_above: float
@@ -77,7 +80,10 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Every layer's numbers and verdict; `print` shows them as a table."""
+    """Every layer's numbers and verdict; `print` shows them as a table.
+
+    The table leaves out what there is nothing to say of in any layer: columns of nothing but 0.
+    """
 
     layers: tuple[LayerDiagnostics, ...]
 
@@ -102,6 +108,7 @@ class Diagnostics:
                 "by σ'": _number(layer.by_sigma),
                 "mean σ'": _number(layer.mean_prime),
                 "saturated": _share(layer.saturated),
+                "off": _share(layer.off),
                 "δ = 0": _share(layer.zeros),
                 "rounded": _share(layer.zeros_rounded),
                 "from above": _share(layer.zeros_from_above),
@@ -112,7 +119,9 @@ class Diagnostics:
             }
             for layer in self.layers
         ]
-        table = tabulate(rows, "keys", stralign="right", disable_numparse=True)
+        telling = [key for key in rows[0] if any(row[key] not in ("", "0", "0%") for row in rows)]
+        columns = {key: [row[key] for row in rows] for key in telling}
+        table = tabulate(columns, "keys", stralign="right", disable_numparse=True)
         verdicts = tabulate(
             [(layer.name, layer.verdict) for layer in self.layers], tablefmt="plain"
         )
@@ -150,7 +159,8 @@ def _numbers(
         by_w=_over(came_norm, above_norm),
         by_sigma=_over(_norm(delta), came_norm),
         mean_prime=None if slope is None else _mean(slope.prime),
-        saturated=None if slope is None else _saturated(slope),
+        saturated=None if slope is None else _mean(slope.is_saturated()),
+        off=None if slope is None else _mean((slope.prime == 0).all(0)) if len(delta) else 0.0,
         zeros=_mean(delta == 0),
         zeros_rounded=_mean(zeros.rounded),
         zeros_from_above=_mean(zeros.from_above),
@@ -168,7 +178,13 @@ class _Slope(NamedTuple):
 
     prime: Tensor  # from z, exact
     is_lost: Tensor  # whether in terms of a, as a backward has it, it is rounded to 0
+    least: float  # that it can come close to
     largest: float  # that it can be
+
+    def is_saturated(self) -> Tensor:
+        # Where it stays above 0 for good, as a LeakyReLU's does, nothing saturates.
+        is_small = (self.prime > 0) & (self.prime < SATURATED * self.largest)
+        return is_small if self.least == 0 else torch.zeros_like(is_small)
 
 
 def _slope(layer: LayerTrace) -> _Slope | None:
@@ -179,6 +195,7 @@ def _slope(layer: LayerTrace) -> _Slope | None:
     return _Slope(
         prime=torch.cat([slope.prime for slope in slopes]),
         is_lost=torch.cat([slope.is_lost for slope in slopes]),
+        least=min(slope.least for slope in slopes),
         largest=max(slope.largest for slope in slopes),
     )
 
@@ -187,14 +204,15 @@ def _slope_of(call: Call) -> _Slope:
     z = as_rows(call.z)
     prime = torch.ones_like(_wide(z))
     is_lost = torch.zeros_like(z, dtype=torch.bool)
-    largest = 1.0
+    least = largest = 1.0
     for activation in call.activations:
         a = activation.forward(z)
         prime = prime * activation.prime_of_z(_wide(z))
         is_lost |= _is_lost(activation, z, a)
-        largest *= activation.max_prime
+        least *= activation.slopes[0]
+        largest *= activation.slopes[1]
         z = a
-    return _Slope(prime, is_lost, largest)
+    return _Slope(prime, is_lost, least, largest)
 
 
 def _is_lost(activation: Activation, z: Tensor, a: Tensor) -> Tensor:
@@ -256,10 +274,6 @@ def _came_from(
     return came if _norm(difference) <= share * _norm(delta) + rounding else None
 
 
-def _saturated(slope: _Slope) -> float:
-    return _mean(slope.prime.mean(0) < SATURATED * slope.largest) if len(slope.prime) else 0.0
-
-
 def _dead(a_prev: Tensor) -> float:
     if not len(a_prev):
         return 0.0
@@ -277,8 +291,10 @@ def _verdict(layers: Sequence[LayerDiagnostics], learns: bool) -> str:
     if layer.zeros == 1:
         return f"does not learn: {_why_all_zero(layer)}"
     if layer.saturated is not None and layer.saturated >= MANY:
-        kind = "off" if layer.zeros_off >= layer.zeros / 2 > 0 else "saturated"
-        return f"learns slowly: {_share(layer.saturated)} of its neurons are {kind}"
+        hint = "" if len(layers) > 1 else ", which in the last layer is well if the cost is low"
+        return f"learns slowly: {_share(layer.saturated)} of its neurons are saturated{hint}"
+    if layer.off is not None and layer.off >= MANY:
+        return f"learns in part: {_share(layer.off)} of its neurons are off for every sample"
     if layer.delta_norm * FAR < last.delta_norm:
         times = _number(last.delta_norm / layer.delta_norm)
         fading = f"its error is {times} times smaller than the last layer's"

@@ -46,7 +46,7 @@ def traced(
 
 
 def norms_of(grads: Grads) -> Tensor:
-    return torch.cat([g.flatten(1) for g in grads.values()], 1).norm(dim=1)
+    return torch.cat([g.flatten(1) for g in grads.values()], 1).norm(dim=1)  # type: ignore[no-any-return]
 
 
 def assert_same_grads(found: Grads, expected: Grads) -> None:
@@ -209,7 +209,9 @@ class TestForms:
         largest = 0
 
         class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 nonlocal largest
                 result = func(*args, **(kwargs or {}))
                 if isinstance(result, Tensor):
@@ -252,7 +254,7 @@ class TestFewSamples:
             assert trace.per_sample_grads()[name].shape == (0, *parameter.shape)
             assert torch.equal(trace.clipped_grads(1.0)[name], torch.zeros_like(parameter))
         assert list(trace.split(3)) == []
-        assert "not finite" in str(trace.diagnostics())
+        assert "first" in str(trace.diagnostics())
 
     def test_no_rows(self) -> None:
         model = Model((3, 4, 2))
@@ -331,7 +333,7 @@ class TestRefusals:
         layer = nn.Linear(3, 3)
         with record(layer) as trace:
             (layer(torch.randn(4, 3)).mean() + layer(torch.randn(5, 3)).mean()).backward()
-        with pytest.raises(ValueError, match="layer '' must see the same samples .* got 4 and 5"):
+        with pytest.raises(ValueError, match=r"layer '' must see the same samples .* got 4 and 5"):
             trace.per_sample_norms()
 
 

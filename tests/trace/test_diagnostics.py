@@ -1,0 +1,403 @@
+"""Every diagnostic against a slow and obvious computation, and what the verdicts say."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manual_bp import (
+    Diagnostics,
+    Linear,
+    LinearSigmoid,
+    QuadraticCost,
+    Trace,
+    backprop,
+    convert,
+    record,
+)
+from tests.helpers import assert_same
+
+
+def trace_of(net: nn.Sequential, x: Tensor, seed: int = 0) -> Trace:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.rand(net(x).shape, generator=generator, dtype=x.dtype).to(x.device)
+    with record(net) as trace:
+        QuadraticCost()(net(x), y).backward()
+    return trace
+
+
+def norm(t: Tensor) -> float:
+    return math.sqrt(math.fsum(value * value for value in t.flatten().tolist()))
+
+
+def close(found: float | None, expected: float, rel: float = 1e-6) -> bool:
+    return found == pytest.approx(expected, rel=rel, abs=1e-300)
+
+
+def test_numbers_of_every_layer(device: torch.device) -> None:
+    net: Any = nn.Sequential(
+        nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.ReLU(),
+        nn.Linear(3, 3), nn.Softplus(), nn.Linear(3, 2), nn.LeakyReLU(),
+    ).to(device, torch.float64)  # fmt: skip
+    x = torch.randn(8, 5, dtype=torch.float64, device=device)
+    trace = trace_of(net, x)
+    found = trace.diagnostics(learning_rate=0.3)
+    assert [layer.name for layer in found.layers] == ["0", "2", "4", "6", "8"]
+    slopes = [
+        lambda z: 1 / (2 + math.exp(z) + math.exp(-z)),
+        lambda z: 1 / math.cosh(z) ** 2,
+        lambda z: float(z > 0),
+        lambda z: 1 / (1 + math.exp(-z)),
+        lambda z: 1.0 if z > 0 else 0.01,
+    ]
+    for i, (layer, numbers) in enumerate(zip(trace.layers, found.layers, strict=True)):
+        primes = [slopes[i](z) for z in layer.z.flatten().tolist()]
+        assert close(numbers.delta_norm, norm(layer.delta))
+        assert close(numbers.mean_prime, math.fsum(primes) / len(primes))
+        assert layer.grad_w is not None
+        assert close(numbers.grad_norm, norm(layer.grad_w))
+        assert close(numbers.update, 0.3 * norm(layer.grad_w) / norm(layer.w.detach()))
+        assert close(
+            numbers.zeros, sum(d == 0 for d in layer.delta.flatten().tolist()) / len(primes)
+        )
+        assert numbers.nonfinite == 0
+        if i < 4:
+            above = trace.layers[i + 1]
+            columns = above.w.mT.tolist()
+            came = [
+                [math.fsum(d * w for d, w in zip(row, column, strict=True)) for column in columns]
+                for row in above.delta.tolist()
+            ]
+            came_norm = norm(torch.tensor(came, dtype=torch.float64))
+            assert close(numbers.by_w, came_norm / norm(above.delta))
+            assert close(numbers.by_sigma, norm(layer.delta) / came_norm)
+            assert close(numbers.ratio, norm(layer.delta) / norm(above.delta))
+            assert numbers.by_w is not None
+            assert numbers.by_sigma is not None
+            assert close(numbers.ratio, numbers.by_w * numbers.by_sigma)
+        else:
+            assert numbers.ratio is numbers.by_w is numbers.by_sigma is None
+    assert trace.diagnostics()["2"].update is None
+
+
+def test_the_same_of_backprop_of_record_and_of_fused_layers() -> None:
+    net: Any = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Sigmoid()).double()
+    x, y = torch.randn(6, 5).double(), torch.rand(6, 2).double()
+    expected = backprop(net, x, y, QuadraticCost()).diagnostics(0.1)
+    for fuse in (False, True):
+        convert(net, fuse=fuse)
+        with record(net) as trace:
+            QuadraticCost()(net(x), y).backward()
+        for one, other in zip(trace.diagnostics(0.1).layers, expected.layers, strict=True):
+            for name, value in vars(other).items():
+                found = getattr(one, name)
+                assert found == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+class TestSaturation:
+    def test_share_of_neurons_and_samples(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 1)).double()
+        with torch.no_grad():
+            net[0].weight.fill_(1)
+            net[0].bias.zero_()
+        # σ' < 0.05 / 4 from |z| = 4.357 on.
+        z = torch.tensor([[0.0], [4.35], [-4.35], [4.36], [-4.37], [30.0], [-900.0], [9.0]])
+        found = trace_of(net, z.double()).diagnostics()["0"]
+        assert found.saturated == 5 / 8
+        assert found.verdict == "learns slowly: 62% of its neurons are saturated"
+
+    def test_a_leaky_relu_never_is(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.001), nn.Linear(8, 2))
+        assert trace_of(net, torch.randn(9, 4)).diagnostics()["0"].saturated == 0
+
+    def test_a_relu_is_off_only_if_it_is_for_every_sample(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+        with torch.no_grad():
+            net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, -1, -1], [0, 1, 0], [0, -1, -2]]))
+        found = trace_of(net, torch.tensor([[1.0, 2, 3], [0, 1, 1], [0, 0, 1]])).diagnostics()["0"]
+        assert found.saturated == 0
+        assert found.off == 0.5
+        assert found.zeros == found.zeros_off == (3 + 3 + 1 + 2) / 12
+        assert found.verdict == "learns in part: 50% of its neurons are off for every sample"
+
+    def test_several_activations_in_a_row(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sigmoid(), nn.Linear(4, 2)).double()
+        trace = trace_of(net, 3 * torch.randn(9, 3).double())
+        z = trace["0"].z
+        slope = (1 - z.tanh() ** 2) * z.tanh().sigmoid() * (1 - z.tanh().sigmoid())
+        found = trace.diagnostics()["0"]
+        assert close(found.mean_prime, slope.mean().item())
+        assert found.saturated == (slope < 0.05 * 0.25).double().mean().item()
+
+
+class TestZeros:
+    """What is exactly 0 in δ, and why."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh], ids=lambda kind: kind.__name__)
+    def test_rounded(self, activation: Any, dtype: torch.dtype) -> None:
+        net: Any = nn.Sequential(nn.Linear(1, 1), activation(), nn.Linear(1, 1), nn.Sigmoid()).to(
+            dtype
+        )
+        with torch.no_grad():
+            net[0].weight.fill_(1)
+            net[0].bias.zero_()
+        x = torch.tensor([[0.0], [1.0], [50.0], [90.0]], dtype=dtype)
+        trace = trace_of(net, x)
+        assert (trace["0"].delta == 0).flatten().tolist() == [False, False, True, True]
+        found = trace.diagnostics()["0"]
+        assert found.zeros == found.zeros_rounded == 0.5
+        assert found.zeros_from_above == found.zeros_off == 0
+        # In the last layer, what reached a is not known; σ' is.
+        last = nn.Sequential(nn.Linear(1, 1), activation()).to(dtype)
+        last.load_state_dict({name: net[0].state_dict()[name[2:]] for name in last.state_dict()})
+        found = trace_of(last, x).diagnostics()["0"]
+        assert found.zeros == found.zeros_rounded == 0.5
+
+    def test_far_out_sigma_prime_is_small_and_not_0(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 1))
+        with torch.no_grad():
+            net[0].weight.fill_(1000)
+        found = trace_of(net, torch.tensor([[1.0], [-1.0]])).diagnostics()["0"]
+        assert found.zeros_off == 0
+        assert found.zeros_rounded == found.zeros == 1
+        assert found.verdict == "does not learn: σ' of its neurons is rounded to 0"
+
+    def test_nothing_from_above(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+        with torch.no_grad():
+            net[2].weight[:, 1] = 0
+        found = trace_of(net, torch.randn(5, 3)).diagnostics()["0"]
+        assert found.zeros == found.zeros_from_above == 0.25
+        assert found.zeros_rounded == found.zeros_off == 0
+        with torch.no_grad():
+            net[2].weight.zero_()
+        found = trace_of(net, torch.randn(5, 3)).diagnostics()["0"]
+        assert found.verdict == "does not learn: no error comes from above"
+        assert found.by_w == 0
+        assert found.by_sigma is None
+
+    def test_off_wins_over_nothing_from_above(self) -> None:
+        net: Any = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        with torch.no_grad():
+            net[0].bias.fill_(-100)
+        found = trace_of(net, torch.randn(5, 3)).diagnostics()["0"]
+        assert found.zeros == found.zeros_off == 1
+        assert found.verdict == "does not learn: all its neurons are off"
+
+    def test_a_softplus_from_whose_a_the_slope_does_not_follow(self) -> None:
+        layer: Any = nn.Sequential(nn.Linear(2, 3), nn.Softplus(threshold=2.0))
+        found = trace_of(layer, torch.randn(5, 2)).diagnostics()["0"]
+        z = F.linear(torch.randn(0, 2), layer[0].weight)
+        assert z.numel() == found.zeros == found.zeros_rounded == 0
+
+
+class TestWhereBP2DoesNotHold:
+    """The factors are of BP2 alone: not where a goes elsewhere, or through something."""
+
+    @staticmethod
+    def first_of(model: nn.Module) -> Any:
+        with record(model) as trace:
+            model(torch.randn(6, 4)).square().sum(-1).mean().backward()
+        return trace.diagnostics().layers[0]
+
+    def test_dropout_between(self) -> None:
+        for inplace in (False, True):
+            # (In place after a ReLU, autograd itself would refuse it.)
+            activation = nn.Identity() if inplace else nn.ReLU()
+            net: Any = nn.Sequential(
+                nn.Linear(4, 8), activation, nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 2)
+            )
+            found = self.first_of(net)
+            assert found.by_w is found.by_sigma is None
+            assert found.ratio is not None
+
+    def test_an_unknown_activation(self) -> None:
+        found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)))
+        assert found.by_w is found.by_sigma is found.mean_prime is found.saturated is None
+        assert found.off is None
+
+    def test_a_residual_connection(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                a = torch.sigmoid(self.first(x))
+                return a + self.second(a)  # type: ignore[no-any-return]
+
+        found = self.first_of(Block())
+        assert found.by_w is found.by_sigma is None
+
+    def test_a_slope_of_more_than_the_activation(self) -> None:
+        class Swish(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                z = self.first(x)
+                return self.second(torch.sigmoid(z)) + z  # type: ignore[no-any-return]
+
+        assert self.first_of(Swish()).by_w is None
+
+    def test_two_linear_layers_without_an_activation(self) -> None:
+        found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+        assert found.by_sigma == pytest.approx(1)
+
+    def test_a_layer_that_ran_twice(self) -> None:
+        layer = nn.Linear(4, 4)
+        found = self.first_of(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2)))
+        assert found.by_w is None
+        assert found.mean_prime is not None
+
+
+def test_not_finite() -> None:
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight[0, 0] = torch.inf
+        net[0].weight[1, 0] = torch.nan
+    trace = trace_of(net, torch.ones(5, 3))
+    layer = trace["0"]
+    expected = sum(
+        not math.isfinite(value)
+        for t in (layer.z, layer.a, layer.delta, layer.w)
+        for value in t.flatten().tolist()
+    )
+    found = trace.diagnostics()
+    assert found["0"].nonfinite == expected > 2
+    assert found["0"].verdict == f"is broken: {expected} numbers of z, a, δ or w are not finite"
+
+
+def test_dead_inputs() -> None:
+    net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    x = torch.rand(6, 4) + 0.5
+    x[:, 1] = 0
+    x[:, 2] = 0.001
+    x[3, 3] = 0
+    found = trace_of(net, x).diagnostics()["0"]
+    assert found.dead_inputs == 0.5
+    assert found.verdict == "learns in part: 50% of its inputs are near 0"
+    assert trace_of(net, torch.zeros(6, 4)).diagnostics()["0"].dead_inputs == 1
+
+
+def test_frozen_and_leaping() -> None:
+    net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
+    net[2].weight.requires_grad_(False)
+    found = trace_of(net, torch.randn(6, 4)).diagnostics(1e6)
+    assert found["2"].verdict == "is frozen"
+    assert found["2"].grad_norm is found["2"].update is None
+    assert found["0"].update is not None
+    assert found["0"].verdict == f"leaps: one update is {found['0'].update:.0%} of its weights"
+
+
+def deep(std: float | None, gain: float = 1.0, layers: int = 6) -> nn.Sequential:
+    """A deep sigmoid net; std None is Xavier's, with the bias that centres z."""
+    torch.manual_seed(0)
+    sizes = [20] * layers + [5]
+    modules: list[nn.Module] = []
+    for in_features, out_features in pairwise(sizes):
+        layer = Linear(in_features, out_features)
+        with torch.no_grad():
+            if std is None:
+                nn.init.xavier_normal_(layer.weight, gain)
+                layer.bias.copy_(-layer.weight.sum(1) / 2)
+            else:
+                nn.init.normal_(layer.weight, std=std)
+                layer.bias.zero_()
+        modules += [layer, nn.Sigmoid()]
+    return nn.Sequential(*modules)
+
+
+class TestVerdicts:
+    """A bad start, a saturated net and a healthy one, told apart."""
+
+    @staticmethod
+    def of(net: nn.Sequential) -> Diagnostics:
+        x = torch.rand(32, 20, generator=torch.Generator().manual_seed(1))
+        return trace_of(net, x).diagnostics(0.1)
+
+    def test_a_bad_start(self) -> None:
+        found = self.of(deep(0.01))
+        assert found["0"].verdict.startswith("learns slowly: its error is ")
+        assert found["0"].verdict.endswith("smaller than the last layer's, most of it by wᵀ")
+        assert found["10"].verdict == "learns"
+
+    def test_a_start_where_sigma_prime_shrinks_most(self) -> None:
+        found = self.of(deep(0.15))
+        assert found["0"].verdict.endswith("smaller than the last layer's, most of it by σ'")
+
+    def test_a_saturated_net(self) -> None:
+        for layer in self.of(deep(8.0)).layers:
+            assert layer.saturated is not None
+            assert layer.saturated > 0.8
+            share = f"{layer.saturated:.0%}"
+            assert layer.verdict.startswith(f"learns slowly: {share} of its neurons are saturated")
+
+    def test_a_healthy_net(self) -> None:
+        assert {layer.verdict for layer in self.of(deep(None, 4.0)).layers} == {"learns"}
+
+    def test_an_exploding_net(self) -> None:
+        net = deep(None, 4.0)
+        convert(net)
+        tanh = nn.Sequential(*[nn.Identity() if isinstance(m, nn.Sigmoid) else m for m in net])
+        found = self.of(tanh)["0"]
+        assert found.verdict.startswith("is unsteady: its error is ")
+        assert found.verdict.endswith("larger than the last layer's, most of it by wᵀ")
+
+    def test_no_cause_is_named_where_it_is_not_known(self) -> None:
+        net: Any = nn.Sequential(*[m if isinstance(m, Linear) else nn.GELU() for m in deep(0.01)])
+        assert self.of(net)["0"].verdict.endswith("times smaller than the last layer's")
+
+    def test_they_are_printed_below_the_table(self) -> None:
+        found = self.of(deep(8.0))
+        lines = str(found).splitlines()
+        assert lines[0].split()[:3] == ["layer", "‖δ‖", "to"]
+        assert "update" in lines[0]
+        assert "not finite" not in lines[0]  # there is nothing to say of it
+        assert [line.split()[0] for line in lines[2:8]] == [layer.name for layer in found.layers]
+        assert lines[-1].split(maxsplit=1) == [found.layers[-1].name, found.layers[-1].verdict]
+        assert max(map(len, lines)) < 140
+
+    def test_an_unknown_layer(self) -> None:
+        with pytest.raises(KeyError, match="no layer '1'; there are"):
+            self.of(deep(8.0))["1"]
+
+
+def test_low_precision(device: torch.device) -> None:
+    net: Any = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4), nn.Sigmoid()).to(
+        device
+    )
+    x = torch.randn(5, 8, device=device)
+    expected = trace_of(net, x).diagnostics()
+    with record(net) as trace:
+        with torch.autocast(device.type, torch.bfloat16):
+            a = net(x)
+        y = torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        QuadraticCost()(a.float(), y).backward()
+    for one, other in zip(trace.diagnostics().layers, expected.layers, strict=True):
+        for name in ("delta_norm", "ratio", "by_w", "by_sigma", "mean_prime", "grad_norm"):
+            found, value = getattr(one, name), getattr(other, name)
+            assert found == (None if value is None else pytest.approx(value, rel=0.02))
+
+
+def test_complex_numbers_are_refused() -> None:
+    layer = nn.Linear(3, 2, dtype=torch.complex64)
+    with record(layer) as trace:
+        layer(torch.randn(4, 3, dtype=torch.complex64)).abs().mean().backward()
+    with pytest.raises(TypeError, match="the output of layer '' must have a real floating"):
+        trace.diagnostics()
+
+
+def test_it_changes_nothing() -> None:
+    net: Any = nn.Sequential(LinearSigmoid(4, 3), nn.Linear(3, 2), nn.ReLU(inplace=True))
+    trace = trace_of(net, torch.randn(5, 4))
+    before = [t.clone() for layer in trace.layers for t in (layer.z, layer.a, layer.delta)]
+    trace.diagnostics()
+    after = [t for layer in trace.layers for t in (layer.z, layer.a, layer.delta)]
+    assert_same(after, before, rtol=0, atol=0)
