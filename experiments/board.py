@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard; the only file that knows how TensorBoard wants it."""
+"""What a run shows in TensorBoard besides its Traces, and how TensorBoard wants it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,22 +15,15 @@ from torch.nn import functional as F
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from manual_bp import Trace
+from manual_bp.board import TraceBoard
 
 IMAGE_SCALE = 8
 
-# The last bin of a TensorBoard histogram ends at 1e20; what lies beyond is as good as infinite.
-HISTOGRAM_LIMIT = 1e20
-
-# One chart for each question, all layers or both splits in it.
+# Both splits in one chart.
 LAYOUT = {
     "learning": {
         "cost": ["Multiline", ["cost/train", "cost/test"]],
         "accuracy": ["Multiline", ["accuracy/train", "accuracy/test"]],
-    },
-    "what the equations talk about": {
-        "‖δ‖ of every layer (BP1, BP2)": ["Multiline", ["delta/.*"]],
-        "‖∂C/∂w‖ of every layer (BP4)": ["Multiline", ["grad_w/.*"]],
     },
 }
 
@@ -39,11 +32,14 @@ class Board:
     """One TensorBoard writer, in the run's own folder. A context manager: closing writes it out.
 
     The step of everything logged is the number of updates made so far.
+
+    Attributes:
+        traces: What logs the Traces.
     """
 
     def __init__(self, folder: Path) -> None:
         self._writer = SummaryWriter(str(folder))
-        self._writer.add_custom_scalars(LAYOUT)
+        self.traces = TraceBoard(self._writer, LAYOUT)
 
     def __enter__(self) -> "Board":
         return self
@@ -51,26 +47,11 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def log_trace(self, trace: Trace, step: int) -> None:
-        """‖δ^l‖ and ‖∂C/∂w^l‖ of one batch, for every layer: Frobenius norms, of the mean cost."""
-        for layer in trace.layers:
-            self._writer.add_scalar(f"delta/{layer.name}", layer.delta.norm(), step)
-            if layer.grad_w is not None:
-                self._writer.add_scalar(f"grad_w/{layer.name}", layer.grad_w.norm(), step)
-
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Cost and accuracy, on train and test: "train_cost" is shown as cost/train."""
         for name, value in metrics.items():
             split, quantity = name.split("_")
             self._writer.add_scalar(f"{quantity}/{split}", value, step)
-
-    def log_histograms(self, trace: Trace, step: int) -> None:
-        """The weights, biases and activations of every layer."""
-        for layer in trace.layers:
-            self._histogram(f"weights/{layer.name}", layer.w, step)
-            if layer.b is not None:
-                self._histogram(f"biases/{layer.name}", layer.b, step)
-            self._histogram(f"activations/{layer.name}", layer.a, step)
 
     def log_weight_images(self, w: Tensor, image_shape: tuple[int, int], step: int) -> None:
         """What each neuron of the first layer looks for: its weights as an image, grey for 0."""
@@ -112,12 +93,3 @@ class Board:
             file_writer.add_summary(summary)
         for name, value in final.items():
             self._writer.add_scalar(name, value)
-
-    def _histogram(self, tag: str, values: Tensor, step: int) -> None:
-        values = values.detach().float().flatten()
-        shown = values[values.abs() < HISTOGRAM_LIMIT]
-        left_out = values.numel() - shown.numel()
-        if left_out:
-            self._writer.add_scalar(f"nonfinite/{tag}", left_out, step)
-        if shown.numel():
-            self._writer.add_histogram(tag, shown, step)

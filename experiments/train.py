@@ -10,8 +10,9 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from manual_bp import (
     Tanh,
     Trace,
     backprop,
+    record,
 )
 
 PROGRAM = "python -m experiments.train"
@@ -79,7 +81,7 @@ class Config:
     """autograd: our Functions, called by PyTorch. explicit: manual_bp.backprop, without autograd.
     Both follow the same trajectory."""
     log_every: int = 100
-    """Updates between two points of the curves of the norms of delta and of dC/dw."""
+    """Updates between two points of the curves of what the equations talk about."""
     run_folder: Path = Path("runs")
     """Where the run's own folder is made."""
     dry_run: bool = False
@@ -192,6 +194,18 @@ class Training:
             self.cost(self.net(x), y).backward()
         self.optimizer.step()
 
+    def observed_update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None]) -> None:
+        """The same step, with a look at the Trace of its pass before the weights are changed."""
+        self.optimizer.zero_grad()
+        if self.explicit:
+            trace = self.trace(x, y)
+            trace.assign_grads()
+        else:
+            with record(self.net) as trace:
+                self.cost(self.net(x), y).backward()
+        look(trace)
+        self.optimizer.step()
+
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         """What the algorithm sees on a batch; the network stays as it is."""
         return backprop(self.net, x, y, self.cost)
@@ -216,7 +230,7 @@ def observe(board: Board, training: Training, step: int) -> dict[str, float]:
     metrics = training.metrics()
     board.log_metrics(metrics, step)
     trace = training.trace(training.data.x_test, training.y_test)
-    board.log_histograms(trace, step)
+    board.traces.log_histograms(trace, step)
     if training.data.image_shape is not None:
         board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
     predictions = trace.output.argmax(-1)
@@ -224,8 +238,10 @@ def observe(board: Board, training: Training, step: int) -> dict[str, float]:
     return metrics
 
 
-def train(config: Config, training: Training, folder: RunFolder) -> dict[str, float]:
-    """Train for all epochs, or until the cost is no number; the last metrics.
+def train(config: Config, training: Training, folder: RunFolder) -> tuple[dict[str, float], float]:
+    """Train for all epochs, or until the cost is no number.
+
+    Returns the last metrics, and how many seconds it took to log what the layers did.
 
     A bar on a terminal; where the output goes elsewhere, a plain line for each epoch.
     """
@@ -240,8 +256,10 @@ def train(config: Config, training: Training, folder: RunFolder) -> dict[str, fl
         for epoch in range(1, config.epochs + 1):
             for x, y in training.epoch():
                 if step % config.log_every == 0:
-                    board.log_trace(training.trace(x, y), step)
-                training.update(x, y)
+                    look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
+                    training.observed_update(x, y, look)
+                else:
+                    training.update(x, y)
                 step += 1
                 bar.update()
             metrics = observe(board, training, step)
@@ -251,8 +269,9 @@ def train(config: Config, training: Training, folder: RunFolder) -> dict[str, fl
                 print(f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}  {line(metrics)}")
             if not math.isfinite(metrics["train_cost"]):
                 break
+        board.traces.log_heat_map(step)
         board.log_config(folder.config, metrics)
-    return metrics
+    return metrics, board.traces.seconds
 
 
 def settings(config: Config, training: Training) -> dict[str, Any]:
@@ -295,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(PROGRAM, f"--run-folder must be a place to make folders in; got {error}")
     started = time.perf_counter()
     try:
-        metrics = train(config, training, folder)
+        metrics, observing = train(config, training, folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was finished is in {folder.path}", file=sys.stderr)
         return 130
@@ -303,7 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diverged = not math.isfinite(metrics["train_cost"])
     if diverged:
         print(f"stopped: the cost is {metrics['train_cost']}; a smaller learning rate may help")
-    print(f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s")
+    print(
+        f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s; "
+        f"{observing:.1f} s of that went into logging what the layers did"
+    )
     print(f"run folder: {folder.path}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
     return int(diverged)

@@ -131,6 +131,8 @@ class Diagnostics:
 @torch.no_grad()
 def diagnose(layers: Sequence[LayerTrace], learning_rate: float | None) -> Diagnostics:
     """The numbers and the verdict of every layer of a trace, in forward order."""
+    for layer in layers:
+        layer.require_weights()
     found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
     verdicts = [_verdict(found[i:], learns(layer.w)) for i, layer in enumerate(layers)]
     return Diagnostics(

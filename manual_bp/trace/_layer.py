@@ -88,6 +88,21 @@ class LayerTrace:
     scale: int = 1
     given: tuple[Tensor | None, Tensor | None] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", _version(self.w))
+
+    def require_weights(self) -> None:
+        """Refuse to go on with weights that are no longer those of the pass.
+
+        Raises:
+            RuntimeError: w was changed in place.
+        """
+        if _version(self.w) != vars(self)["_version"]:
+            raise RuntimeError(
+                f"the weights of layer {self.name!r} must still be those of the pass; they were "
+                f"changed: ask before the optimiser's step"
+            )
+
     @property
     def a_prev(self) -> Tensor:
         """a^(l-1), the layer's input."""
@@ -207,6 +222,10 @@ def joined(pairs: Iterator[Pair]) -> Pair:
     """Pairs of the same samples as one, of all their rows."""
     a, delta = zip(*pairs, strict=True)
     return (a[0], delta[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(delta, 1))
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def _by_sample(t: Tensor, samples: int) -> Tensor:

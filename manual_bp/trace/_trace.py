@@ -165,6 +165,7 @@ class Trace:
 
         Raises:
             TypeError: The layers are of complex numbers.
+            RuntimeError: The weights are no longer those of the pass: ask before they are updated.
         """
         return diagnose(self.layers, learning_rate)
 

@@ -36,7 +36,7 @@ def test_the_main_job_reads_digits(tmp_path: Path) -> None:
     *epochs, last, where, how = done.stdout.splitlines()[1:]
     assert len(epochs) == 30
     assert epochs[0].startswith("epoch  1/30  cost ")
-    accuracy = re.fullmatch(r"test accuracy (\S+)% after \S+ s", last)
+    accuracy = re.fullmatch(r"test accuracy (\S+)% after \S+ s; \S+ s of .*", last)
     assert accuracy is not None
     assert float(accuracy[1]) >= 96
 
@@ -63,10 +63,12 @@ def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
     logged.Reload()
     tags = logged.Tags()
     curves = {"cost/train", "cost/test", "accuracy/train", "accuracy/test"}
-    norms = {"delta/0", "delta/2", "grad_w/0", "grad_w/2"}
-    assert curves | norms <= set(tags["scalars"])
+    numbers = {f"{kind}/{name}" for kind in ("delta", "sat", "grad", "update") for name in "02"}
+    assert set(tags["scalars"]) == curves | numbers | {
+        f"final/{c.split('/')[1]}_{c.split('/')[0]}" for c in curves
+    }
     assert {"weights/0", "weights/2", "activations/0", "activations/2"} <= set(tags["histograms"])
-    assert set(tags["images"]) == {"first_layer", "confusion"}
+    assert set(tags["images"]) == {"first_layer", "confusion", "error_of_every_layer"}
     # Before the first update, and after every epoch of 15.
     assert [point.step for point in logged.Scalars("cost/test")] == [0, 15, 30]
     assert [point.step for point in logged.Histograms("weights/0")] == [0, 15, 30]
@@ -89,6 +91,20 @@ def test_both_methods_follow_the_same_trajectory(cost: Any, device: torch.device
         ours, theirs = (list(training.net.parameters()) for training in trainings)
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert not any(torch.equal(p, was) for p, was in zip(ours, start, strict=True))
+
+
+@pytest.mark.parametrize("method", ["autograd", "explicit"])
+def test_observing_changes_nothing(method: Any, device: torch.device) -> None:
+    data = load("digits")
+    config = Config(hidden=(20, 15), method=method, device=str(device))
+    plain, observed = Training(config, data), Training(config, data)
+    norms: list[float] = []
+    for _, batch, same in zip(range(10), plain.epoch(), observed.epoch(), strict=False):
+        plain.update(*batch)
+        observed.observed_update(*same, lambda trace: norms.append(trace["0"].delta.norm().item()))
+    assert len(set(norms)) == 10
+    pairs = zip(plain.net.parameters(), observed.net.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:

@@ -284,3 +284,38 @@ def test_the_validator_and_the_fixer() -> None:
     restore(plain)
     assert type(plain[0]) is nn.Linear
     assert_same(sample_gradients(fixed), sample_gradients(plain), **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, FEATURES), (ROWS, 5, FEATURES)], ids=str)
+def test_a_trace_finds_the_same(shape: tuple[int, ...]) -> None:
+    """Each sample's gradients of linear layers, their norms, and what is left when clipped."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = torch.randint(CLASSES, (ROWS,))
+
+    def cost(model: Any) -> Tensor:
+        return cross_entropy(model(x).reshape(ROWS, -1, CLASSES).mean(1), y)
+
+    with manual_bp.record(net) as trace:
+        cost(net).backward()
+    watched = samplers.GradSampleModule(copy.deepcopy(net))
+    cost(watched).backward()
+    expected = {name: p.grad_sample for name, p in watched._module.named_parameters()}
+    found = trace.per_sample_grads()
+    assert list(found) == list(expected)
+    assert_same(list(found.values()), list(expected.values()))
+    norms = torch.cat([grads.flatten(1) for grads in expected.values()], 1).norm(dim=1)
+    assert_same([trace.per_sample_norms()], [norms])
+    limit = norms.median().item()
+    optimizer = opacus.optimizers.DPOptimizer(
+        torch.optim.SGD(watched.parameters()),
+        noise_multiplier=0.0,
+        max_grad_norm=limit,
+        expected_batch_size=ROWS,
+    )
+    optimizer.pre_step()
+    clipped = trace.clipped_grads(limit)
+    for name, parameter in watched._module.named_parameters():
+        # Opacus scales to limit / (norm + 1e-6).
+        assert_same([clipped[name]], [parameter.grad], rtol=1e-5, atol=1e-8)

@@ -229,3 +229,44 @@ def test_trainer(tmp_path: Path) -> None:
         transformers.Trainer(model=model, args=options, train_dataset=rows).train()
     assert_same_parameters(ours, theirs, **EXACT)
     assert not torch.equal(next(ours.parameters()), next(causal(0.1).parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+# With 12 words, Gram's form of a norm takes fewer multiplications; with 32, in attention's layers,
+# the other does.
+@pytest.mark.parametrize("words", [12, 32])
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_the_norms_of_each_samples_gradient(
+    words: int, converted: bool, use_reentrant: bool | None
+) -> None:
+    """In float32, those of an encoder's linear layers: as a loop over single samples has them."""
+    model = classifier().train()
+    if converted:
+        manual_bp.convert(model)
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(WORDS, (6, words), generator=generator)
+    labels = torch.randint(3, (6,), generator=generator)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    parameters = [parameter for module in linear for parameter in module.parameters()]
+    expected = []
+    for i in range(6):
+        model.zero_grad()
+        model(input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss.backward()
+        grads = [p.grad.flatten() for p in parameters if p.grad is not None]
+        assert len(grads) == len(parameters)
+        expected.append(torch.cat(grads).double().norm())
+    model.zero_grad()
+    with manual_bp.record(model) as trace:
+        model(input_ids=ids, labels=labels).loss.backward()
+    assert len(trace.layers) == len(linear) == 14
+    assert_same([trace.per_sample_norms().double()], [torch.stack(expected)], rtol=1e-5, atol=0)
+    assert "bert.embeddings.word_embeddings.weight" in trace.elsewhere
+    assert "bert.encoder.layer.1.output.dense.weight" not in trace.elsewhere
+    for layer in trace.layers:
+        found, right = layer.per_sample_grad_w(), layer.w.grad
+        assert found is not None
+        assert right is not None
+        assert_same([found.mean(0)], [right], rtol=1e-4, atol=1e-7)

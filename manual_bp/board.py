@@ -1,0 +1,136 @@
+"""Traces in TensorBoard: what the equations talk about, layer by layer, step by step.
+
+    writer = SummaryWriter("runs/mine")
+    board = TraceBoard(writer)
+    ...
+    with manual_bp.record(model) as trace:
+        cost(model(x), y).backward()
+    board.log(trace, step, learning_rate=0.1)
+    optimizer.step()
+
+The writer is yours, and stays the only one. This needs what writes it, and matplotlib for the heat
+map: the extra `board`. Nothing else of this package does.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manual_bp.trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+# All layers in one chart, a chart for each question.
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "what the equations talk about": {
+        "‖δ‖ of every layer (BP1, BP2)": ["Multiline", ["delta/.*"]],
+        "share of saturated neurons (σ' ≈ 0)": ["Multiline", ["sat/.*"]],
+        "‖∂C/∂w‖ of every layer (BP4)": ["Multiline", ["grad/.*"]],
+        "update beside weights": ["Multiline", ["update/.*"]],
+    },
+}
+
+# The last bin of a TensorBoard histogram ends at 1e20; what lies beyond is as good as infinite.
+HISTOGRAM_LIMIT = 1e20
+
+
+class TraceBoard:
+    """Logs Traces with one SummaryWriter.
+
+    Args:
+        writer: Yours; it is neither opened nor closed here.
+        layout: Further charts for the tab of custom scalars, as
+            `SummaryWriter.add_custom_scalars` wants them: a writer has one layout.
+
+    Attributes:
+        seconds: What observing has cost so far.
+    """
+
+    def __init__(
+        self, writer: "SummaryWriter", layout: Mapping[str, Mapping[str, list[Any]]] | None = None
+    ) -> None:
+        self._writer: Any = writer
+        self._history: dict[int, dict[str, float]] = {}
+        self.seconds = 0.0
+        self._writer.add_custom_scalars({**(layout or {}), **LAYOUT})
+
+    def log(self, trace: Trace, step: int, learning_rate: float | None = None) -> None:
+        """The numbers of one pass, for every layer, before the weights are updated.
+
+        delta/ has ‖δ‖, sat/ the share of saturated neurons, grad/ ‖∂C/∂w‖, and update/, with a
+        learning rate, how large an update is beside the weights: see `LayerDiagnostics`. What is
+        not known of a layer is left out.
+        """
+        with self._timed():
+            found = trace.diagnostics(learning_rate)
+            for layer in found.layers:
+                numbers = {
+                    "delta": layer.delta_norm,
+                    "sat": layer.saturated,
+                    "grad": layer.grad_norm,
+                    "update": layer.update,
+                }
+                for kind, value in numbers.items():
+                    if value is not None:
+                        self._writer.add_scalar(f"{kind}/{layer.name}", value, step)
+            self._history[step] = {layer.name: layer.delta_norm for layer in found.layers}
+
+    def log_histograms(self, trace: Trace, step: int) -> None:
+        """Weights, biases, activations and errors of every layer.
+
+        Of finite numbers; how many there were besides is under nonfinite/, where there were any.
+        """
+        with self._timed():
+            for layer in trace.layers:
+                self._histogram(f"weights/{layer.name}", [layer.w], step)
+                if layer.b is not None:
+                    self._histogram(f"biases/{layer.name}", [layer.b], step)
+                self._histogram(f"activations/{layer.name}", [c.a for c in layer.calls], step)
+                self._histogram(f"errors/{layer.name}", [c.delta for c in layer.calls], step)
+
+    def log_heat_map(self, step: int) -> None:
+        """All ‖δ‖ that were logged so far as one picture: layers upwards, steps to the right."""
+        with self._timed():
+            self._writer.add_figure("error_of_every_layer", self._heat_map(), step)
+
+    def _heat_map(self) -> "Figure":
+        from matplotlib.figure import Figure
+
+        names = list(dict.fromkeys(name for norms in self._history.values() for name in norms))
+        steps = sorted(self._history)
+        logs = [[_log(self._history[s].get(name)) for s in steps] for name in names]
+        figure = Figure(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="layer", title="log₁₀ ‖δ‖")
+        axes.set_facecolor("lightgrey")  # where there is none, or it is 0 or not finite
+        if steps:
+            figure.colorbar(axes.pcolormesh(steps, range(len(names)), logs, shading="nearest"))
+        axes.set_yticks(range(len(names)), names)
+        return figure
+
+    def _histogram(self, tag: str, tensors: list[Tensor], step: int) -> None:
+        values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+        shown = values[values.abs() < HISTOGRAM_LIMIT]
+        left_out = values.numel() - shown.numel()
+        if left_out:
+            self._writer.add_scalar(f"nonfinite/{tag}", left_out, step)
+        if shown.numel():
+            self._writer.add_histogram(tag, shown, step)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _log(norm: float | None) -> float:
+    return math.log10(norm) if norm and math.isfinite(norm) else math.nan

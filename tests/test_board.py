@@ -1,0 +1,180 @@
+"""Traces in TensorBoard: read back from the files that it would read."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop, record
+from manual_bp.board import LAYOUT, TraceBoard
+
+
+def read(folder: Path) -> Any:
+    everything = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
+    accumulator = EventAccumulator(str(folder), size_guidance=everything)
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return nn.Sequential(Linear(6, 4), Sigmoid(), nn.Linear(4, 3), nn.GELU(), Linear(3, 2))
+
+
+def trace_of(net: nn.Module) -> Trace:
+    with record(net) as trace:
+        QuadraticCost()(net(torch.randn(5, 6)), torch.rand(5, 2)).backward()
+    return trace
+
+
+def test_scalars_are_those_of_the_diagnostics(tmp_path: Path, net: nn.Sequential) -> None:
+    net[2].weight.requires_grad_(False)
+    trace = trace_of(net)
+    with SummaryWriter(str(tmp_path)) as writer:
+        TraceBoard(writer).log(trace, 7, learning_rate=0.5)
+    logged = read(tmp_path)
+    expected: dict[str, float | None] = {}
+    for layer in trace.diagnostics(0.5).layers:
+        expected[f"delta/{layer.name}"] = layer.delta_norm
+        expected[f"sat/{layer.name}"] = layer.saturated
+        expected[f"grad/{layer.name}"] = layer.grad_norm
+        expected[f"update/{layer.name}"] = layer.update
+    known = {tag: value for tag, value in expected.items() if value is not None}
+    assert set(expected) - set(known) == {"sat/2", "sat/4", "grad/2", "update/2"}
+    assert set(logged.Tags()["scalars"]) == set(known)
+    for tag, value in known.items():
+        (point,) = logged.Scalars(tag)
+        assert (point.step, point.value) == (7, pytest.approx(value, rel=1e-6))
+
+
+def test_without_a_learning_rate_no_update_is_known(tmp_path: Path, net: nn.Sequential) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        TraceBoard(writer).log(trace_of(net), 0)
+    assert not [tag for tag in read(tmp_path).Tags()["scalars"] if tag.startswith("update/")]
+
+
+def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Sequential) -> None:
+    mine = {"learning": {"cost": ["Multiline", ["cost/.*"]]}}
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer, mine)
+        board.log(trace_of(net), 0)
+        board.log_heat_map(0)
+    assert [path.is_file() for path in tmp_path.rglob("*")] == [True]
+    logged = read(tmp_path)
+    (event,) = logged.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {category.title for category in layout.category} == {"learning", *LAYOUT}
+    charts = {chart.title for category in layout.category for chart in category.chart}
+    assert charts == {"cost", *LAYOUT["what the equations talk about"]}
+
+
+def test_histograms_leave_out_what_is_not_finite_and_count_it(tmp_path: Path) -> None:
+    net = nn.Sequential(Linear(6, 4), Sigmoid(), Linear(4, 2, bias=False), Sigmoid())
+    trace = backprop(net, torch.randn(5, 6), torch.rand(5, 2), QuadraticCost())
+    with torch.no_grad():
+        trace["0"].w[0, :2] = torch.nan
+        trace["2"].w[:] = torch.inf
+    with SummaryWriter(str(tmp_path)) as writer:
+        TraceBoard(writer).log_histograms(trace, 1)
+    logged = read(tmp_path)
+    names = {
+        "weights/0", "biases/0", "activations/0", "errors/0", "activations/2", "errors/2",
+    }  # fmt: skip
+    assert set(logged.Tags()["histograms"]) == names
+    assert logged.Histograms("weights/0")[0].histogram_value.num == 4 * 6 - 2
+    assert logged.Histograms("activations/0")[0].histogram_value.num == 5 * 4
+    assert logged.Histograms("errors/2")[0].histogram_value.num == 5 * 2
+    assert logged.Scalars("nonfinite/weights/0")[0].value == 2
+    assert logged.Scalars("nonfinite/weights/2")[0].value == 2 * 4
+
+
+def test_a_layer_that_ran_twice_has_one_histogram(tmp_path: Path) -> None:
+    layer = nn.Linear(6, 6)
+    with record(layer) as trace:
+        layer(layer(torch.randn(5, 6))).square().mean().backward()
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer)
+        board.log_histograms(trace, 1)
+        board.log(trace, 1)
+    assert read(tmp_path).Histograms("activations/")[0].histogram_value.num == 2 * 5 * 6
+
+
+class TestHeatMap:
+    def test_colours_are_the_logarithms(self, tmp_path: Path) -> None:
+        net: Any = nn.Sequential(Linear(6, 4), Sigmoid(), Linear(4, 2))
+        traces = {step: trace_of(net) for step in (0, 5, 50)}
+        with torch.no_grad():
+            net[2].weight.zero_()  # δ of the first layer is 0 from here on
+        traces[60] = trace_of(net)
+        with SummaryWriter(str(tmp_path)) as writer:
+            board = TraceBoard(writer)
+            for step, trace in traces.items():
+                if step == 60:
+                    board.log(trace, step)
+                else:
+                    # Of earlier weights: what is drawn was taken down then.
+                    norms = {layer.name: layer.delta.norm().item() for layer in trace.layers}
+                    board._history[step] = norms
+            (axes, _) = board._heat_map().axes
+            board.log_heat_map(60)
+        (mesh,) = axes.collections
+        found: Any = mesh.get_array()
+        assert found.shape == (2, 4)
+        for column, trace in enumerate(traces.values()):
+            for row, layer in enumerate(trace.layers):
+                if column == 3 and row == 0:
+                    assert found.mask[row, column]
+                else:
+                    expected = layer.delta.norm().log10().item()
+                    assert found[row, column] == pytest.approx(expected, abs=1e-5)
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2"]
+        assert [image.step for image in read(tmp_path).Images("error_of_every_layer")] == [60]
+
+    def test_of_nothing_and_of_one_step(self, tmp_path: Path, net: nn.Sequential) -> None:
+        with SummaryWriter(str(tmp_path)) as writer:
+            board = TraceBoard(writer)
+            board.log_heat_map(0)
+            board.log(trace_of(net), 1)
+            board.log_heat_map(1)
+        assert len(read(tmp_path).Images("error_of_every_layer")) == 2
+
+
+def test_what_observing_costs_is_measured(
+    tmp_path: Path, net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 100, 3))
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer)
+        trace = trace_of(net)
+        monkeypatch.setattr("manual_bp.board.time.perf_counter", lambda: next(now))
+        board.log(trace, 0)
+        board.log_histograms(trace, 0)
+        monkeypatch.undo()
+    assert board.seconds == 6
+
+
+def test_after_the_update_it_is_too_late(tmp_path: Path, net: nn.Sequential) -> None:
+    trace = trace_of(net)
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer)
+        with pytest.raises(
+            RuntimeError, match=r"layer '0' must still be those of the pass; .* ask"
+        ):
+            board.log(trace, 0)
+    assert not read(tmp_path).Tags()["scalars"]
+
+
+def test_tensorboard_is_optional() -> None:
+    code = (
+        "import sys; sys.modules['tensorboard'] = sys.modules['matplotlib'] = None\n"
+        "import manual_bp, manual_bp.board"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
