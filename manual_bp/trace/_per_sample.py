@@ -24,6 +24,9 @@ from torch import Tensor
 
 # How many numbers a norm may hold at any one time, some samples after others: 32 MB in float32.
 CHUNK = 2**23
+# How much smaller than the sum of its terms' magnitudes the sum in Gram's form may be: a hundred
+# times leaves float32 five digits of the norm.
+CANCELLED = 100
 
 
 def grad_w(a: Tensor, delta: Tensor) -> Tensor:
@@ -65,28 +68,45 @@ def norm_w(a: Tensor, delta: Tensor) -> Tensor:
     rows = a.shape[1]
     if rows == 1:
         return norms(delta[:, 0], 1) * scales * norms(a[:, 0], 1)
-    norm, numbers = _cheaper(rows, a.shape[2], delta.shape[2])
-    chunk = max(1, CHUNK // max(1, numbers))
-    parts = zip(torch.split(a, chunk), torch.split(delta, chunk), strict=True)
-    return torch.cat([norm(*part) for part in parts]) * scales
+    norm = _gram_norm if gram_is_cheaper(rows, a.shape[2], delta.shape[2]) else _direct_norm
+    return norm(a, delta).double() * scales
 
 
-def _cheaper(
-    rows: int, in_features: int, out_features: int
-) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """The form that takes fewer multiplications, and how many numbers it holds for a sample."""
-    if rows * (in_features + out_features) <= in_features * out_features:
-        return _gram_norm, 2 * rows * rows
-    return _direct_norm, in_features * out_features
+def gram_is_cheaper(rows: int, in_features: int, out_features: int) -> bool:
+    """Whether Gram's form takes fewer multiplications than the gradient itself."""
+    return rows * (in_features + out_features) <= in_features * out_features
 
 
 def _gram_norm(a: Tensor, delta: Tensor) -> Tensor:
-    products = (delta @ delta.mH) * (a @ a.mH).conj()
-    return products.real.sum((1, 2), dtype=torch.float64).clamp(min=0).sqrt()
+    return _by_chunks(_gram_norm_at_once, a, delta, 2 * a.shape[1] ** 2)
 
 
 def _direct_norm(a: Tensor, delta: Tensor) -> Tensor:
+    return _by_chunks(_direct_norm_at_once, a, delta, a.shape[2] * delta.shape[2])
+
+
+def _gram_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
+    products = ((delta @ delta.mH) * (a @ a.mH).conj()).real
+    squares = products.sum((1, 2), dtype=torch.float64)
+    found = squares.clamp(min=0).sqrt().to(products.dtype)
+    # Where rows cancel, what is left of the squares is mostly rounding.
+    is_lost = squares < products.abs().sum((1, 2), dtype=torch.float64) / CANCELLED
+    if is_lost.any():
+        found[is_lost] = _direct_norm(a[is_lost], delta[is_lost])
+    return found
+
+
+def _direct_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
     return norms(grad_w(a, delta), (1, 2))
+
+
+def _by_chunks(
+    norm: Callable[[Tensor, Tensor], Tensor], a: Tensor, delta: Tensor, numbers: int
+) -> Tensor:
+    """The norms of some samples after others; numbers is how many each sample takes meanwhile."""
+    chunk = max(1, CHUNK // max(1, numbers))
+    parts = zip(torch.split(a, chunk), torch.split(delta, chunk), strict=True)
+    return torch.cat([norm(*part) for part in parts])
 
 
 def _to_order_one(delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -176,12 +176,28 @@ class TestForms:
         assert_same([form(a, delta)], [slow])
         assert_same([_per_sample.norm_w(a, delta)], [slow])
 
-    def test_the_cheaper_is_taken(self) -> None:
-        gram, direct = _per_sample._gram_norm, _per_sample._direct_norm
-        assert _per_sample._cheaper(16, 64, 64) == (gram, 2 * 16 * 16)
-        assert _per_sample._cheaper(32, 64, 64) == (gram, 2 * 32 * 32)
-        assert _per_sample._cheaper(33, 64, 64) == (direct, 64 * 64)
-        assert _per_sample._cheaper(2, 1, 5) == (direct, 5)
+    @pytest.mark.parametrize(("rows", "form"), [(2, "gram"), (32, "gram"), (33, "direct")])
+    def test_the_cheaper_is_taken(
+        self, rows: int, form: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert _per_sample.gram_is_cheaper(rows, 64, 64) == (form == "gram")
+        for name, number in (("gram", 2.0), ("direct", 3.0)):
+            monkeypatch.setattr(
+                _per_sample, f"_{name}_norm", lambda a, _, n=number: 0 * a[:, 0, 0] + n
+            )
+        norms = _per_sample.norm_w(torch.ones(5, rows, 64), torch.ones(5, rows, 64))
+        assert norms.tolist() == [2.0 if form == "gram" else 3.0] * 5
+
+    def test_rows_that_cancel(self, device: torch.device) -> None:
+        """In float32, as where words are much alike and their errors add up to nothing."""
+        a = 1 + 1e-4 * torch.randn(9, 16, 40, device=device)
+        delta = torch.randn(9, 16, 50, device=device)
+        delta[2:7] -= delta[2:7].mean(1, keepdim=True)
+        delta[4] = 0
+        exact = _per_sample.grad_w(a.double(), delta.double()).flatten(1).norm(dim=1)
+        assert _per_sample.gram_is_cheaper(16, 40, 50)
+        assert_same([_per_sample.norm_w(a, delta)], [exact], rtol=1e-4)
+        assert_same([_per_sample.norm_w(a, delta)[[0, 1, 7, 8]]], [exact[[0, 1, 7, 8]]], rtol=1e-6)
 
     @pytest.mark.parametrize("rows", [2, 9])
     def test_in_chunks(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +205,7 @@ class TestForms:
         delta = torch.randn(7, rows, 5, dtype=torch.float64)
         whole = _per_sample.norm_w(a, delta)
         taken: list[int] = []
-        name, numbers = ("_gram_norm", 8) if rows == 2 else ("_direct_norm", 30)
+        name, numbers = ("_gram_norm_at_once", 8) if rows == 2 else ("_direct_norm_at_once", 30)
         form = getattr(_per_sample, name)
 
         def watched(a: Tensor, delta: Tensor) -> Tensor:
