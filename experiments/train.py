@@ -85,7 +85,8 @@ class Config:
     run_folder: Path = Path("runs")
     """Where the run's own folder is made."""
     dry_run: bool = False
-    """Build everything, try one update, say what would be done, and write nothing."""
+    """Build everything, try one update, show how well each layer would start to learn, and write
+    nothing."""
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.hidden):
@@ -305,7 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     if config.dry_run:
-        training.update(*next(training.epoch()))
+        training.observed_update(
+            *next(training.epoch()), lambda trace: print(trace.diagnostics(config.learning_rate))
+        )
         print(f"one update made; a run would write to {path}; nothing was written")
         return 0
     try:

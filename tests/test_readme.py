@@ -15,12 +15,13 @@ BACKPROP = (ROOT / "manual_bp" / "backprop.py").read_text("utf-8")
 
 
 def test_the_examples_run() -> None:
-    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    names: dict[str, Any] = {"model": nn.Sequential(nn.Linear(3, 4), nn.ReLU())}
-    for example in (first, second):
+    first, second, third = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, Any] = {"model": nn.Sequential(nn.Linear(64, 10), nn.ReLU())}
+    for example in (first, second, third):
         exec(compile(example, "README.md", "exec"), names)
     assert len(names["report"].changed) == 2
     assert type(names["model"][0]) is nn.Linear
+    assert names["norms"].shape == (5,)
 
 
 def test_the_equations_are_the_lines_of_backprop() -> None:

@@ -27,8 +27,8 @@ DEAD = 0.01
 MANY = 0.5
 # How many times smaller or larger than the last layer's an error has to be for a verdict about it.
 FAR = 100.0
-# The share of the weights from which on an update is a leap.
-LEAP = 0.1
+# How many times its weights an update may be before it is a leap.
+LEAP = 1.0
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _verdict(layers: Sequence[LayerDiagnostics], learns: bool) -> str:
         growth = f"its error is {times} times larger than the last layer's"
         return f"is unsteady: {growth}{_cause(layers, max)}"
     if layer.update is not None and layer.update > LEAP:
-        return f"leaps: one update is {_share(layer.update)} of its weights"
+        return f"leaps: one update is {_number(layer.update)} times its weights"
     if layer.dead_inputs >= MANY:
         return f"learns in part: {_share(layer.dead_inputs)} of its inputs are near 0"
     return "learns"

@@ -140,7 +140,9 @@ def test_the_net_is_made_of_our_modules() -> None:
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "--run-folder", str(tmp_path / "runs")]) == 0
     assert not list(tmp_path.iterdir())
-    assert "nothing was written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing was written" in printed
+    assert re.search(r"^ *0  learns$", printed, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("rate", ["1e25", "1e38"])

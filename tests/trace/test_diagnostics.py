@@ -293,7 +293,7 @@ def test_frozen_and_leaping() -> None:
     assert found["2"].verdict == "is frozen"
     assert found["2"].grad_norm is found["2"].update is None
     assert found["0"].update is not None
-    assert found["0"].verdict == f"leaps: one update is {found['0'].update:.0%} of its weights"
+    assert found["0"].verdict == f"leaps: one update is {found['0'].update:.3g} times its weights"
 
 
 def deep(std: float | None, gain: float = 1.0, layers: int = 6) -> nn.Sequential:

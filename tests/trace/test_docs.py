@@ -1,0 +1,42 @@
+"""What docs/trace.md says is so."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manual_bp import LayerDiagnostics, Trace
+from manual_bp.trace import _diagnostics
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trace.md").read_text("utf-8")
+
+
+def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    examples = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "trace.md", "exec"), names)
+    assert names["trace"]["0"].per_sample_grad_w().shape == (32, 30, 64)
+    assert list((tmp_path / "runs" / "mine").iterdir())
+
+
+def test_every_number_of_the_diagnostics_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (`\w+`.*?) \|", PAGE, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(LayerDiagnostics.__dataclass_fields__) - {"name", "verdict"}
+
+
+def test_the_thresholds_are_those_of_the_code() -> None:
+    assert f"< {_diagnostics.SATURATED:.0%}".replace("%", " %") in PAGE
+    assert f"{_diagnostics.DEAD:.0%}".replace("%", " %") in PAGE
+    assert f"its error {_diagnostics.FAR:.0f} times smaller" in PAGE
+    assert (_diagnostics.MANY, _diagnostics.LEAP) == (0.5, 1)  # "half", "larger than the weights"
+
+
+def test_its_methods_are_there() -> None:
+    for name in re.findall(r"`(?:trace\.)?(\w+)\(", PAGE):
+        if name.startswith(("per_sample", "clipped", "split", "diagnostics")):
+            assert hasattr(Trace, name), name
