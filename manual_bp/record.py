@@ -12,7 +12,7 @@ the two calls the gradient goes through.
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -172,10 +172,12 @@ class _Recorder(TorchFunctionMode):
         self.model = model
         self.reduction = reduction
         self.is_chosen = layers is not None
-        self.names = _choose(model, layers)
+        self.modules = dict(model.named_modules())
+        self.names = _choose(self.modules, layers)
         self.pending: dict[nn.Module, list[_Pending]] = {}
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
         self.last_product: tuple[Any, ...] = ()
+        self.parameter_names: dict[Tensor, str] = {}
         self.output: Any = None
         self.is_in_backward = False
         self.handles: list[Any] = []
@@ -189,7 +191,7 @@ class _Recorder(TorchFunctionMode):
         for module in self.names:
             hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
             self.handles.append(hook)
-        for module in self.model.modules():
+        for module in self.modules.values():
             kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
             if kind is not None:
                 hook = module.register_forward_hook(partial(self._see_module, kind), prepend=True)
@@ -283,6 +285,7 @@ class _Recorder(TorchFunctionMode):
                 "record is of one backward pass, which has run; open another block for another"
             )
         self._check_reduction(roots)
+        self.parameter_names = {p: name for name, p in self.model.named_parameters()}
         elsewhere = self._elsewhere(graph)
         self.is_in_backward = True
         try:
@@ -314,10 +317,10 @@ class _Recorder(TorchFunctionMode):
             for parameter in (pending.w, pending.b)
             if parameter is not None
         )
-        recorded = {p for layer in self.names for p in layer.parameters(recurse=False)}
+        recorded = {p for layer in self.names for p in layer._parameters.values()}
         return tuple(
             name
-            for name, parameter in self.model.named_parameters()
+            for parameter, name in self.parameter_names.items()
             if parameter.requires_grad
             and (
                 graph.uses[parameter] > seen[parameter]
@@ -343,7 +346,7 @@ class _Recorder(TorchFunctionMode):
             costs[0] if len(costs) == 1 else torch.stack([c.sum() for c in costs]).sum()
         )
         self.trace.output = self.output
-        self.trace.parameter_names = {p: name for name, p in self.model.named_parameters()}
+        self.trace.parameter_names = self.parameter_names
         self.trace.missed = missed
         self.trace.elsewhere = elsewhere
         self.trace.chosen = self.is_chosen
@@ -355,21 +358,21 @@ class _Recorder(TorchFunctionMode):
         return LayerTrace(name, reached[0].w, reached[0].b, calls, scale)
 
 
-def _choose(model: nn.Module, layers: Layers | None) -> dict[nn.Module, str]:
-    """The linear layers that are to be recorded, with their names."""
-    for name, module in model.named_modules():
+def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.Module, str]:
+    """The linear layers of a model's modules that are to be recorded, with their names."""
+    linear_layers: dict[nn.Module, str] = {}
+    for name, module in modules.items():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise TypeError(
                 f"model must not be compiled, since its layers then do not show; got "
                 f"{type(module).__name__} {name!r}: record the model that it was made of"
             )
-    linear_layers = {
-        module: name for name, module in model.named_modules() if _is_linear_layer(module)
-    }
+        if _is_linear_layer(module):
+            linear_layers[module] = name
     if not linear_layers:
         raise ValueError(
-            f"model must have linear layers, nn.Linear or LinearSigmoid; got {type(model).__name__}"
-            f", which has none"
+            f"model must have linear layers, nn.Linear or LinearSigmoid; got "
+            f"{type(modules['']).__name__}, which has none"
         )
     if layers is None:
         return linear_layers

@@ -22,11 +22,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Norm = Callable[[Tensor, Tensor], Tensor]
+
 # How many numbers a norm may hold at any one time, some samples after others: 32 MB in float32.
 CHUNK = 2**23
 # How much smaller than the sum of its terms' magnitudes the sum in Gram's form may be: a hundred
 # times leaves float32 five digits of the norm.
 CANCELLED = 100
+# The norms that are trusted: the squares of much smaller or larger numbers are not float32's.
+SMALL, LARGE = 1e-15, 1e15
 
 
 def grad_w(a: Tensor, delta: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ def grad_w(a: Tensor, delta: Tensor) -> Tensor:
 
 def grad_b(delta: Tensor) -> Tensor:
     """∂C/∂b of every sample, (N, out)."""
-    return delta.sum(1)  # BP3, sample by sample
+    return delta.sum(1) if delta.shape[1] != 1 else delta[:, 0]  # BP3, sample by sample
 
 
 def weighted_grad_w(a: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
@@ -58,18 +62,15 @@ def norms(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 
 def norm_b(delta: Tensor) -> Tensor:
     """‖∂C/∂b‖ of every sample, (N,)."""
-    delta, scales = _to_order_one(delta)
-    return norms(grad_b(delta), 1) * scales
+    return _in_range(lambda _, delta: norms(grad_b(delta), 1), delta, delta)
 
 
 def norm_w(a: Tensor, delta: Tensor) -> Tensor:
     """‖∂C/∂w‖ of every sample, (N,); the gradients of all samples are never there at once."""
-    delta, scales = _to_order_one(delta)
-    rows = a.shape[1]
-    if rows == 1:
-        return norms(delta[:, 0], 1) * scales * norms(a[:, 0], 1)
-    norm = _gram_norm if gram_is_cheaper(rows, a.shape[2], delta.shape[2]) else _direct_norm
-    return norm(a, delta).double() * scales
+    if a.shape[1] == 1:
+        return _in_range(lambda a, delta: norms(delta[:, 0], 1) * norms(a[:, 0], 1), a, delta)
+    is_gram = gram_is_cheaper(a.shape[1], a.shape[2], delta.shape[2])
+    return _in_range(_gram_norm if is_gram else _direct_norm, a, delta)
 
 
 def gram_is_cheaper(rows: int, in_features: int, out_features: int) -> bool:
@@ -100,13 +101,21 @@ def _direct_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
     return norms(grad_w(a, delta), (1, 2))
 
 
-def _by_chunks(
-    norm: Callable[[Tensor, Tensor], Tensor], a: Tensor, delta: Tensor, numbers: int
-) -> Tensor:
+def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
     """The norms of some samples after others; numbers is how many each sample takes meanwhile."""
     chunk = max(1, CHUNK // max(1, numbers))
     parts = zip(torch.split(a, chunk), torch.split(delta, chunk), strict=True)
     return torch.cat([norm(*part) for part in parts])
+
+
+def _in_range(norm: Norm, a: Tensor, delta: Tensor) -> Tensor:
+    """The norms as float64; once more, of δ made larger or smaller, where squares leave float32."""
+    found = norm(a, delta).double()
+    is_out = ~((found > SMALL) & (found < LARGE))
+    if is_out.any():
+        scaled, scales = _to_order_one(delta[is_out])
+        found[is_out] = norm(a[is_out], scaled) * scales
+    return found
 
 
 def _to_order_one(delta: Tensor) -> tuple[Tensor, Tensor]:
