@@ -30,6 +30,7 @@ from manual_bp.layers.linear import Linear, linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid, linear_sigmoid
 from manual_bp.layers.sigmoid import Sigmoid, sigmoid_prime
 from manual_bp.trace import Call, LayerTrace, Trace
+from manual_bp.trace._layer import version
 
 Reduction = Literal["mean", "sum"]
 Layers = Iterable[str | type[nn.Module]]
@@ -155,13 +156,10 @@ class _Kept:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.detached = tensor.detach()
-        self.version = self._version()
-
-    def _version(self) -> int:
-        return 0 if self.detached.is_inference() else self.detached._version
+        self.version = version(tensor)
 
     def has_changed(self) -> bool:
-        return self._version() != self.version
+        return version(self.detached) != self.version
 
 
 class _Recorder(TorchFunctionMode):
@@ -304,8 +302,9 @@ class _Recorder(TorchFunctionMode):
             )
 
     def _samples(self) -> int:
-        first = next(calls[0] for calls in self.pending.values() if calls)
-        shape = first.way[0].detached.shape
+        """N as the first layer saw it; 1 where all of them are hidden in checkpoints."""
+        first = next((calls[0] for calls in self.pending.values() if calls), None)
+        shape = () if first is None else first.way[0].detached.shape
         return shape[0] if len(shape) > 1 else 1
 
     def _elsewhere(self, graph: "_Graph") -> tuple[str, ...]:

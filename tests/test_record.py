@@ -773,6 +773,30 @@ def test_several_dimensions_and_a_single_sample(device: torch.device) -> None:
     assert_gradients_are_those_of_autograd(alone)
 
 
+def test_parameters_that_functional_call_puts_in_place() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
+    parameters = {name: (2 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
+    x = torch.randn(5, 4)
+    with record(net) as trace:
+        output = torch.func.functional_call(net, parameters, (x,))
+        output.square().sum(-1).mean().backward()
+    found = trace.per_sample_grads()
+    assert list(found) == list(parameters)
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert_same([found[name].mean(0)], [parameter.grad], rtol=1e-5, atol=1e-7)
+
+
+def test_all_of_a_model_within_a_reentrant_checkpoint() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    expected = recorded(net, x)
+    with record(net) as trace:
+        checkpoint(net, x, use_reentrant=True).square().sum(-1).mean().backward()
+    for one, other in zip(trace.layers, expected.layers, strict=True):
+        assert_same(of(one), of(other))
+
+
 def test_converted_models_give_the_same(device: torch.device) -> None:
     net = net_of(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Sigmoid(), device=device)
     x = torch.randn(5, 4, dtype=torch.float64, device=device)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
@@ -33,10 +33,36 @@ class Call:
         """N: the first dimension, or 1 for a sample that came alone."""
         return self.delta.shape[0] if self.delta.ndim > 1 else 1
 
-    @cached_property
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._versions_now())
+
+    def _versions_now(self) -> tuple[int, int]:
+        return version(self.a_prev), version(self.delta)
+
+    def _require_unchanged(self) -> None:
+        if self._versions_now() != vars(self)["_versions"]:
+            raise RuntimeError(
+                "a_prev and delta must still be those of the pass; they were changed in place"
+            )
+
+    @property
+    def rows(self) -> Pair:
+        """(a, δ) as (rows, components): a as the layer multiplied it, in the dtype of its output.
+
+        Raises:
+            RuntimeError: They were changed in place since the pass.
+        """
+        self._require_unchanged()
+        return as_rows(self.a_prev.to(self.delta.dtype)), as_rows(self.delta)
+
+    @property
     def pair(self) -> Pair:
-        """(a, δ) as (N, T, components), in at least single precision."""
-        # a as the layer multiplied it: under autocast, in the dtype of its output.
+        """(a, δ) as (N, T, components), in at least single precision.
+
+        Raises:
+            RuntimeError: They were changed in place since the pass.
+        """
+        self._require_unchanged()
         a_prev = self.a_prev.to(self.delta.dtype)
         return _by_sample(a_prev, self.samples), _by_sample(self.delta, self.samples)
 
@@ -89,7 +115,7 @@ class LayerTrace:
     given: tuple[Tensor | None, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", _version(self.w))
+        object.__setattr__(self, "_version", version(self.w))
 
     def require_weights(self) -> None:
         """Refuse to go on with weights that are no longer those of the pass.
@@ -97,7 +123,7 @@ class LayerTrace:
         Raises:
             RuntimeError: w was changed in place.
         """
-        if _version(self.w) != vars(self)["_version"]:
+        if version(self.w) != vars(self)["_version"]:
             raise RuntimeError(
                 f"the weights of layer {self.name!r} must still be those of the pass; they were "
                 f"changed: ask before the optimiser's step"
@@ -156,7 +182,7 @@ class LayerTrace:
             return self.given[1]
         if self.b is None or not learns(self.b):
             return None
-        return _sum(as_rows(call.delta).sum(0) for call in self.calls).to(self.b.dtype)  # BP3
+        return _sum(call.rows[1].sum(0) for call in self.calls).to(self.b.dtype)  # BP3
 
     def per_sample_grad_w(self) -> Tensor | None:
         """∂C_x/∂w of every sample x, (N, out, in); None if w is frozen.
@@ -213,19 +239,20 @@ class LayerTrace:
         return f"LayerTrace({self.name!r}, {in_features} to {out_features})"
 
 
-def learns(parameter: Tensor | None) -> bool:
+def learns(parameter: Tensor) -> bool:
     """Whether a gradient is wanted of it, and it is no tensor computed from others."""
-    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
+    return parameter.requires_grad and parameter.is_leaf
+
+
+def version(t: Tensor) -> int:
+    """A number that changes when the tensor is written to in place."""
+    return 0 if t.is_inference() else t._version
 
 
 def joined(pairs: Iterator[Pair]) -> Pair:
     """Pairs of the same samples as one, of all their rows."""
     a, delta = zip(*pairs, strict=True)
     return (a[0], delta[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(delta, 1))
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 def _by_sample(t: Tensor, samples: int) -> Tensor:

@@ -179,18 +179,21 @@ class Trace:
         """Each parameter that learns once, with all pairs that its gradient is made of."""
         self._require_same_samples()
         pairs: dict[Tensor, list[Pair]] = {}
+        names = dict(self.parameter_names)
         weights = set()
         for layer in self.layers:
             a, delta = layer.pair
+            # What torch.func.functional_call put in place is none of the network's own.
+            names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
+            if layer.b is not None:
+                names.setdefault(layer.b, f"{layer.name}.bias".lstrip("."))
             if learns(layer.w):
                 pairs.setdefault(layer.w, []).append((a, delta))
                 weights.add(layer.w)
             if layer.b is not None and learns(layer.b):
                 pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
         shares = [
-            _Share(
-                p, self.parameter_names[p], p in weights, joined(iter(of_p)), self.layers[0].scale
-            )
+            _Share(p, names[p], p in weights, joined(iter(of_p)), self.layers[0].scale)
             for p, of_p in pairs.items()
         ]
         partly = [s.name for s in shares if s.name in self.elsewhere]

@@ -353,6 +353,21 @@ class TestRefusals:
             trace.per_sample_norms()
 
 
+@pytest.mark.parametrize("name", ["a_prev", "delta"])
+def test_what_was_written_over_since_is_refused(name: str) -> None:
+    x = torch.randn(4, 3)
+    trace = traced(nn.Linear(3, 2), x, torch.randn(4, 2))
+    trace.per_sample_norms()
+    getattr(trace[""], name).zero_()
+    for ask in (
+        trace.per_sample_norms,
+        trace[""].per_sample_grad_w,
+        lambda: trace.clipped_grads(1),
+    ):
+        with pytest.raises(RuntimeError, match="a_prev and delta must still be those of the pass"):
+            ask()
+
+
 def test_a_sample_that_is_not_finite_spoils_no_other() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     for rows in ((), (2,), (9,)):
