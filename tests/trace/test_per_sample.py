@@ -355,15 +355,17 @@ class TestRefusals:
 
 @pytest.mark.parametrize("name", ["a_prev", "delta"])
 def test_what_was_written_over_since_is_refused(name: str) -> None:
-    x = torch.randn(4, 3)
-    trace = traced(nn.Linear(3, 2), x, torch.randn(4, 2))
+    trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
     trace.per_sample_norms()
     getattr(trace[""], name).zero_()
-    for ask in (
+    asked: list[Callable[[], object]] = [
         trace.per_sample_norms,
         trace[""].per_sample_grad_w,
-        lambda: trace.clipped_grads(1),
-    ):
+        lambda: trace.clipped_grads(1.0),
+        lambda: trace[""].grad_w,
+        lambda: trace[""].grad_b,
+    ]
+    for ask in asked:
         with pytest.raises(RuntimeError, match="a_prev and delta must still be those of the pass"):
             ask()
 
