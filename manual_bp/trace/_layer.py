@@ -170,10 +170,9 @@ class LayerTrace:
             return self.given[0]
         if not learns(self.w):
             return None
-        rows = ((as_rows(call.a_prev), as_rows(call.delta)) for call in self.calls)
-        return _sum(delta.mT @ a.to(delta.dtype).conj() for a, delta in rows).to(
-            self.w.dtype
-        )  # BP4
+        rows = (call.rows for call in self.calls)
+        grad_w = _sum(delta.mT @ a.conj() for a, delta in rows)  # BP4
+        return grad_w.to(self.w.dtype)
 
     @cached_property
     def grad_b(self) -> Tensor | None:
@@ -182,7 +181,8 @@ class LayerTrace:
             return self.given[1]
         if self.b is None or not learns(self.b):
             return None
-        return _sum(call.rows[1].sum(0) for call in self.calls).to(self.b.dtype)  # BP3
+        grad_b = _sum(call.rows[1].sum(0) for call in self.calls)  # BP3
+        return grad_b.to(self.b.dtype)
 
     def per_sample_grad_w(self) -> Tensor | None:
         """∂C_x/∂w of every sample x, (N, out, in); None if w is frozen.
