@@ -19,6 +19,7 @@ same reason every forward must be differentiable everywhere by PyTorch too.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -30,7 +31,7 @@ from torch.overrides import handle_torch_function
 
 # Private names, asked at every call because they are cheap. Should they go, the answer given here
 # leads to the way that works everywhere and only costs more.
-_transforms_are_active: Callable[[], bool] = getattr(
+transforms_are_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
@@ -60,10 +61,10 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
 
     def call(*args: object) -> Any:
         if is_compiling():
-            if is_exporting() or _transforms_are_active():
+            if is_exporting() or transforms_are_active():
                 return function.forward(*args)
             return compiled.apply(*_apart(args))
-        if _transforms_are_active():
+        if transforms_are_active():
             return function.forward(*args) if _jvp_is_nested() else function.apply(*args)
         if _is_tracing():
             return function.forward(*args)
@@ -141,7 +142,7 @@ def may_write_over_what_was_made_of(t: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or is_compiling()
-        or _transforms_are_active()
+        or transforms_are_active()
         or _forward_ad_may_be_on()
         or _is_mapped_by_autograd(t)
     )
@@ -159,7 +160,7 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
     """
-    if is_compiling() or _transforms_are_active() or _forward_ad_may_be_on() or _is_tracing():
+    if is_compiling() or transforms_are_active() or _forward_ad_may_be_on() or _is_tracing():
         return z.copy_(call(z.clone(), *options, False))
     a = call(z, *options, True)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z
@@ -167,9 +168,7 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
 
 def values_are_at_hand(value: Tensor) -> bool:
     """Whether a tensor has values to look at: it is neither traced, transformed nor a subclass."""
-    return (
-        type(value) in (Tensor, Parameter) and not is_compiling() and not _transforms_are_active()
-    )
+    return type(value) in (Tensor, Parameter) and not is_compiling() and not transforms_are_active()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -179,6 +178,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     region, so a Function that cast inside would meet gradients of another dtype than it saved.
     """
     return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A region in which the products of such tensors are what their dtype says."""
+    device_type = t.device.type
+    if any_autocast_is_on() and torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def autocast_to_float32(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from manual_bp import _require
+from manual_bp._function import transforms_are_active, without_autocast
 from manual_bp.layers import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear, linear
@@ -65,9 +67,8 @@ def record(
         TypeError: model is no nn.Module, or layers are neither names nor types.
         ValueError: reduction is neither; model has no linear layer, or none that is chosen; or,
             from backward(), the cost is plainly reduced in the other way.
-        RuntimeError: From backward(), a second backward pass within one block. On leaving the
-            block: no backward pass reached a layer; or an input of a frozen layer was changed in
-            place afterwards.
+        RuntimeError: From backward(), a second call of it within one block. On leaving the block:
+            no backward pass reached a layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -92,53 +93,60 @@ class _Pending:
     def __init__(
         self, is_fused: bool, a_prev: Tensor, w: Tensor, b: Tensor | None, z: Tensor
     ) -> None:
-        self.w, self.b = w, b
+        self.w, self.b, self.w_version = w, b, version(w)
         self.a_prev = _Kept(a_prev)
         self.way = [_Kept(z)]  # from z to a, through one activation after another
         self.activations: list[Activation] = []
         self.is_forked = False
         self.is_fused = is_fused  # and z is a already
-        self.node = z.grad_fn
+        # The node that the product made. Of a view, what is done to it in place makes another
+        # its node, but leaves that of its base. And a node's hook comes after those of tensors,
+        # which may change the gradient.
+        node: Any = (z if z._base is None else z._base).grad_fn
+        self.node = node
         self.gradient: Tensor | None = None
-        self.hook: Any = z.register_hook(self.receive)  # type: ignore[no-untyped-call]
+        self.hook: Any = node.register_prehook(self.receive)
 
-    def receive(self, gradient: Tensor) -> None:
+    def receive(self, gradients: Sequence[Tensor | None]) -> None:
         # The object itself: were it a view, autograd might take its memory for a `.grad`.
-        self.gradient = gradient
+        self.gradient = gradients[0]
 
     def follow(self, activation: Activation | None, z: Tensor, a: Tensor) -> bool:
         """Note that z went through an activation; None if it is not quite one that is known.
 
         Returns whether the way to a leads through it.
         """
-        if activation is None or z is not self.way[-1].tensor:
+        if self.is_forked or activation is None or z is not self.way[-1].tensor:
             self.is_forked = True  # two ways lead on from a z: there is no one a
             return False
         self.activations.append(activation)
         self.way.append(_Kept(a))
         return True
 
-    def call(self, name: str) -> Call:
-        """The call, now that its δ is there.
+    def has_changed(self, z: Tensor) -> bool:
+        """Whether z is the end of what is known, yet no longer what it was then."""
+        return z is self.way[-1].tensor and self.way[-1].has_changed()
 
-        Raises:
-            RuntimeError: Its input is no longer what it was.
-        """
+    def call(self) -> Call:
+        """The call, now that its δ is there."""
         assert self.gradient is not None
-        if self.a_prev.has_changed():
-            raise RuntimeError(
-                f"the input of layer {name!r} must stay as it is until backward() has run; it was "
-                f"changed in place: choose other layers, as record(model, layers=[...])"
-            )
-        a_prev, z, delta = self.a_prev.detached, self.way[0].detached, self.gradient.detach()
+        a_prev, z = self.a_prev.detached, self.way[0].detached
+        delta = self.gradient.detach().reshape(z.shape)
         activations = [] if self.is_forked else self.activations
         if self.is_fused:
             delta = delta * sigmoid_prime(z)  # BP1, BP2: the factor ⊙ σ'(z)
             activations = [Sigmoid(), *activations]
         if self.is_fused or self.way[0].has_changed():
-            w, b = (None if p is None else p.detach().to(z.dtype) for p in (self.w, self.b))
-            z = F.linear(a_prev.to(z.dtype), cast("Tensor", w), b)
-        return Call(a_prev, z, self._a(z, activations), delta, tuple(activations))
+            z = self._z_again(a_prev, z.dtype)
+        a = self._a(z, activations)
+        return Call(a_prev, z, a, delta, tuple(activations), self.a_prev.version)
+
+    def _z_again(self, a_prev: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.a_prev.has_changed() or version(self.w) != self.w_version:
+            # There is no telling any more, and whoever asks for z is to see it.
+            return a_prev.new_full((*a_prev.shape[:-1], len(self.w)), math.nan, dtype=dtype)
+        w, b = (None if p is None else p.detach().to(dtype) for p in (self.w, self.b))
+        return F.linear(a_prev.to(dtype), cast("Tensor", w), b)
 
     def _a(self, z: Tensor, activations: Sequence[Activation]) -> Tensor:
         if not activations:
@@ -175,8 +183,9 @@ class _Recorder(TorchFunctionMode):
         self.pending: dict[nn.Module, list[_Pending]] = {}
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
         self.last_product: tuple[Any, ...] = ()
-        self.parameter_names: dict[Tensor, str] = {}
+        self.unseen: set[nn.Module] = set()
         self.output: Any = None
+        self.has_run_backward = False
         self.is_in_backward = False
         self.handles: list[Any] = []
         self.trace = Trace.__new__(Trace)  # empty until backward() has run
@@ -216,15 +225,21 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        if not self.is_in_backward:
-            self.output = output.detach() if isinstance(output, Tensor) else output
+        if torch.is_grad_enabled() and not self.is_in_backward:
+            is_tensor = isinstance(output, Tensor)
+            self.output = (
+                output.detach() if is_tensor else tree_map_only(Tensor, Tensor.detach, output)
+            )
 
     def _see_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if transforms_are_active():
+            return  # torch.func's own tensors; no pass of theirs is recorded
         calls = self.pending.setdefault(layer, [])
         if not output.requires_grad:  # not now; a checkpoint may run it again in backward
             return
         parameters = self._parameters(layer, output)
         if parameters is None:
+            self.unseen.add(layer)
             return
         a_prev = args[0] if args else kwargs["input"]
         pending = _Pending(isinstance(layer, LinearSigmoid), a_prev, *parameters, output)
@@ -232,34 +247,41 @@ class _Recorder(TorchFunctionMode):
         self.leads_on[id(output)] = pending
 
     def _parameters(self, layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """W and b of a call.
+        """The w and b of a call, as it was seen; None where its output is not that of the product.
 
-        A weight that is computed (weight norm, pruning) is the one that the call was seen with:
-        `layer.weight` might compute it anew, and spectral norm takes a step each time.
+        Not by `layer.weight`, which may compute it anew (weight norm; spectral norm takes a step
+        each time). Within backward, calls of functions are not seen; there, a layer's own
+        parameters will do.
         """
-        w, b = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if w is not None and "bias" in layer._parameters:
+        product, self.last_product = self.last_product, ()
+        if product and product[0] is output:
+            _, w, b = (*product[1], None)[:3]
             return w, b
-        if not self.last_product or self.last_product[0] is not output:
-            return None
-        _, w, b = (*self.last_product[1], None)[:3]
-        return w, b
+        w, b = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if self.is_in_backward and w is not None and "bias" in layer._parameters:
+            return w, b
+        return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _BACKWARDS and not self.is_in_backward:
             return self._watch_pass(func, args, kwargs)
+        if func in _ACTIVATION_OF:
+            return self._see_function(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _PRODUCTS:
             self.last_product = result, args
-        elif func in _ACTIVATION_OF:
-            self._see_function(_ACTIVATION_OF[func], args, kwargs, result)
         return result
 
-    def _see_function(self, kind: Any, args: Any, kwargs: Any, a: Tensor) -> None:
+    def _see_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         z, *options = args or (kwargs.get("input"),)
+        pending = self.leads_on.get(id(z))
+        if pending is not None and pending.has_changed(z):
+            pending.is_forked = True  # something in place stands between
+        a = func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name != "input"}
-        self._follow(z, lambda: _activation(kind, options, named), a)
+        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
+        return a
 
     def _see_module(self, kind: Any, module: nn.Module, args: Any, a: Tensor) -> None:
         # Elsewhere its function is seen; but functions do not show that backward calls, which
@@ -273,88 +295,117 @@ class _Recorder(TorchFunctionMode):
             self.leads_on[id(a)] = pending
 
     def _watch_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
-        roots = _roots(*args, **kwargs)
+        """Run a backward pass; if it is the model's, fill the trace from it.
+
+        The first call of backward() is the one that counts. One of autograd.grad() does as long as
+        there is none: it may be but a part of the cost, as a penalty on gradients is.
+        """
+        roots, is_backward = _roots(*args, **kwargs), func is not torch.autograd.grad
         graph = _Graph(roots)
-        nodes = (pending.node for calls in self.pending.values() for pending in calls)
-        if not (graph.has_hidden_parts or any(node in graph.nodes for node in nodes)):
-            return func(*args, **kwargs)  # it has nothing to do with the model
-        if self.is_filled:
+        all_pending = [pending for calls in self.pending.values() for pending in calls]
+        is_of_model = any(pending.node in graph.nodes for pending in all_pending)
+        if is_of_model and is_backward and self.has_run_backward:
             raise RuntimeError(
                 "record is of one backward pass, which has run; open another block for another"
             )
-        self._check_reduction(roots)
-        self.parameter_names = {p: name for name, p in self.model.named_parameters()}
-        elsewhere = self._elsewhere(graph)
+        is_other = self.has_run_backward or not (is_of_model or graph.has_hidden_parts)
+        if is_other or transforms_are_active() or kwargs.get("is_grads_batched"):
+            return self._run_unwatched(func, args, kwargs)
+        if is_of_model:
+            self._check_reduction(roots)
+        for pending in all_pending:
+            pending.gradient = None  # of a pass before, which may have failed
         self.is_in_backward = True
         try:
             result = func(*args, **kwargs)
         finally:
             self.is_in_backward = False
-        self._fill(roots, elsewhere)
+        if self._fill(roots, kwargs, graph):
+            self.has_run_backward = is_backward
         return result
 
+    def _run_unwatched(self, func: Any, args: Any, kwargs: Any) -> Any:
+        before = [(p, p.gradient) for calls in self.pending.values() for p in calls]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for pending, gradient in before:
+                pending.gradient = gradient
+
     def _check_reduction(self, roots: Sequence[Tensor]) -> None:
-        found = _reduction_of(roots[0].grad_fn, self._samples()) if len(roots) == 1 else None
+        all_pending = [pending for calls in self.pending.values() for pending in calls]
+        shape = all_pending[0].way[0].detached.shape
+        if len(roots) != 1 or len(shape) < 2 or shape[0] == 1:
+            return  # of one sample, the mean is the sum
+        found = _reduction_of(roots[0].grad_fn, {pending.node for pending in all_pending})
         if found is not None and found != self.reduction:
             raise ValueError(
                 f"reduction must be that of the cost; got {self.reduction!r}, and a cost that is "
                 f"the {found} over samples: record(model, reduction={found!r})"
             )
 
-    def _samples(self) -> int:
-        """N as the first layer saw it; 1 where all of them are hidden in checkpoints."""
-        first = next((calls[0] for calls in self.pending.values() if calls), None)
-        shape = () if first is None else first.way[0].detached.shape
-        return shape[0] if len(shape) > 1 else 1
-
-    def _elsewhere(self, graph: "_Graph") -> tuple[str, ...]:
+    def _elsewhere(self, graph: "_Graph", names: Mapping[Tensor, str]) -> tuple[str, ...]:
         """The parameters that the cost depends on by other ways than the calls that were seen."""
+        all_pending = [pending for calls in self.pending.values() for pending in calls]
         seen = Counter(
             parameter
-            for calls in self.pending.values()
-            for pending in calls
+            for pending in all_pending
+            if pending.node in graph.nodes
             for parameter in (pending.w, pending.b)
             if parameter is not None
         )
-        recorded = {p for layer in self.names for p in layer._parameters.values()}
+        reached = {p for x in all_pending if x.gradient is not None for p in (x.w, x.b)}
         return tuple(
             name
-            for parameter, name in self.parameter_names.items()
+            for parameter, name in names.items()
             if parameter.requires_grad
             and (
                 graph.uses[parameter] > seen[parameter]
-                or (graph.has_hidden_parts and parameter not in recorded)
+                or (graph.has_hidden_parts and parameter not in reached)
             )
         )
 
-    def _fill(self, roots: Sequence[Tensor], elsewhere: tuple[str, ...]) -> None:
+    def _fill(self, roots: Sequence[Tensor], kwargs: Any, graph: "_Graph") -> bool:
+        """Fill the trace from the δ that have come; whether there were any."""
         layers = []
         missed = dict.fromkeys(self.names.values(), "it did not run")
         for layer, calls in self.pending.items():
             name = self.names[layer]
+            missed[name] = "it ran, but no error came back to it"
+            if layer in self.unseen:
+                missed[name] = "it ran, but what came out was not the product that was seen"
             reached = [pending for pending in calls if pending.gradient is not None]
-            if not reached:
-                missed[name] = "it ran, but no error came back to it"
-                continue
-            del missed[name]
-            layers.append(self._layer_trace(name, reached))
+            if reached:
+                del missed[name]
+                layers.append(self._layer_trace(name, reached))
         if not layers:
-            return
-        costs = [root.detach() for root in roots]
-        self.trace.cost = (
-            costs[0] if len(costs) == 1 else torch.stack([c.sum() for c in costs]).sum()
-        )
+            return False
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        self.trace.cost = _cost(roots, kwargs)
         self.trace.output = self.output
-        self.trace.parameter_names = self.parameter_names
+        self.trace.parameter_names = names
         self.trace.missed = missed
-        self.trace.elsewhere = elsewhere
+        self.trace.elsewhere = self._elsewhere(graph, names)
         self.trace.chosen = self.is_chosen
         self.trace.layers = tuple(layers)
+        return True
 
     def _layer_trace(self, name: str, reached: Sequence[_Pending]) -> LayerTrace:
-        calls = tuple(pending.call(name) for pending in reached)
+        with without_autocast(reached[0].a_prev.detached):
+            calls = tuple(pending.call() for pending in reached)
         scale = calls[0].samples if self.reduction == "mean" else 1
         return LayerTrace(name, reached[0].w, reached[0].b, calls, scale)
+
+
+def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:
+    """What was differentiated, as one number: Σ root · gradient."""
+    given = kwargs.get("gradient", kwargs.get("grad_tensors", kwargs.get("grad_outputs")))
+    gradients = [given] if isinstance(given, Tensor) else given or [None] * len(roots)
+    terms = [
+        root.detach().clone() if gradient is None else (root * gradient).sum().detach()
+        for root, gradient in zip(roots, gradients, strict=True)
+    ]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.Module, str]:
@@ -375,8 +426,11 @@ def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.
         )
     if layers is None:
         return linear_layers
+    choices = [layers] if isinstance(layers, str | type) else list(layers)
+    if not choices:
+        raise ValueError("layers must choose at least one linear layer, or be None; got none")
     chosen = set()
-    for choice in [layers] if isinstance(layers, str | type) else layers:
+    for choice in choices:
         fitting = [m for m, name in linear_layers.items() if _fits(choice, m, name)]
         if not fitting:
             names = ", ".join(repr(name) for name in linear_layers.values())
@@ -432,42 +486,74 @@ class _Graph:
     """What autograd's graph shows of how a cost was computed.
 
     nodes: All of its nodes.
-    uses: How often it uses each leaf.
+    uses: How often it uses each leaf. A cast to another dtype, which autocast makes once, counts as
+        often as it is used.
     has_hidden_parts: Whether it has a reentrant checkpoint, whose inside is not to be seen.
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
-        self.uses: Counter[Tensor] = Counter()
         self.nodes = {root.grad_fn for root in roots if root.grad_fn is not None}
+        ways: Counter[Any] = Counter(self.nodes)
+        leaves = []
         queue = list(self.nodes)
         while queue:
-            for node, _ in queue.pop().next_functions:
-                leaf = getattr(node, "variable", None)
-                if leaf is not None:
-                    self.uses[leaf] += 1
-                elif node is not None and node not in self.nodes:
-                    self.nodes.add(node)
-                    queue.append(node)
+            node = queue.pop()
+            for below, _ in node.next_functions:
+                if below is None:
+                    continue
+                ways[below] += 1
+                if hasattr(below, "variable"):
+                    leaves.append((below.variable, node))
+                elif below not in self.nodes:
+                    self.nodes.add(below)
+                    queue.append(below)
+        self.uses: Counter[Tensor] = Counter()
+        for leaf, node in leaves:
+            self.uses[leaf] += ways[node] if node.name() == "ToCopyBackward0" else 1
         self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
 
 
-def _reduction_of(node: Any, samples: int) -> str | None:
-    """How a cost was made of those of its samples, where its last step says so."""
-    while node is not None and _numel(node) == 1:  # the mean of what is one number already
+# What is between the z of a last layer and a cost that is nothing but a sum over its samples.
+_ELEMENTWISE = (
+    "Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "Sigmoid", "Tanh", "Relu", "LeakyRelu",
+    "Softplus", "LogSoftmax",
+)  # fmt: skip
+
+
+def _reduction_of(node: Any, products: set[Any]) -> str | None:
+    """How a cost was made of those of its samples, where its last step plainly says so.
+
+    That is PyTorch's and our own loss functions; and mean() and sum() of losses of samples that
+    were made of the output of a layer without scaling.
+    """
+    while _is_of_one_number(node):
         node = node.next_functions[0][0]
-    if node is None or samples == 1:
-        return None
-    of_kernel = {1: "mean", 2: "sum"}.get(getattr(node, "_saved_reduction", 0))
-    of_ours = getattr(node, "reduction", None)
-    if of_kernel or of_ours in ("mean", "sum"):
-        return of_kernel or of_ours
+    reduction = _of_loss(node)
+    if reduction in ("mean", "sum"):
+        return reduction
     name = {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(node.name())
-    below = node.next_functions[0][0] if name else None
-    is_of_several_costs = below is None or below.name() in ("StackBackward0", "CatBackward0")
-    is_over_samples = name and node._saved_self_sym_sizes[:1] == (samples,)
-    return name if is_over_samples and not is_of_several_costs else None
+    if name is None:
+        return None
+    below = node.next_functions[0][0]
+    if _of_loss(below) == "none":
+        return name
+    while below not in products:
+        if below is None or not below.name().removesuffix("0").startswith(_ELEMENTWISE):
+            return None
+        below = below.next_functions[0][0]
+    return name
 
 
-def _numel(node: Any) -> int:
+def _of_loss(node: Any) -> str | None:
+    """The reduction of a loss function; None for any other node."""
+    of_ours = getattr(node, "reduction", None)
+    if isinstance(of_ours, str):
+        return of_ours
+    return {0: "none", 1: "mean", 2: "sum"}.get(getattr(node, "_saved_reduction", -1))
+
+
+def _is_of_one_number(node: Any) -> bool:
+    """Whether it casts a number, or is the mean or sum of what is one number already."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)
-    return 0 if sizes is None else math.prod(sizes)
+    is_reduced = sizes is not None and math.prod(sizes) == 1
+    return bool(node.next_functions) and (is_reduced or node.name() == "ToCopyBackward0")

@@ -137,7 +137,7 @@ def test_compiled_transforms() -> None:
 
 
 def test_without_the_private_names_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_function, "_transforms_are_active", lambda: True)
+    monkeypatch.setattr(_function, "transforms_are_active", lambda: True)
     monkeypatch.setattr(_function, "any_autocast_is_on", lambda: True)
     x = torch.tensor(2.0, requires_grad=True)
     assert torch.autograd.grad(cube(x), x)[0].item() == 12

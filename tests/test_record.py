@@ -742,22 +742,27 @@ class TestRefusals:
             net(torch.randn(4, 3))
             other.backward()
 
-    def test_an_input_that_a_frozen_layer_no_longer_has(self) -> None:
-        class Adapted(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner, self.fc = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
 
-            def forward(self, x: Tensor) -> Tensor:
-                h = self.inner(x)
-                z = self.fc(h)
-                h += 1
-                return z  # type: ignore[no-any-return]
+def test_an_input_that_a_frozen_layer_no_longer_has() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.fc = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
 
-        model = Adapted()
-        with pytest.raises(RuntimeError, match="the input of layer 'fc' must stay as it is"):
-            recorded(model, torch.randn(4, 3))
-        assert recorded(model, torch.randn(4, 3), layers="inner")["inner"].delta.shape == (4, 3)
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            z = torch.sigmoid_(self.fc(h))
+            h += 1
+            return z
+
+    trace = recorded(Adapted(), torch.randn(9, 3))
+    assert trace["fc"].calls[0].has_changed
+    assert trace["fc"].z.isnan().all()  # it was written over, and what it was made of, too
+    assert trace.diagnostics()["fc"].dead_inputs is None
+    assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
+    assert list(trace.per_sample_grads()) == ["inner.weight", "inner.bias"]
+    with pytest.raises(RuntimeError, match="a_prev and delta must still be those of the pass"):
+        trace["fc"].pair  # noqa: B018
 
 
 def test_several_dimensions_and_a_single_sample(device: torch.device) -> None:
@@ -823,3 +828,363 @@ def test_a_cost_of_ones_own() -> None:
     with record(net) as trace:
         cost(net(torch.randn(3, 4)), torch.rand(3, 2)).backward()
     assert [layer.name for layer in trace.layers] == ["0"]
+
+
+def assert_per_sample_follows(trace: Trace) -> None:
+    """The mean of what each sample gave is what backward() left in `.grad`, of all parameters."""
+    grads = trace.per_sample_grads()
+    assert grads
+    for parameter, name in trace.parameter_names.items():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert_same([grads[name].mean(0)], [parameter.grad])
+
+
+class Doing(nn.Module):
+    """A linear layer, and something that is done with its z."""
+
+    def __init__(self, layer: nn.Module, does: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.does = layer, does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.does(self.fc(x))
+
+
+def scale_a_part(z: Tensor) -> Tensor:
+    z[..., :2].mul_(3)
+    return z
+
+
+class TestZChangedInPlace:
+    """F.linear gives a view where it has a bias and more, or fewer, than two dimensions."""
+
+    @pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (5, 2, 3, 4)], ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("kind", [nn.Linear, Linear])
+    @pytest.mark.parametrize(
+        "does",
+        [F.relu_, torch.sigmoid_, lambda z: z.add_(1), scale_a_part, lambda z: F.relu(z.mul_(-1))],
+    )
+    def test_any_shape(
+        self, does: Any, kind: Any, bias: bool, shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        options: Any = {"dtype": torch.float64, "device": device}
+        model = Doing(kind(4, 4, bias, **options), does)
+        x = torch.randn(shape, **options)
+        trace = recorded(model, x, lambda z: z.square().flatten(1).sum(1).mean())
+        z = model.fc(x)
+        assert_same([trace["fc"].z], [z])
+        assert trace["fc"].delta.shape == z.shape
+        assert trace.missed == {}
+        assert_gradients_are_those_of_autograd(trace)
+        assert_per_sample_follows(trace)
+
+    def test_twice_the_same_layer(self) -> None:
+        layer = nn.Linear(4, 4, dtype=torch.float64)
+        model = Doing(layer, lambda z: F.relu_(layer(F.relu_(z))))
+        x = torch.randn(5, 3, 4, dtype=torch.float64)
+        trace = recorded(model, x, lambda z: z.square().sum((1, 2)).mean())
+        assert len(trace["fc"].calls) == 2
+        assert_gradients_are_those_of_autograd(trace)
+        assert_per_sample_follows(trace)
+
+    def test_before_an_activation_it_is_not_what_the_activation_gets(self) -> None:
+        for does in (lambda z: F.relu(z.add_(10)), lambda z: F.relu_(z.add_(10))):
+            trace = recorded(Doing(nn.Linear(4, 3), does), torch.randn(5, 4) - 5)
+            assert trace["fc"].activations == ()
+            assert trace["fc"].a is trace["fc"].z
+            assert trace.diagnostics()["fc"].off is None
+
+    def test_an_activation_without_gradients_is_none_of_the_pass(self) -> None:
+        def does(z: Tensor) -> Tensor:
+            with torch.no_grad():
+                torch.sigmoid(z).mean()
+            return torch.tanh(z)
+
+        trace = recorded(Doing(nn.Linear(4, 3), does), torch.randn(5, 4))
+        assert list(map(type, trace["fc"].activations)) == [Tanh]
+
+    def test_under_autocast(self, device: torch.device) -> None:
+        model = Doing(nn.Linear(4, 3), F.relu_).to(device)
+        x = torch.randn(5, 4, device=device)
+        with torch.autocast(device.type, torch.bfloat16), record(model) as trace:
+            model(x).float().square().sum(-1).mean().backward()
+        w, b = (p.detach().bfloat16() for p in model.fc.parameters())
+        assert torch.equal(trace["fc"].z, F.linear(x.bfloat16(), w, b))
+
+    def test_results_are_not_in_the_precision_of_autocast(self, device: torch.device) -> None:
+        model = Doing(nn.Linear(4, 3), F.relu_).to(device)
+        x = torch.randn(5, 2, 4, device=device)
+        with record(model) as trace:
+            output = model(x)
+            with torch.autocast(device.type, torch.bfloat16):
+                output.square().sum((1, 2)).mean().backward()
+
+        def results() -> list[Tensor]:
+            layer = trace.split(5).__next__()["fc"]
+            assert layer.grad_w is not None
+            return [
+                layer.grad_w,
+                layer.z,
+                trace.per_sample_norms(),
+                *trace.per_sample_grads().values(),
+                *trace.clipped_grads(0.1).values(),
+            ]
+
+        expected, printed = results(), str(trace.diagnostics())
+        with torch.autocast(device.type, torch.bfloat16):
+            assert_same(results(), expected, rtol=0, atol=0)
+            assert str(trace.diagnostics()) == printed
+        assert_same([trace["fc"].z], [model.fc(x)], rtol=1e-6)
+
+
+class TestUsesOfAWeightElsewhere:
+    """Whatever else ran in the block, a use that no pair tells of is noticed."""
+
+    @pytest.mark.parametrize("extra_calls", [0, 1, 3])
+    def test_calls_that_the_cost_does_not_depend_on_count_for_nothing(
+        self, extra_calls: int
+    ) -> None:
+        layer = nn.Linear(4, 4)
+        x = torch.randn(5, 4)
+        with record(layer) as trace:
+            for _ in range(extra_calls):
+                layer(x)
+            (layer(x).square().sum(-1).mean() + layer.weight.square().sum()).backward()
+        assert trace.elsewhere == ("weight",)
+        assert len(trace[""].calls) == 1
+
+    @pytest.mark.parametrize("kind", [nn.Linear, Linear])
+    def test_through_a_cast_that_autocast_makes_once(self, kind: Any, device: torch.device) -> None:
+        layer = kind(4, 4, device=device)
+        x = torch.randn(5, 4, device=device)
+        for uses_again in (False, True):
+            layer.zero_grad()
+            with record(layer) as trace:
+                with torch.autocast(device.type, torch.bfloat16):
+                    z = layer(torch.tanh(layer(x)))
+                    if uses_again:
+                        z = F.linear(torch.tanh(z), layer.weight)
+                z.float().square().sum(-1).mean().backward()
+            assert trace.elsewhere == (("weight",) if uses_again else ())
+
+    def test_what_a_reentrant_checkpoint_does_with_the_weights_of_layers_it_does_not_call(
+        self,
+    ) -> None:
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_("linear" in name or "out_proj" in name)
+        x = torch.randn(3, 5, 8, requires_grad=True)
+        with record(encoder) as trace:
+            y = checkpoint(encoder, x, use_reentrant=True)
+            y.square().sum((1, 2)).mean().backward()
+        assert trace.elsewhere == ("self_attn.out_proj.weight", "self_attn.out_proj.bias")
+        with pytest.raises(ValueError, match=r"got a model where that of 'self_attn.out_proj"):
+            trace.clipped_grads(1.0)
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise MemoryError("none left")
+
+
+def test_a_pass_that_failed_does_not_count() -> None:
+    layer = nn.Linear(4, 3).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    with record(layer) as trace:
+        cost = layer(FailsInBackward.apply(x)).square().sum(-1).mean()
+        with pytest.raises(MemoryError):
+            cost.backward()
+        layer.zero_grad()
+        layer(x).square().sum(-1).mean().backward()
+    assert len(trace[""].calls) == 1
+    assert_gradients_are_those_of_autograd(trace)
+
+
+def test_what_learned_is_what_learned_then() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    net[2].requires_grad_(False)
+    trace = recorded(net, torch.randn(5, 4))
+    expected = trace.per_sample_norms()
+    net[0].requires_grad_(False)
+    net[2].requires_grad_(True)
+    assert torch.equal(trace.per_sample_norms(), expected)
+    assert list(trace.clipped_grads(1.0)) == ["0.weight", "0.bias"]
+    assert trace["2"].grad_w is trace["2"].per_sample_grad_w() is None
+
+
+def test_nothing_that_learns() -> None:
+    net = nn.Sequential(nn.Linear(4, 3).requires_grad_(False))
+    trace = recorded(net, torch.randn(5, 4, requires_grad=True))
+    assert trace["0"].delta.shape == (5, 3)
+    with pytest.raises(ValueError, match="a layer of the trace must have a parameter that learns"):
+        trace.per_sample_norms()
+
+
+class TestHooksOfOthers:
+    def test_on_z_before_it_gets_to_the_layer(self) -> None:
+        def clamped(z: Tensor) -> Tensor:
+            z.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+            return z
+
+        trace = recorded(Doing(nn.Linear(4, 3).double(), clamped), torch.randn(5, 4).double())
+        assert trace["fc"].delta.abs().max() == 0.1
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_an_output_that_is_replaced_before_it_is_seen(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+        def triple(module: nn.Module, _: Any, output: Any) -> Any:
+            return 3 * output if module is net[0] else None
+
+        handle = nn.modules.module.register_module_forward_hook(triple)
+        try:
+            trace = recorded(net, torch.randn(5, 4))
+        finally:
+            handle.remove()
+        assert [layer.name for layer in trace.layers] == ["2"]
+        with pytest.raises(
+            KeyError, match=r"'0' is not in this trace: .* not the product that was"
+        ):
+            trace["0"]
+        assert trace.elsewhere == ("0.weight", "0.bias")
+
+
+class TestWhichPassCounts:
+    def test_a_gradient_on_the_way_does_not(self) -> None:
+        """As a penalty on gradients takes one, or a weighting of several costs."""
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+        with record(net) as trace:
+            cost = net(x).square().sum(-1).mean()
+            torch.autograd.grad(cost, list(net[2].parameters()), retain_graph=True)
+            assert [layer.name for layer in trace.layers] == ["2"]
+            cost.backward()
+            torch.autograd.grad(net(x).sum(), list(net.parameters()))
+        assert [layer.name for layer in trace.layers] == ["0", "2"]
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_nor_do_those_of_torch_func_and_of_batches_of_gradients(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        x = torch.randn(5, 4, dtype=torch.float64)
+
+        def cost_of(parameters: Any, x: Tensor) -> Tensor:
+            return torch.func.functional_call(net, parameters, (x,)).square().sum()  # type: ignore[no-any-return]
+
+        with record(net) as trace:
+            each = torch.func.vmap(torch.func.grad(cost_of), (None, 0))(parameters, x)
+            z = net(x)
+            torch.autograd.grad(
+                z, list(net.parameters()), torch.ones(2, *z.shape).double(), is_grads_batched=True
+            )
+            net(x).square().sum(-1).mean().backward()
+        assert [len(layer.calls) for layer in trace.layers] == [1, 1]
+        assert_gradients_are_those_of_autograd(trace)
+        found = trace.per_sample_grads()
+        assert_same([found[name] for name in each], list(each.values()))
+
+    def test_nor_one_of_another_model_within_a_reentrant_checkpoint(self) -> None:
+        other, net = nn.Linear(4, 4), nn.Linear(4, 2)
+        x = torch.randn(5, 4, requires_grad=True)
+        with record(net) as trace:
+            checkpoint(other, x, use_reentrant=True).sum().backward()
+            net(x).square().sum(-1).mean().backward()
+            checkpoint(other, x, use_reentrant=True).sum().backward()
+        assert len(trace[""].calls) == 1
+        assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
+
+    def test_of_a_vector(self) -> None:
+        net = nn.Linear(4, 2).double()
+        x, weights = torch.randn(5, 4).double(), torch.rand(5).double()
+        with record(net, "sum") as trace:
+            losses = net(x).square().sum(-1)
+            losses.backward(weights)
+        assert trace.cost.ndim == 0
+        assert_same([trace.cost], [(losses * weights).sum()])
+        assert "Trace(cost=" in repr(trace)
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_an_empty_trace_has_a_repr(self) -> None:
+        net = nn.Linear(4, 2)
+        with record(net) as trace:
+            assert repr(trace) == "Trace(not filled yet)"
+            recorded_ = net(torch.randn(5, 4)).square().sum(-1).mean()
+            recorded_.backward()
+
+
+def test_the_output_is_that_of_the_pass_and_holds_no_graph() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            z = self.fc(x)
+            return {"z": z, "twice": (2 * z, "text")}
+
+    model, x = Both(), torch.randn(5, 4)
+    model.zero_grad()
+    with record(model) as trace:
+        output = model(x)
+        with torch.no_grad():
+            model(x[:1])
+        output["z"].square().sum(-1).mean().backward()
+    assert torch.equal(trace.output["z"], output["z"])
+    assert torch.equal(trace.output["twice"][0], output["twice"][0])
+    assert not trace.output["z"].requires_grad
+    assert not trace.output["twice"][0].requires_grad
+
+
+class TestMoreOnReductions:
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda z: (torch.tensor([0.3, 0.7]) * torch.stack([z.mean(), z.square().mean()])).sum(),
+            lambda z: (z.square() / 2).sum(),
+            lambda z: z.square().mean(0).sum(),
+            lambda z: (z.mT @ z - torch.eye(2)).square().sum(),
+            lambda z: (z.square().sum(1) * torch.tensor([0.2, 0.8])).sum(),
+        ],
+    )  # fmt: skip
+    def test_sums_of_something_else_than_losses(self, cost_of: Any) -> None:
+        """Each with as many terms as there are samples."""
+        recorded(nn.Linear(3, 2), torch.randn(2, 3), cost_of)
+
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda z: z.square().sum().double(),
+            lambda z: z.sigmoid().sub(1).abs().sum(),
+            lambda z: F.cross_entropy(z, torch.zeros(4, dtype=torch.long), reduction="none").sum(),
+            lambda z: QuadraticCost("none")(z, torch.zeros_like(z)).sum(),
+            lambda z: z.square().sum(1).sum().sum(),
+        ],
+    )
+    def test_sums_of_losses(self, cost_of: Any) -> None:
+        model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        recorded(model, x, cost_of, reduction="sum")
+        with pytest.raises(ValueError, match="got 'mean', and a cost that is the sum"):
+            recorded(model, x, cost_of)
+
+
+def test_no_choice_of_layers() -> None:
+    with pytest.raises(
+        ValueError, match=r"layers must choose at least one linear layer, .* got none"
+    ):
+        record(nn.Linear(3, 2), layers=[])
+
+
+def test_tied_biases() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net.double()
+    net[2].bias = net[0].bias
+    trace = recorded(net, torch.randn(5, 4, dtype=torch.float64))
+    assert_per_sample_follows(trace)
+    assert "2.bias" not in trace.per_sample_grads()

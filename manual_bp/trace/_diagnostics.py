@@ -15,9 +15,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from manual_bp import _require
+from manual_bp._function import without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
-from manual_bp.trace._layer import Call, LayerTrace, learns
+from manual_bp.trace._layer import Call, LayerTrace
 
 # A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.
 SATURATED = 0.05
@@ -26,7 +27,9 @@ DEAD = 0.01
 # The share of a layer's neurons or inputs from which on the verdict is about them.
 MANY = 0.5
 # How many times smaller or larger than the last layer's an error has to be for a verdict about it.
-FAR = 100.0
+FAR = 1000.0
+# How many rows of δ it takes to say that something is so in all of them.
+ENOUGH = 8
 # How many times its weights an update may be before it is a leap.
 LEAP = 1.0
 
@@ -56,7 +59,8 @@ class LayerDiagnostics:
 
     None stands for what there is not: a ratio for the last layer; its factors where BP2 does not
     hold, because a does not go straight into another layer, or not only there; σ' where no known
-    activation follows; a gradient where w is frozen; an update without a learning rate.
+    activation follows; a gradient where w is frozen; an update without a learning rate; dead inputs
+    where they were written over.
     """
 
     name: str
@@ -74,7 +78,7 @@ class LayerDiagnostics:
     nonfinite: int
     grad_norm: float | None
     update: float | None
-    dead_inputs: float
+    dead_inputs: float | None
     verdict: str
 
 
@@ -131,10 +135,13 @@ class Diagnostics:
 @torch.no_grad()
 def diagnose(layers: Sequence[LayerTrace], learning_rate: float | None) -> Diagnostics:
     """The numbers and the verdict of every layer of a trace, in forward order."""
+    if learning_rate is not None:
+        _require.above("learning_rate", learning_rate, 0)
     for layer in layers:
         layer.require_weights()
-    found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
-    verdicts = [_verdict(found[i:], learns(layer.w)) for i, layer in enumerate(layers)]
+    with without_autocast(layers[0].w):
+        found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
+    verdicts = [_verdict(found[i:], layer) for i, layer in enumerate(layers)]
     return Diagnostics(
         tuple(replace(d, verdict=verdict) for d, verdict in zip(found, verdicts, strict=True))
     )
@@ -170,7 +177,7 @@ def _numbers(
         nonfinite=sum(int((~t.isfinite()).sum()) for t in (z, a, delta, layer.w)),
         grad_norm=grad_norm,
         update=_over(update, _norm(layer.w)),
-        dead_inputs=_dead(a_prev),
+        dead_inputs=None if any(call.has_changed for call in layer.calls) else _dead(a_prev),
         verdict="",
     )
 
@@ -283,19 +290,22 @@ def _dead(a_prev: Tensor) -> float:
     return _mean(a_prev.abs().amax(0) <= DEAD * root_mean_square)
 
 
-def _verdict(layers: Sequence[LayerDiagnostics], learns: bool) -> str:
-    """What is to be said of the first of these; the others are those above it."""
+def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
+    """What is to be said of the first of these, which is of that trace; the others are above it."""
     layer, last = layers[0], layers[-1]
+    rows = sum(as_rows(call.delta).shape[0] for call in trace.calls)
+    if not rows:
+        return "has seen no sample"
     if layer.nonfinite:
         return f"is broken: {layer.nonfinite} numbers of z, a, δ or w are not finite"
-    if not learns:
+    if not (trace.w.requires_grad or trace.learns_b):
         return "is frozen"
     if layer.zeros == 1:
         return f"does not learn: {_why_all_zero(layer)}"
     if layer.saturated is not None and layer.saturated >= MANY:
         hint = "" if len(layers) > 1 else ", which in the last layer is well if the cost is low"
         return f"learns slowly: {_share(layer.saturated)} of its neurons are saturated{hint}"
-    if layer.off is not None and layer.off >= MANY:
+    if layer.off is not None and layer.off >= MANY and rows >= ENOUGH:
         return f"learns in part: {_share(layer.off)} of its neurons are off for every sample"
     if layer.delta_norm * FAR < last.delta_norm:
         times = _number(last.delta_norm / layer.delta_norm)
@@ -307,7 +317,7 @@ def _verdict(layers: Sequence[LayerDiagnostics], learns: bool) -> str:
         return f"is unsteady: {growth}{_cause(layers, max)}"
     if layer.update is not None and layer.update > LEAP:
         return f"leaps: one update is {_number(layer.update)} times its weights"
-    if layer.dead_inputs >= MANY:
+    if layer.dead_inputs is not None and layer.dead_inputs >= MANY and rows >= ENOUGH:
         return f"learns in part: {_share(layer.dead_inputs)} of its inputs are near 0"
     return "learns"
 

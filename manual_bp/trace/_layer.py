@@ -1,12 +1,13 @@
 """One linear layer as one pass saw it: its parameters, and a pair (a, δ) for each time it ran."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from manual_bp._function import without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace import _per_sample
@@ -20,6 +21,8 @@ class Call:
     """One time that a layer ran, and the activations that its z went through.
 
     Where an activation is not one of ours or of torch.nn's of the same kind, a is z.
+
+    a_prev_version: What `version(a_prev)` was when the layer ran; None for what it is now.
     """
 
     a_prev: Tensor
@@ -27,6 +30,7 @@ class Call:
     a: Tensor
     delta: Tensor
     activations: tuple[Activation, ...] = ()
+    a_prev_version: int | None = None
 
     @property
     def samples(self) -> int:
@@ -34,13 +38,18 @@ class Call:
         return self.delta.shape[0] if self.delta.ndim > 1 else 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_versions", self._versions_now())
+        if self.a_prev_version is None:
+            object.__setattr__(self, "a_prev_version", version(self.a_prev))
+        object.__setattr__(self, "_delta_version", version(self.delta))
 
-    def _versions_now(self) -> tuple[int, int]:
-        return version(self.a_prev), version(self.delta)
+    @property
+    def has_changed(self) -> bool:
+        """Whether a_prev or delta are no longer what they were, but written over in place."""
+        before = (self.a_prev_version, vars(self)["_delta_version"])
+        return (version(self.a_prev), version(self.delta)) != before
 
     def _require_unchanged(self) -> None:
-        if self._versions_now() != vars(self)["_versions"]:
+        if self.has_changed:
             raise RuntimeError(
                 "a_prev and delta must still be those of the pass; they were changed in place"
             )
@@ -74,6 +83,7 @@ class Call:
         return replace(
             self,
             a_prev=self.a_prev[some],
+            a_prev_version=self.a_prev_version,
             z=self.z[some],
             a=self.a[some],
             delta=self.delta[some],
@@ -104,6 +114,7 @@ class LayerTrace:
     calls: All of a_prev, z, a and delta, once for each time that the layer ran. Where that was
         more than once, they are to be had from here alone; the gradients are of all of them.
     scale: What a row of delta is multiplied with to be of C_x: N under "mean", 1 under "sum".
+    learns_w, learns_b: Whether gradients of them were wanted in this pass.
     given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
     """
 
@@ -113,9 +124,14 @@ class LayerTrace:
     calls: tuple[Call, ...]
     scale: int = 1
     given: tuple[Tensor | None, Tensor | None] | None = None
+    learns_w: bool = field(init=False)
+    learns_b: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_version", version(self.w))
+        # As it was then: it may be frozen, or set to learn, before results are asked for.
+        object.__setattr__(self, "learns_w", _learns(self.w))
+        object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
 
     def require_weights(self) -> None:
         """Refuse to go on with weights that are no longer those of the pass.
@@ -168,10 +184,11 @@ class LayerTrace:
         """∂C/∂w; None if w is frozen."""
         if self.given is not None:
             return self.given[0]
-        if not learns(self.w):
+        if not self.learns_w:
             return None
-        rows = (call.rows for call in self.calls)
-        grad_w = _sum(delta.mT @ a.conj() for a, delta in rows)  # BP4
+        with without_autocast(self.w):
+            rows = (call.rows for call in self.calls)
+            grad_w = _sum(delta.mT @ a.conj() for a, delta in rows)  # BP4
         return grad_w.to(self.w.dtype)
 
     @cached_property
@@ -179,7 +196,7 @@ class LayerTrace:
         """∂C/∂b; None if b is frozen or absent."""
         if self.given is not None:
             return self.given[1]
-        if self.b is None or not learns(self.b):
+        if self.b is None or not self.learns_b:
             return None
         grad_b = _sum(call.rows[1].sum(0) for call in self.calls)  # BP3
         return grad_b.to(self.b.dtype)
@@ -193,7 +210,7 @@ class LayerTrace:
         Raises:
             ValueError: The layer did not see the same number of samples each time that it ran.
         """
-        if not learns(self.w):
+        if not self.learns_w:
             return None
         return (_per_sample.grad_w(*self.pair) * self.scale).to(self.w.dtype)
 
@@ -202,7 +219,7 @@ class LayerTrace:
 
         Unit and errors as of `per_sample_grad_w`.
         """
-        if self.b is None or not learns(self.b):
+        if self.b is None or not self.learns_b:
             return None
         return (_per_sample.grad_b(self.pair[1]) * self.scale).to(self.b.dtype)
 
@@ -239,7 +256,7 @@ class LayerTrace:
         return f"LayerTrace({self.name!r}, {in_features} to {out_features})"
 
 
-def learns(parameter: Tensor) -> bool:
+def _learns(parameter: Tensor) -> bool:
     """Whether a gradient is wanted of it, and it is no tensor computed from others."""
     return parameter.requires_grad and parameter.is_leaf
 

@@ -22,6 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from manual_bp._function import without_autocast
+
 Norm = Callable[[Tensor, Tensor], Tensor]
 
 # How many numbers a norm may hold at any one time, some samples after others: 32 MB in float32.
@@ -35,7 +37,8 @@ SMALL, LARGE = 1e-15, 1e15
 
 def grad_w(a: Tensor, delta: Tensor) -> Tensor:
     """∂C/∂w of every sample, (N, out, in)."""
-    return delta.mT @ a.conj()  # BP4, sample by sample
+    with without_autocast(a):
+        return delta.mT @ a.conj()  # BP4, sample by sample
 
 
 def grad_b(delta: Tensor) -> Tensor:
@@ -46,7 +49,8 @@ def grad_b(delta: Tensor) -> Tensor:
 def weighted_grad_w(a: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     """Σ_x weight_x ∂C/∂w of sample x, (out, in): one matrix product."""
     weighted = delta * weights[:, None, None]
-    return weighted.flatten(0, 1).mT @ a.flatten(0, 1).conj()  # BP4, each sample weighted
+    with without_autocast(a):
+        return weighted.flatten(0, 1).mT @ a.flatten(0, 1).conj()  # BP4, each sample weighted
 
 
 def weighted_grad_b(delta: Tensor, weights: Tensor) -> Tensor:
@@ -87,7 +91,8 @@ def _direct_norm(a: Tensor, delta: Tensor) -> Tensor:
 
 
 def _gram_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
-    products = ((delta @ delta.mH) * (a @ a.mH).conj()).real
+    with without_autocast(a):
+        products = ((delta @ delta.mH) * (a @ a.mH).conj()).real
     squares = products.sum((1, 2), dtype=torch.float64)
     found = squares.clamp(min=0).sqrt().to(products.dtype)
     # Where rows cancel, what is left of the squares is mostly rounding.
@@ -109,22 +114,13 @@ def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
 
 
 def _in_range(norm: Norm, a: Tensor, delta: Tensor) -> Tensor:
-    """The norms as float64; once more, of δ made larger or smaller, where squares leave float32."""
+    """The norms as float64; computed in it, too, where squares leave the range of float32."""
     found = norm(a, delta).double()
     is_out = ~((found > SMALL) & (found < LARGE))
     if is_out.any():
-        scaled, scales = _to_order_one(delta[is_out])
-        found[is_out] = norm(a[is_out], scaled) * scales
+        found[is_out] = norm(_double(a[is_out]), _double(delta[is_out]))
     return found
 
 
-def _to_order_one(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's δ over its largest magnitude, and those: squares neither vanish nor overflow.
-
-    Where that magnitude is 0 or not finite, the sample's δ is left as it is.
-    """
-    if not delta.numel():
-        return delta, torch.ones(len(delta), dtype=torch.float64, device=delta.device)
-    largest = delta.abs().amax((1, 2))
-    scales = torch.where((largest > 0) & (largest < torch.inf), largest, 1)
-    return delta / scales[:, None, None], scales.double()
+def _double(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float64))

@@ -10,7 +10,7 @@ from torch import Tensor
 from manual_bp import _require
 from manual_bp.trace import _per_sample
 from manual_bp.trace._diagnostics import Diagnostics, diagnose
-from manual_bp.trace._layer import LayerTrace, Pair, joined, learns
+from manual_bp.trace._layer import LayerTrace, Pair, joined
 
 
 @dataclass(eq=False, repr=False)
@@ -100,17 +100,19 @@ class Trace:
         Raises:
             ValueError: The layers saw different numbers of samples; or the gradient of one of
                 these parameters comes in part from elsewhere (see `elsewhere`), and the layers
-                are not chosen.
+                are not chosen; or there is none that learns.
+            RuntimeError: a or δ was written over since the pass.
         """
         return {share.name: share.grads() for share in self._shares()}
 
     def per_sample_norms(self) -> Tensor:
         """The norm of every sample's whole gradient, over the parameters of `layers`: (N,).
 
-        In the unit of the notes, ‖dC_x/d(all w and b)‖. From the pairs (a, δ), without making the
-        gradients. Errors as of `per_sample_grads`.
+        In the unit of the notes, ‖dC_x/d(all w and b)‖, and in at least single precision. From the
+        pairs (a, δ), without making the gradients. Errors as of `per_sample_grads`.
         """
-        return self._norms().to(self.layers[0].w.dtype.to_real())
+        dtype = torch.promote_types(self.layers[0].w.dtype.to_real(), torch.float32)
+        return self._norms().to(dtype)
 
     def clipped_grads(self, max_norm: float) -> dict[str, Tensor]:
         """The gradient with each sample's own scaled down to a norm of at most max_norm, by name.
@@ -171,8 +173,6 @@ class Trace:
 
     def _norms(self) -> Tensor:
         norms = [share.norms() for share in self._shares()]
-        if not norms:
-            return torch.zeros(self.samples, dtype=torch.float64, device=self.cost.device)
         return _per_sample.norms(torch.stack(norms, dim=1), 1)
 
     def _shares(self) -> list["_Share"]:
@@ -182,20 +182,25 @@ class Trace:
         names = dict(self.parameter_names)
         weights = set()
         for layer in self.layers:
-            a, delta = layer.pair
             # What torch.func.functional_call put in place is none of the network's own.
             names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
             if layer.b is not None:
                 names.setdefault(layer.b, f"{layer.name}.bias".lstrip("."))
-            if learns(layer.w):
-                pairs.setdefault(layer.w, []).append((a, delta))
+            if layer.learns_w:
+                pairs.setdefault(layer.w, []).append(layer.pair)
                 weights.add(layer.w)
-            if layer.b is not None and learns(layer.b):
+            if layer.b is not None and layer.learns_b:
+                _, delta = layer.pair
                 pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
         shares = [
             _Share(p, names[p], p in weights, joined(iter(of_p)), self.layers[0].scale)
             for p, of_p in pairs.items()
         ]
+        if not shares:
+            raise ValueError(
+                "a layer of the trace must have a parameter that learns; all are frozen, or "
+                "computed from others"
+            )
         partly = [s.name for s in shares if s.name in self.elsewhere]
         if partly and not self.chosen:
             raise ValueError(
@@ -206,6 +211,8 @@ class Trace:
         return shares
 
     def __repr__(self) -> str:
+        if "layers" not in vars(self):
+            return "Trace(not filled yet)"
         return f"Trace(cost={self.cost.item():.6g}, layers={list(self.layers)})"
 
 

@@ -1,6 +1,7 @@
 """What every activation must do, each asked the same."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,3 +266,44 @@ def test_other_dtypes_are_taken_or_refused_as_by_pytorch(
     else:
         assert kind.call(z).dtype is expected.dtype
         assert torch.equal(kind.module()(z), expected)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sigma_prime_of_z_is_exact_however_far_out(
+    kind: Activation, dtype: torch.dtype, device: torch.device
+) -> None:
+    far = torch.tensor([0.5, 3, 8.75, 17, 30, 80], dtype=dtype, device=device)
+    z = torch.cat([far, -far])
+    found = kind.module().prime_of_z(z)
+    assert (found.dtype, found.shape) == (dtype, z.shape)
+    slopes = {
+        "sigmoid": lambda z: math.exp(-abs(z)) / (1 + math.exp(-abs(z))) ** 2,
+        "tanh": lambda z: 4 * math.exp(-2 * abs(z)) / (1 + math.exp(-2 * abs(z))) ** 2,
+        "relu": lambda z: float(z > 0),
+        "leaky_relu": lambda z: 1.0 if z > 0 else 0.01,
+        "softplus": lambda z: 1 / (1 + math.exp(-z)) if z <= 20 else 1.0,
+    }
+    expected = torch.tensor([slopes[kind.name](value) for value in z.tolist()], dtype=torch.float64)
+    smallest = torch.finfo(dtype).tiny if kind.name != "relu" else 0.0
+    eps = torch.finfo(dtype).eps
+    assert_same([found.double().cpu()], [expected.clamp(min=smallest)], rtol=64 * eps, atol=0)
+
+
+@every_activation
+def test_slopes_are_the_bounds_of_sigma_prime(kind: Activation) -> None:
+    z = torch.linspace(-60, 60, 24001, dtype=torch.float64)
+    module = kind.module()
+    prime = module.prime_of_z(z)
+    assert (prime.min().item(), prime.max().item()) == pytest.approx(module.slopes, abs=1e-12)
+
+
+def test_slopes_of_a_leaky_relu_that_is_steeper_below() -> None:
+    assert LeakyReLU(3.0).slopes == (1.0, 3.0)
+
+
+def test_sigma_prime_of_z_where_a_does_not_tell_it() -> None:
+    module = Softplus(threshold=1.0)
+    z = torch.tensor([-1.0, 0.5, 1.5])
+    assert_same([module.prime_of_z(z)], [torch.tensor([0.26894142, 0.62245933, 1.0])], rtol=1e-6)
+    assert module.prime_of_z(torch.tensor(-500.0)) > 0

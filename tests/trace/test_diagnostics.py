@@ -1,6 +1,7 @@
 """Every diagnostic against a slow and obvious computation, and what the verdicts say."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from manual_bp import (
     convert,
     record,
 )
+from manual_bp.trace import _diagnostics
 from tests.helpers import assert_same
 
 
@@ -98,6 +100,9 @@ def test_the_same_of_backprop_of_record_and_of_fused_layers() -> None:
                 assert found == (pytest.approx(value) if isinstance(value, float) else value)
 
 
+ROWS = 3 * [[1.0, 2, 3], [0, 1, 1], [0, 0, 1]]
+
+
 class TestSaturation:
     def test_share_of_neurons_and_samples(self) -> None:
         net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 1)).double()
@@ -118,11 +123,13 @@ class TestSaturation:
         net: Any = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
         with torch.no_grad():
             net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, -1, -1], [0, 1, 0], [0, -1, -2]]))
-        found = trace_of(net, torch.tensor([[1.0, 2, 3], [0, 1, 1], [0, 0, 1]])).diagnostics()["0"]
+        found = trace_of(net, torch.tensor(ROWS)).diagnostics()["0"]
         assert found.saturated == 0
         assert found.off == 0.5
-        assert found.zeros == found.zeros_off == (3 + 3 + 1 + 2) / 12
+        assert found.zeros == found.zeros_off == (9 + 9 + 3 + 6) / 36
         assert found.verdict == "learns in part: 50% of its neurons are off for every sample"
+        # Of a few samples, that is nothing to go by.
+        assert trace_of(net, torch.tensor(ROWS[:3])).diagnostics()["0"].verdict == "learns"
 
     def test_several_activations_in_a_row(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sigmoid(), nn.Linear(4, 2)).double()
@@ -132,6 +139,22 @@ class TestSaturation:
         found = trace.diagnostics()["0"]
         assert close(found.mean_prime, slope.mean().item())
         assert found.saturated == (slope < 0.05 * 0.25).double().mean().item()
+        # A tanh that ends with a leak of 1: what is small, stays small, and it does saturate.
+        leaky = nn.Sequential(
+            nn.Linear(3, 4), nn.Tanh(), nn.LeakyReLU(0.5), nn.Linear(4, 2)
+        ).double()
+        found = trace_of(leaky, 30 * torch.randn(9, 3).double()).diagnostics()["0"]
+        assert found.saturated is not None
+        assert found.saturated > 0.5
+
+    def test_rounding_of_the_first_of_several(self) -> None:
+        """The last layer's: what came from above is not known, but σ' of the tanh was rounded."""
+        net: Any = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.LeakyReLU())
+        with torch.no_grad():
+            net[0].weight.fill_(1)
+            net[0].bias.zero_()
+        found = trace_of(net, torch.tensor([[0.5], [90.0]])).diagnostics()["0"]
+        assert found.zeros == found.zeros_rounded == 0.5
 
 
 class TestZeros:
@@ -234,6 +257,38 @@ class TestWhereBP2DoesNotHold:
         found = self.first_of(Block())
         assert found.by_w is found.by_sigma is None
 
+    def test_a_hundredth_from_elsewhere(self) -> None:
+        class Leaking(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor, share: float = 0.01) -> Tensor:
+                a = torch.sigmoid(self.first(x))
+                return self.second(a) + share * a  # type: ignore[no-any-return]
+
+        model = Leaking().double()
+        nn.init.eye_(model.second.weight)
+        for share, holds in ((0.01, False), (0.0, True)):
+            with record(model) as trace:
+                output = model(torch.randn(6, 4).double(), share)
+                output.square().sum(-1).mean().backward()
+            assert (trace.diagnostics()["first"].by_w is not None) == holds
+
+    def test_a_transposed_view_of_a(self) -> None:
+        class Turned(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.second(torch.sigmoid(self.first(x)).mT)  # type: ignore[no-any-return]
+
+        model = Turned()
+        with record(model) as trace:
+            model(torch.randn(4, 4)).square().sum(-1).mean().backward()
+        assert _diagnostics._reader(trace["first"], [trace["second"]]) is None
+
     def test_a_slope_of_more_than_the_activation(self) -> None:
         class Swish(nn.Module):
             def __init__(self) -> None:
@@ -276,7 +331,7 @@ def test_not_finite() -> None:
 
 def test_dead_inputs() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
-    x = torch.rand(6, 4) + 0.5
+    x = torch.rand(9, 4) + 0.5
     x[:, 1] = 0
     x[:, 2] = 0.001
     x[3, 3] = 0
@@ -284,11 +339,15 @@ def test_dead_inputs() -> None:
     assert found.dead_inputs == 0.5
     assert found.verdict == "learns in part: 50% of its inputs are near 0"
     assert trace_of(net, torch.zeros(6, 4)).diagnostics()["0"].dead_inputs == 1
+    assert trace_of(net, x[:6]).diagnostics()["0"].verdict == "learns"
 
 
 def test_frozen_and_leaping() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
     net[2].weight.requires_grad_(False)
+    found = trace_of(net, torch.randn(6, 4)).diagnostics(1e6)
+    assert found["2"].verdict == "learns"  # its bias does
+    net[2].requires_grad_(False)
     found = trace_of(net, torch.randn(6, 4)).diagnostics(1e6)
     assert found["2"].verdict == "is frozen"
     assert found["2"].grad_norm is found["2"].update is None
@@ -367,6 +426,48 @@ class TestVerdicts:
     def test_an_unknown_layer(self) -> None:
         with pytest.raises(KeyError, match="no layer '1'; there are"):
             self.of(deep(8.0))["1"]
+
+
+class TestThresholds:
+    """What each verdict begins with."""
+
+    @staticmethod
+    def of(samples: int = 9, above: Any = None, **numbers: Any) -> str:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
+        trace = trace_of(net, torch.rand(samples, 4) + 1)
+        first, last = trace.diagnostics(0.1).layers
+        healthy = replace(first, delta_norm=1.0, update=0.1, by_w=0.9, by_sigma=0.9)
+        last = replace(last, delta_norm=1.0)
+        return _diagnostics._verdict([replace(healthy, **numbers), last], trace["0"])
+
+    @pytest.mark.parametrize(
+        ("enough", "not_enough", "begins"),
+        [
+            ({"nonfinite": 1}, {"nonfinite": 0}, "is broken: 1 numbers"),
+            ({"zeros": 1, "zeros_off": 1}, {"zeros": 0.99}, "does not learn: all its neurons are"),
+            ({"saturated": 0.5}, {"saturated": 0.49}, "learns slowly: 50% of its neurons"),
+            ({"off": 0.5}, {"off": 0.49}, "learns in part: 50% of its neurons"),
+            ({"delta_norm": 9e-4}, {"delta_norm": 1.1e-3}, "learns slowly: its error is 1.11e+03"),
+            ({"delta_norm": 1100.0}, {"delta_norm": 900.0}, "is unsteady: its error is 1.1e+03"),
+            ({"update": 1.01}, {"update": 0.99}, "leaps: one update is 1.01 times"),
+            ({"dead_inputs": 0.5}, {"dead_inputs": 0.49}, "learns in part: 50% of its inputs"),
+        ],
+    )
+    def test_where_it_begins(self, enough: Any, not_enough: Any, begins: str) -> None:
+        assert self.of(**enough).startswith(begins)
+        assert self.of(**not_enough) == "learns"
+
+    def test_few_samples(self) -> None:
+        for numbers in ({"off": 1.0}, {"dead_inputs": 1.0}):
+            assert self.of(7, **numbers) == "learns"
+            assert self.of(8, **numbers).startswith("learns in part: 100%")
+        assert self.of(0) == "has seen no sample"
+
+    @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+    def test_a_bad_learning_rate(self, rate: float) -> None:
+        trace = trace_of(nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4))
+        with pytest.raises(ValueError, match=f"learning_rate must be above 0; got {rate}"):
+            trace.diagnostics(rate)
 
 
 def test_low_precision(device: torch.device) -> None:

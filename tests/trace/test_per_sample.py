@@ -216,6 +216,9 @@ class TestForms:
         monkeypatch.setattr(_per_sample, "CHUNK", 3 * numbers + 1)
         assert torch.equal(_per_sample.norm_w(a, delta), whole)
         assert taken == [3, 3, 1]
+        monkeypatch.setattr(_per_sample, "CHUNK", numbers - 1)  # one does not fit, and must
+        assert torch.equal(_per_sample.norm_w(a, delta), whole)
+        assert taken[3:] == [1] * 7
 
     def test_norms_make_no_gradient(self, device: torch.device) -> None:
         """For samples of one row, nothing as large as a gradient of each is ever made."""
@@ -257,6 +260,60 @@ def test_norms_neither_vanish_nor_overflow(scale: float) -> None:
         assert_same([trace.per_sample_norms().double()], [expected], rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e20], ids=str)
+def test_nor_do_they_of_tiny_and_huge_inputs(scale: float) -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    for rows in ((), (2,), (40,)):
+        x = torch.randn(5, *rows, 4)
+        upstream = torch.randn(5, *rows, 3) / scale
+        layer.zero_grad()
+        with record(layer, "sum") as trace:
+            (layer(x * scale) * upstream).sum().backward()
+        exact = torch.einsum("n...i,n...o->noi", (x * scale).double(), upstream.double())
+        norms = exact.flatten(1).norm(dim=1)
+        assert_same([trace.per_sample_norms().double()], [norms], rtol=1e-5)
+        clipped = trace.clipped_grads(norms.min().item() / 2)["weight"]
+        assert clipped.norm() > norms.min() / 10
+
+
+def test_norms_of_a_model_in_half_precision(device: torch.device) -> None:
+    layer = nn.Linear(4, 3, dtype=torch.float16, device=device)
+    x = torch.full((2, 4), 300.0, dtype=torch.float16, device=device)
+    with record(layer, "sum") as trace:
+        (300 * layer(x)).sum().backward()
+    w_norm, b_norm = 300 * 300 * 12**0.5, 300 * 3**0.5
+    expected = torch.full((2,), (w_norm**2 + b_norm**2) ** 0.5, device=device)
+    assert_same([trace.per_sample_norms()], [expected], rtol=1e-3)
+    assert expected[0] > torch.finfo(torch.float16).max
+
+
+def test_complex_numbers(device: torch.device) -> None:
+    net = nn.Sequential(Linear(3, 4), nn.Tanh(), Linear(4, 2)).to(device)
+    with pytest.warns(UserWarning, match="Complex modules are a new feature"):
+        net.to(torch.complex128)
+    x = torch.randn(5, 3, dtype=torch.complex128, device=device)
+    y = torch.randn(5, 2, dtype=torch.complex128, device=device)
+
+    def cost_of(x: Tensor, y: Tensor) -> Tensor:
+        return (net(x) - y).abs().square().sum(-1).mean()  # type: ignore[no-any-return]
+
+    each: list[list[Tensor]] = []
+    for i in range(5):
+        net.zero_grad()
+        cost_of(x[i : i + 1], y[i : i + 1]).backward()
+        each.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    expected = [torch.stack(grads) for grads in zip(*each, strict=True)]
+    net.zero_grad()
+    with record(net) as trace:
+        cost_of(x, y).backward()
+    assert_same(list(trace.per_sample_grads().values()), expected)
+    norms = torch.cat([g.flatten(1) for g in expected], 1).norm(dim=1)
+    assert_same([trace.per_sample_norms()], [norms])
+    weights = (norms.median() / norms).clamp(max=1)
+    clipped = [torch.einsum("n,n...->...", weights + 0j, grads) / 5 for grads in expected]
+    assert_same(list(trace.clipped_grads(norms.median().item()).values()), clipped)
+
+
 class TestFewSamples:
     @pytest.mark.parametrize("rows", [(), (3,), (0,)], ids=str)
     def test_none(self, rows: tuple[int, ...], device: torch.device) -> None:
@@ -288,6 +345,10 @@ class TestFewSamples:
         assert_same_grads(part.per_sample_grads(), trace.per_sample_grads())
 
 
+def explicit(net: nn.Sequential, x: Tensor, y: Tensor) -> Trace:
+    return backprop(net, x, y, QuadraticCost())
+
+
 class TestSplit:
     @pytest.mark.parametrize("size", [1, 3, 7, 100])
     def test_parts_make_up_the_whole(self, size: int) -> None:
@@ -310,6 +371,22 @@ class TestSplit:
                 [torch.stack([part[layer.name].grad_w for part in parts]).sum(0)],  # type: ignore[misc]
                 [layer.grad_w],  # type: ignore[list-item]
             )
+
+    @pytest.mark.parametrize("make", ["record", "backprop"])
+    def test_parts_hold_what_is_theirs(self, make: str) -> None:
+        net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
+        x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+        makes = {"record": lambda: traced(net, x, y), "backprop": lambda: explicit(net, x, y)}
+        trace = makes[make]()
+        for start, part in zip((0, 2, 4), trace.split(2), strict=True):
+            for layer, whole in zip(part.layers, trace.layers, strict=True):
+                for name in ("a_prev", "z", "a", "delta"):
+                    assert torch.equal(
+                        getattr(layer, name), getattr(whole, name)[start : start + 2]
+                    )
+                rows = slice(start, start + 2)
+                expected = whole.delta[rows].mT @ whole.a_prev[rows]
+                assert_same([layer.grad_w, layer.grad_b], [expected, whole.delta[rows].sum(0)])  # type: ignore[list-item]
 
     def test_bad_size(self) -> None:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
@@ -398,7 +475,8 @@ def test_what_they_return_is_like_the_parameters(device: torch.device) -> None:
     net = nn.Sequential(nn.Linear(3, 2)).to(device, torch.bfloat16)
     x = torch.randn(4, 3, device=device, dtype=torch.bfloat16)
     trace = traced(net, x, torch.randn(4, 2, device=device, dtype=torch.bfloat16))
-    for result in (trace.per_sample_norms(), *trace.per_sample_grads().values()):
-        assert result.dtype is torch.bfloat16
-        assert result.device == x.device
+    for grads in trace.per_sample_grads().values():
+        assert grads.dtype is torch.bfloat16
+        assert grads.device == x.device
+    assert trace.per_sample_norms().dtype is torch.float32
     assert all(g.dtype is torch.bfloat16 for g in trace.clipped_grads(1.0).values())
