@@ -1,6 +1,7 @@
 """What gradients by hand cost beside PyTorch's own, as ratios taken in one run.
 
     python -m experiments.benchmark layers
+    python -m experiments.benchmark per-sample
 
 Contenders take turns, round by round, and each round gives a ratio: so a machine that is now fast,
 now slow, is so for all of them. Results are checked equal before anything is timed.
@@ -8,6 +9,7 @@ now slow, is so for all of them. Results are checked equal before anything is ti
 
 import copy
 import statistics
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +22,24 @@ import tyro
 from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, set_torch_threads
+from torch.utils.benchmark import timer as clock
 
 import manual_bp
+from experiments import per_sample
 from experiments.command_line import parse, run
 
 PROGRAM = "python -m experiments.benchmark"
 
 # Sizes of a network, from the input on, and samples in a batch.
 NETS = [((784, 30, 10), 10), ((784, 512, 512, 10), 128), ((2048,) * 5, 512)]
+
+# The same for per-sample results; the last is of samples of several rows.
+PER_SAMPLE_NETS = [
+    ((784, 30, 10), (10,)),
+    ((784, 512, 512, 10), (128,)),
+    ((64, 128, 64), (32, 16)),
+]
 
 Contenders = dict[str, Callable[[], Any]]
 
@@ -37,8 +48,10 @@ Contenders = dict[str, Callable[[], Any]]
 class Config:
     """Compare speed and memory with PyTorch's."""
 
-    question: Annotated[Literal["layers"], tyro.conf.Positional]
-    """layers: what a call of each layer costs, and a step of training of whole networks."""
+    question: Annotated[Literal["layers", "per-sample"], tyro.conf.Positional]
+    """layers: what a call of each layer costs, and a step of training of whole networks.
+    per-sample: what every sample's gradient, its norm, or clipping by it costs, beside torch.func,
+    Opacus and BackPACK."""
     rounds: int = 50
     """How many ratios are taken of each; the median is shown, and the quartiles."""
     threads: int = 1
@@ -55,17 +68,26 @@ class Config:
 
 
 def seconds(contenders: Contenders, rounds: int, threads: int) -> dict[str, list[float]]:
-    """How long a call takes, of each contender, round by round."""
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=threads)
-        for name, call in contenders.items()
-    }
-    number = max(1, int(0.02 / next(iter(timers.values())).blocked_autorange().median))
+    """How long a call takes, of each contender, round by round.
+
+    A turn is as many calls as fit into 20 ms, warmed up; but one call, as it comes, of a contender
+    that takes long.
+    """
+    timers = {name: timeit.Timer(call, timer=clock) for name, call in contenders.items()}
+    speeds = {name: _speed(call, threads) for name, call in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            taken[name].append(timer.timeit(number).median)
+    with set_torch_threads(threads):
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                number = max(1, int(0.02 / speeds[name]))
+                timer.timeit(min(2, int(0.1 / speeds[name])))
+                taken[name].append(timer.timeit(number) / number)
     return taken
+
+
+def _speed(call: Callable[[], Any], threads: int) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=0.02).median
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -183,20 +205,65 @@ def compare_steps(config: Config) -> str:
         taken = seconds(contenders, config.rounds, config.threads)
         peaks = {name: peak_bytes(call, config.device) for name, call in contenders.items()}
         for name in contenders:
-            pairs = zip(taken[name], taken["torch"], strict=True)
-            lower, ratio, upper = quartiles([ours / theirs for ours, theirs in pairs])
             row = {
                 "net": "-".join(map(str, sizes)),
                 "batch": str(batch),
                 "layers": name,
                 "µs": f"{1e6 * statistics.median(taken[name]):.1f}",
-                "time": f"{ratio:.3f}",
-                "quartiles": f"{lower:.3f} to {upper:.3f}",
-                "peak, MB": f"{peaks[name] / 1e6:.2f}",
-                "memory": f"{peaks[name] / peaks['torch']:.3f}",
+                **_ratios(name, "torch", taken, peaks),
             }
             table.append(row)
     return tabulate(table, "keys", tablefmt="github", disable_numparse=True)
+
+
+def _ratios(
+    name: str, base: str, taken: dict[str, list[float]], peaks: dict[str, int]
+) -> dict[str, str]:
+    pairs = zip(taken[name], taken[base], strict=True)
+    lower, ratio, upper = quartiles([one / other for one, other in pairs])
+    return {
+        "time": f"{ratio:.3f}",
+        "quartiles": f"{lower:.3f} to {upper:.3f}",
+        "peak, MB": f"{peaks[name] / 1e6:.2f}",
+        "memory": f"{peaks[name] / peaks[base]:.3f}",
+    }
+
+
+def compare_per_sample(config: Config, sizes: Sequence[int], batch: Sequence[int]) -> str:
+    """A table of what per-sample results take, in time and in memory, against plain backward."""
+    with per_sample.quiet():
+        task = per_sample.problem(sizes, batch, config.device)
+        contenders = per_sample.contenders(task)
+        per_sample.require_same(task, contenders)
+        calls = {f"{c.what}, {c.name}": c.call for c in contenders}
+        taken = seconds(calls, config.rounds, config.threads)
+        peaks = {name: peak_bytes(call, config.device) for name, call in calls.items()}
+    plain, *_ = calls
+    table = []
+    for contender, name in zip(contenders, calls, strict=True):
+        row = {
+            "net": "-".join(map(str, sizes)),
+            "batch": "×".join(map(str, batch)),
+            "what": contender.what,
+            "contender": contender.name,
+            "ms": f"{1e3 * statistics.median(taken[name]):.3f}",
+            **_ratios(name, plain, taken, peaks),
+        }
+        table.append(row)
+    return tabulate(table, "keys", tablefmt="github", disable_numparse=True)
+
+
+def _show_layers(config: Config) -> None:
+    print(compare_calls(config), "\n", sep="", flush=True)
+    print(compare_steps(config), flush=True)
+
+
+def _show_per_sample(config: Config) -> None:
+    if per_sample.left_out():
+        print(f"left out, not installed: {', '.join(per_sample.left_out())}\n")
+    tables = (compare_per_sample(config, *net) for net in PER_SAMPLE_NETS)
+    for number, table in enumerate(tables):
+        print("\n" * bool(number) + table, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,9 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(config.threads)
     print(f"torch {torch.__version__}, {config.device}, threads: {config.threads}\n")
-    print(compare_calls(config), "\n", sep="", flush=True)
-    print(compare_steps(config), flush=True)
+    _SHOW[config.question](config)
     return 0
+
+
+_SHOW = {"layers": _show_layers, "per-sample": _show_per_sample}
 
 
 if __name__ == "__main__":

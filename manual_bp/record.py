@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -279,8 +279,8 @@ class _Recorder(TorchFunctionMode):
         if pending is not None and pending.has_changed(z):
             pending.is_forked = True  # something in place stands between
         a = func(*args, **kwargs)
-        named = {name: value for name, value in kwargs.items() if name != "input"}
-        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
+        named = [(name, value) for name, value in kwargs.items() if name != "input"]
+        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], *options, named=tuple(named)), a)
         return a
 
     def _see_module(self, kind: Any, module: nn.Module, args: Any, a: Tensor) -> None:
@@ -453,10 +453,14 @@ def _fits(choice: object, module: nn.Module, name: str) -> bool:
     raise TypeError(f"layers must be names or types; got {type(choice).__name__}")
 
 
-def _activation(kind: Any, options: Any, named: Any) -> Activation | None:
-    """The activation that a function computes, as a module of ours that writes over nothing."""
+@lru_cache
+def _activation(kind: Any, *options: Any, named: tuple[tuple[str, Any], ...]) -> Activation | None:
+    """The activation that a function computes, as a module of ours that writes over nothing.
+
+    Made once for all: it has no state, and to make a module takes longer than a call.
+    """
     try:
-        return cast("Activation", as_ours(kind, kind(*options, **named)))
+        return cast("Activation", as_ours(kind, kind(*options, **dict(named))))
     except (TypeError, ValueError):  # options that ours does not have
         return None
 

@@ -212,7 +212,8 @@ class LayerTrace:
         """
         if not self.learns_w:
             return None
-        return (_per_sample.grad_w(*self.pair) * self.scale).to(self.w.dtype)
+        a, delta = self.pair
+        return _per_sample.grad_w(a, delta * self.scale).to(self.w.dtype)
 
     def per_sample_grad_b(self) -> Tensor | None:
         """∂C_x/∂b of every sample x, (N, out); None if b is frozen or absent.
@@ -221,7 +222,8 @@ class LayerTrace:
         """
         if self.b is None or not self.learns_b:
             return None
-        return (_per_sample.grad_b(self.pair[1]) * self.scale).to(self.b.dtype)
+        _, delta = self.pair
+        return _per_sample.grad_b(delta * self.scale).to(self.b.dtype)
 
     @property
     def samples(self) -> int:

@@ -1,6 +1,6 @@
 """One pass of the algorithm, whole: its cost, its output, and its layers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +112,7 @@ class Trace:
         pairs (a, δ), without making the gradients. Errors as of `per_sample_grads`.
         """
         dtype = torch.promote_types(self.layers[0].w.dtype.to_real(), torch.float32)
-        return self._norms().to(dtype)
+        return _norms(self._shares()).to(dtype)
 
     def clipped_grads(self, max_norm: float) -> dict[str, Tensor]:
         """The gradient with each sample's own scaled down to a norm of at most max_norm, by name.
@@ -136,8 +136,9 @@ class Trace:
                 f"of {_some(self.elsewhere)} comes from elsewhere than linear layers: freeze "
                 f"these, or choose what is to be clipped, as record(model, layers=[...])"
             )
-        weights = (max_norm / self._norms()).clamp(max=1)
-        return {share.name: share.weighted(weights) for share in self._shares()}
+        shares = self._shares()
+        weights = (max_norm / _norms(shares)).clamp(max=1)
+        return {share.name: share.weighted(weights) for share in shares}
 
     def split(self, size: int) -> Iterator["Trace"]:
         """This trace some samples at a time, so that per-sample gradients fit into the memory.
@@ -170,10 +171,6 @@ class Trace:
             RuntimeError: The weights are no longer those of the pass: ask before they are updated.
         """
         return diagnose(self.layers, learning_rate)
-
-    def _norms(self) -> Tensor:
-        norms = [share.norms() for share in self._shares()]
-        return _per_sample.norms(torch.stack(norms, dim=1), 1)
 
     def _shares(self) -> list["_Share"]:
         """Each parameter that learns once, with all pairs that its gradient is made of."""
@@ -226,16 +223,15 @@ class _Share(NamedTuple):
     scale: int
 
     def grads(self) -> Tensor:
-        grad = (
-            _per_sample.grad_w(*self.pair) if self.is_weight else _per_sample.grad_b(self.pair[1])
-        )
-        return (grad * self.scale).to(self.parameter.dtype)
+        a, delta = self.pair
+        delta = delta * self.scale  # before the product, which is far larger
+        grads = _per_sample.grad_w(a, delta) if self.is_weight else _per_sample.grad_b(delta)
+        return grads.to(self.parameter.dtype)
 
     def norms(self) -> Tensor:
-        norm = (
-            _per_sample.norm_w(*self.pair) if self.is_weight else _per_sample.norm_b(self.pair[1])
-        )
-        return norm * self.scale
+        a, delta = self.pair
+        norms = _per_sample.norm_w(a, delta) if self.is_weight else _per_sample.norm_b(delta)
+        return norms * self.scale
 
     def weighted(self, weights: Tensor) -> Tensor:
         a, delta = self.pair
@@ -245,6 +241,11 @@ class _Share(NamedTuple):
         else:
             grad = _per_sample.weighted_grad_b(delta, weights)
         return grad.to(self.parameter.dtype)
+
+
+def _norms(shares: Sequence[_Share]) -> Tensor:
+    """The norm of each sample's gradient over all of these parameters, (N,), float64."""
+    return _per_sample.norms(torch.stack([share.norms() for share in shares], dim=1), 1)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

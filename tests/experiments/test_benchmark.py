@@ -1,10 +1,13 @@
-from itertools import pairwise
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from experiments import benchmark
+from experiments import benchmark, per_sample
 from experiments.benchmark import calls, main, networks, peak_bytes, quartiles, seconds, steps
 from manual_bp import Linear, LinearSigmoid, Sigmoid
 
@@ -21,6 +24,54 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     names = ["torch", "Linear, Sigmoid", "LinearSigmoid"]
     assert [row[:3] for row in rows[-3:]] == [["6-5-4", "3", name] for name in names]
     assert rows[-3][4] == rows[-3][7] == "1.000"
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two small nets, the second with samples of several rows; and the number of threads kept."""
+    monkeypatch.setattr(benchmark, "PER_SAMPLE_NETS", [((6, 5, 4), (3,)), ((6, 5, 4), (3, 2))])
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_tiny")
+@pytest.mark.parametrize("peers", [[], list(per_sample.PEERS)], ids=["none", "all"])
+def test_per_sample_tables(
+    peers: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for peer in peers:
+        pytest.importorskip(peer)
+    monkeypatch.setattr(per_sample, "is_installed", lambda name: name in peers)
+    assert main(["per-sample", "--rounds", "2"]) == 0
+    first, empty, *lines = capsys.readouterr().out.splitlines()
+    assert (first, empty) == (f"torch {torch.__version__}, cpu, threads: 1", "")
+    if not peers:
+        assert lines[0] == "left out, not installed: opacus, backpack"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    heads = ["net", "batch", "what", "contender", "ms", "time", "quartiles", "peak, MB", "memory"]
+    assert rows.count(heads) == 2
+    rows = [row for row in rows if row[0] == "6-5-4"]
+    task = per_sample.problem((6, 5, 4), (3,), "cpu")
+    names = [[c.what, c.name] for c in per_sample.contenders(task)]
+    batches = [[batch, *name] for batch in ("3", "3×2") for name in names]
+    assert [row[1:4] for row in rows] == batches
+    assert names[0] == [".grad", "plain"]
+    plain = [row[5:7] + row[8:] for row in rows if row[3] == "plain"]
+    assert plain == [["1.000", "1.000 to 1.000", "1.000"]] * 2
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_wrong_contender_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(task: per_sample.Problem) -> list[per_sample.Contender]:
+        *others, last = contenders(task)
+        return [*others, replace(last, unit=2 * last.unit)]
+
+    contenders = per_sample.contenders
+    monkeypatch.setattr(per_sample, "contenders", wrong)
+    monkeypatch.setattr(benchmark, "seconds", lambda *_: pytest.fail("was timed"))
+    with pytest.raises(AssertionError, match="not close"):
+        main(["per-sample", "--rounds", "2"])
 
 
 def test_networks_are_what_their_names_say() -> None:
@@ -50,6 +101,19 @@ def test_contenders_take_turns() -> None:
     assert changes >= 7
 
 
+def test_a_turn_of_a_slow_contender_is_one_call() -> None:
+    turns: list[str] = []
+
+    def slow() -> None:
+        time.sleep(0.11)
+        turns.append("slow")
+
+    seconds({"slow": slow, "fast": lambda: turns.append("fast")}, 3, 1)
+    counts = [(name, len(list(calls))) for name, calls in groupby(turns)]
+    assert counts[-6::2] == [("slow", 1)] * 3
+    assert all(count > 100 for _, count in counts[-5::2])
+
+
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     def one_after_the_other() -> None:
         for _ in range(3):
@@ -77,6 +141,7 @@ def test_quartiles() -> None:
             "must be cpu, or cuda where there is one; got tpu",
         ),
         (["sizes"], "layers"),
+        (["sizes"], "per-sample"),
     ],
 )
 def test_bad_options(

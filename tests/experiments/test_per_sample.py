@@ -1,6 +1,7 @@
 """Every contender against a slow loop over single samples, in double precision."""
 
 import copy
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +89,24 @@ def test_each_contender_gives_what_a_loop_over_samples_gives(
             assert_near([t * contender.unit for t in answer.asked], right[contender.what])
             if answer.grads is not None:
                 assert_near(answer.grads, right[".grad"])
+
+
+def elements_alive() -> int:
+    return sum(t.numel() for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter))
+
+
+@pytest.mark.parametrize("name", WHATS)
+def test_a_call_leaves_no_gradients_in_memory(name: str) -> None:
+    skip_unless_installed(name)
+    task = problem(SIZES, (7,), "cpu")
+    weights = sum(p.numel() for p in task.net.parameters())
+    with quiet():
+        found = named(task, name)
+        gc.collect()
+        before = elements_alive()
+        for contender in found:
+            contender.call()
+        assert elements_alive() - before < weights  # Opacus keeps the norms
 
 
 @pytest.mark.parametrize("name", ["plain", "ours", "Opacus", "BackPACK"])
