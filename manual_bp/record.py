@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from manual_bp import _require
 from manual_bp._function import transforms_are_active, without_autocast
+from manual_bp._graph import Graph, reduction_of
 from manual_bp.layers import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear, linear
@@ -301,7 +302,7 @@ class _Recorder(TorchFunctionMode):
         there is none: it may be but a part of the cost, as a penalty on gradients is.
         """
         roots, is_backward = _roots(*args, **kwargs), func is not torch.autograd.grad
-        graph = _Graph(roots)
+        graph = Graph(roots)
         all_pending = [pending for calls in self.pending.values() for pending in calls]
         is_of_model = any(pending.node in graph.nodes for pending in all_pending)
         if is_of_model and is_backward and self.has_run_backward:
@@ -337,14 +338,14 @@ class _Recorder(TorchFunctionMode):
         shape = all_pending[0].way[0].detached.shape
         if len(roots) != 1 or len(shape) < 2 or shape[0] == 1:
             return  # of one sample, the mean is the sum
-        found = _reduction_of(roots[0].grad_fn, {pending.node for pending in all_pending})
+        found = reduction_of(roots[0].grad_fn, {pending.node for pending in all_pending})
         if found is not None and found != self.reduction:
             raise ValueError(
                 f"reduction must be that of the cost; got {self.reduction!r}, and a cost that is "
                 f"the {found} over samples: record(model, reduction={found!r})"
             )
 
-    def _elsewhere(self, graph: "_Graph", names: Mapping[Tensor, str]) -> tuple[str, ...]:
+    def _elsewhere(self, graph: Graph, names: Mapping[Tensor, str]) -> tuple[str, ...]:
         """The parameters that the cost depends on by other ways than the calls that were seen."""
         all_pending = [pending for calls in self.pending.values() for pending in calls]
         seen = Counter(
@@ -365,7 +366,7 @@ class _Recorder(TorchFunctionMode):
             )
         )
 
-    def _fill(self, roots: Sequence[Tensor], kwargs: Any, graph: "_Graph") -> bool:
+    def _fill(self, roots: Sequence[Tensor], kwargs: Any, graph: Graph) -> bool:
         """Fill the trace from the δ that have come; whether there were any."""
         layers = []
         missed = dict.fromkeys(self.names.values(), "it did not run")
@@ -484,80 +485,3 @@ def _roots(tensors: Any, *_: Any, **__: Any) -> list[Tensor]:
     return (
         [tensors] if isinstance(tensors, Tensor) else [t for t in tensors if isinstance(t, Tensor)]
     )
-
-
-class _Graph:
-    """What autograd's graph shows of how a cost was computed.
-
-    nodes: All of its nodes.
-    uses: How often it uses each leaf. A cast to another dtype, which autocast makes once, counts as
-        often as it is used.
-    has_hidden_parts: Whether it has a reentrant checkpoint, whose inside is not to be seen.
-    """
-
-    def __init__(self, roots: Sequence[Tensor]) -> None:
-        self.nodes = {root.grad_fn for root in roots if root.grad_fn is not None}
-        ways: Counter[Any] = Counter(self.nodes)
-        leaves = []
-        queue = list(self.nodes)
-        while queue:
-            node = queue.pop()
-            for below, _ in node.next_functions:
-                if below is None:
-                    continue
-                ways[below] += 1
-                if hasattr(below, "variable"):
-                    leaves.append((below.variable, node))
-                elif below not in self.nodes:
-                    self.nodes.add(below)
-                    queue.append(below)
-        self.uses: Counter[Tensor] = Counter()
-        for leaf, node in leaves:
-            self.uses[leaf] += ways[node] if node.name() == "ToCopyBackward0" else 1
-        self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
-
-
-# What is between the z of a last layer and a cost that is nothing but a sum over its samples.
-_ELEMENTWISE = (
-    "Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "Sigmoid", "Tanh", "Relu", "LeakyRelu",
-    "Softplus", "LogSoftmax",
-)  # fmt: skip
-
-
-def _reduction_of(node: Any, products: set[Any]) -> str | None:
-    """How a cost was made of those of its samples, where its last step plainly says so.
-
-    That is PyTorch's and our own loss functions; and mean() and sum() of losses of samples that
-    were made of the output of a layer without scaling.
-    """
-    while _is_of_one_number(node):
-        node = node.next_functions[0][0]
-    reduction = _of_loss(node)
-    if reduction in ("mean", "sum"):
-        return reduction
-    name = {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(node.name())
-    if name is None:
-        return None
-    below = node.next_functions[0][0]
-    if _of_loss(below) == "none":
-        return name
-    while below not in products:
-        if below is None or not below.name().removesuffix("0").startswith(_ELEMENTWISE):
-            return None
-        below = below.next_functions[0][0]
-    return name
-
-
-def _of_loss(node: Any) -> str | None:
-    """The reduction of a loss function; None for any other node."""
-    of_ours = getattr(node, "reduction", None)
-    if isinstance(of_ours, str):
-        return of_ours
-    return {0: "none", 1: "mean", 2: "sum"}.get(getattr(node, "_saved_reduction", -1))
-
-
-def _is_of_one_number(node: Any) -> bool:
-    """Whether it casts a number, or is the mean or sum of what is one number already."""
-    sizes = getattr(node, "_saved_self_sym_sizes", None)
-    is_reduced = sizes is not None and math.prod(sizes) == 1
-    return bool(node.next_functions) and (is_reduced or node.name() == "ToCopyBackward0")

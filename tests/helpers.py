@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,3 +218,13 @@ def assert_no_derivative_kernel(call: Call, arguments: Sequence[Any]) -> None:
     names = backward_operations(call, arguments).names
     assert names
     assert not [name for name in names if name.endswith("_backward")]
+
+
+def logged_in(folder: Path) -> Any:
+    """All that TensorBoard finds in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    everything = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
+    accumulator = EventAccumulator(str(folder), size_guidance=everything)
+    accumulator.Reload()
+    return accumulator

@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop, record
 from manual_bp.board import LAYOUT, TraceBoard
-
-
-def read(folder: Path) -> Any:
-    everything = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
-    accumulator = EventAccumulator(str(folder), size_guidance=everything)
-    accumulator.Reload()
-    return accumulator
+from tests.helpers import logged_in
 
 
 @pytest.fixture
@@ -39,7 +32,7 @@ def test_scalars_are_those_of_the_diagnostics(tmp_path: Path, net: nn.Sequential
     trace = trace_of(net)
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log(trace, 7, learning_rate=0.5)
-    logged = read(tmp_path)
+    logged = logged_in(tmp_path)
     expected: dict[str, float | None] = {}
     for layer in trace.diagnostics(0.5).layers:
         expected[f"delta/{layer.name}"] = layer.delta_norm
@@ -57,7 +50,7 @@ def test_scalars_are_those_of_the_diagnostics(tmp_path: Path, net: nn.Sequential
 def test_without_a_learning_rate_no_update_is_known(tmp_path: Path, net: nn.Sequential) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log(trace_of(net), 0)
-    assert not [tag for tag in read(tmp_path).Tags()["scalars"] if tag.startswith("update/")]
+    assert not [tag for tag in logged_in(tmp_path).Tags()["scalars"] if tag.startswith("update/")]
 
 
 def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Sequential) -> None:
@@ -67,7 +60,7 @@ def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Seq
         board.log(trace_of(net), 0)
         board.log_heat_map(0)
     assert [path.is_file() for path in tmp_path.rglob("*")] == [True]
-    logged = read(tmp_path)
+    logged = logged_in(tmp_path)
     (event,) = logged.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert {category.title for category in layout.category} == {"learning", *LAYOUT}
@@ -83,7 +76,7 @@ def test_histograms_leave_out_what_is_not_finite_and_count_it(tmp_path: Path) ->
         trace["2"].w[:] = torch.inf
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log_histograms(trace, 1)
-    logged = read(tmp_path)
+    logged = logged_in(tmp_path)
     names = {
         "weights/0", "biases/0", "activations/0", "errors/0", "activations/2", "errors/2",
     }  # fmt: skip
@@ -103,7 +96,7 @@ def test_a_layer_that_ran_twice_has_one_histogram(tmp_path: Path) -> None:
         board = TraceBoard(writer)
         board.log_histograms(trace, 1)
         board.log(trace, 1)
-    assert read(tmp_path).Histograms("activations/")[0].histogram_value.num == 2 * 5 * 6
+    assert logged_in(tmp_path).Histograms("activations/")[0].histogram_value.num == 2 * 5 * 6
 
 
 class TestHeatMap:
@@ -135,7 +128,7 @@ class TestHeatMap:
                     expected = layer.delta.norm().log10().item()
                     assert found[row, column] == pytest.approx(expected, abs=1e-5)
         assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2"]
-        assert [image.step for image in read(tmp_path).Images("error_of_every_layer")] == [60]
+        assert [image.step for image in logged_in(tmp_path).Images("error_of_every_layer")] == [60]
 
     def test_of_nothing_and_of_one_step(self, tmp_path: Path, net: nn.Sequential) -> None:
         with SummaryWriter(str(tmp_path)) as writer:
@@ -143,7 +136,7 @@ class TestHeatMap:
             board.log_heat_map(0)
             board.log(trace_of(net), 1)
             board.log_heat_map(1)
-        assert len(read(tmp_path).Images("error_of_every_layer")) == 2
+        assert len(logged_in(tmp_path).Images("error_of_every_layer")) == 2
 
 
 def test_what_observing_costs_is_measured(
@@ -169,7 +162,7 @@ def test_after_the_update_it_is_too_late(tmp_path: Path, net: nn.Sequential) -> 
             RuntimeError, match=r"layer '0' must still be those of the pass; .* ask"
         ):
             board.log(trace, 0)
-    assert not read(tmp_path).Tags()["scalars"]
+    assert not logged_in(tmp_path).Tags()["scalars"]
 
 
 def test_tensorboard_is_optional() -> None:

@@ -94,7 +94,7 @@ def _gram_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
     with without_autocast(a):
         products = ((delta @ delta.mH) * (a @ a.mH).conj()).real
     squares = products.sum((1, 2), dtype=torch.float64)
-    found = squares.clamp(min=0).sqrt().to(products.dtype)
+    found = squares.sqrt().to(products.dtype)
     # Where rows cancel, what is left of the squares is mostly rounding.
     is_lost = squares < products.abs().sum((1, 2), dtype=torch.float64) / CANCELLED
     if is_lost.any():

@@ -1,20 +1,12 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from experiments.board import Board
 from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
-
-
-def read(folder: Path) -> Any:
-    everything = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
-    accumulator = EventAccumulator(str(folder), size_guidance=everything)
-    accumulator.Reload()
-    return accumulator
+from tests.helpers import logged_in
 
 
 @pytest.fixture
@@ -27,7 +19,7 @@ def test_scalars(tmp_path: Path, trace: Trace) -> None:
     with Board(tmp_path) as board:
         board.traces.log(trace, 7)
         board.log_metrics({"train_cost": 0.5, "test_accuracy": 0.75}, 7)
-    logged = read(tmp_path)
+    logged = logged_in(tmp_path)
     tags = set(logged.Tags()["scalars"])
     assert {"delta/0", "delta/2", "sat/0", "grad/2", "cost/train", "accuracy/test"} <= tags
     assert logged.Scalars("accuracy/test")[0].value == 0.75
@@ -38,7 +30,7 @@ def test_everything_is_in_one_folder_and_one_file(tmp_path: Path, trace: Trace) 
         board.traces.log(trace, 0)
         board.log_config({"hidden": (4,), "learning_rate": 3.0, "fast": True}, {"test_cost": 0.1})
     assert [path.is_file() for path in tmp_path.rglob("*")] == [True]
-    tags = read(tmp_path).Tags()
+    tags = logged_in(tmp_path).Tags()
     assert "final/test_cost" in tags["scalars"]
     assert "custom_scalars__config__" in tags["tensors"]
 
@@ -50,6 +42,6 @@ def test_images(tmp_path: Path) -> None:
         board.log_weight_images(torch.full((7, 6), torch.nan), (2, 3), 2)
         labels = torch.tensor([0, 1, 1])
         board.log_confusion(labels, labels.flip(0), ("no", "maybe", "yes"), 0)
-    logged = read(tmp_path)
+    logged = logged_in(tmp_path)
     assert [image.step for image in logged.Images("first_layer")] == [0, 1, 2]
     assert len(logged.Images("confusion")) == 1

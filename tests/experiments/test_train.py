@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import train
 from experiments.data import load
 from experiments.train import Config, Training, main
 from manual_bp import Linear, Sigmoid
+from tests.helpers import logged_in
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--hidden", "8", "--epochs", "2", "--batch-size", "100", "--log-every", "5"]
@@ -59,8 +59,7 @@ def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
     assert main([*QUICK, "--run-folder", str(tmp_path)]) == 0
     folder = only(tmp_path)
     assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
-    logged: Any = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
-    logged.Reload()
+    logged = logged_in(folder)
     tags = logged.Tags()
     curves = {"cost/train", "cost/test", "accuracy/train", "accuracy/test"}
     numbers = {f"{kind}/{name}" for kind in ("delta", "sat", "grad", "update") for name in "02"}
