@@ -106,11 +106,15 @@ class _Pending:
         node: Any = (z if z._base is None else z._base).grad_fn
         self.node = node
         self.gradient: Tensor | None = None
+        self.z_again: Tensor | None = None
         self.hook: Any = node.register_prehook(self.receive)
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         # The object itself: were it a view, autograd might take its memory for a `.grad`.
         self.gradient = gradients[0]
+        if self.is_fused or self.way[0].has_changed():
+            # Now, since an optimiser may step w as soon as its gradient is there.
+            self.z_again = self._z_again(self.a_prev.detached, self.way[0].detached.dtype)
 
     def follow(self, activation: Activation | None, z: Tensor, a: Tensor) -> bool:
         """Note that z went through an activation; None if it is not quite one that is known.
@@ -137,8 +141,8 @@ class _Pending:
         if self.is_fused:
             delta = delta * sigmoid_prime(z)  # BP1, BP2: the factor ⊙ σ'(z)
             activations = [Sigmoid(), *activations]
-        if self.is_fused or self.way[0].has_changed():
-            z = self._z_again(a_prev, z.dtype)
+        if self.z_again is not None:
+            z = self.z_again
         a = self._a(z, activations)
         return Call(a_prev, z, a, delta, tuple(activations), self.a_prev.version)
 
@@ -147,7 +151,8 @@ class _Pending:
             # There is no telling any more, and whoever asks for z is to see it.
             return a_prev.new_full((*a_prev.shape[:-1], len(self.w)), math.nan, dtype=dtype)
         w, b = (None if p is None else p.detach().to(dtype) for p in (self.w, self.b))
-        return F.linear(a_prev.to(dtype), cast("Tensor", w), b)
+        with without_autocast(a_prev):
+            return F.linear(a_prev.to(dtype), cast("Tensor", w), b)
 
     def _a(self, z: Tensor, activations: Sequence[Activation]) -> Tensor:
         if not activations:
@@ -395,7 +400,8 @@ class _Recorder(TorchFunctionMode):
         with without_autocast(reached[0].a_prev.detached):
             calls = tuple(pending.call() for pending in reached)
         scale = calls[0].samples if self.reduction == "mean" else 1
-        return LayerTrace(name, reached[0].w, reached[0].b, calls, scale)
+        first = reached[0]
+        return LayerTrace(name, first.w, first.b, calls, scale, w_version=first.w_version)
 
 
 def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:

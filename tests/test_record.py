@@ -914,8 +914,8 @@ class TestZChangedInPlace:
         assert torch.equal(trace["fc"].z, F.linear(x.bfloat16(), w, b))
 
     def test_results_are_not_in_the_precision_of_autocast(self, device: torch.device) -> None:
-        model = Doing(nn.Linear(4, 3), F.relu_).to(device)
-        x = torch.randn(5, 2, 4, device=device)
+        model = Doing(nn.Linear(8, 9), F.relu_).to(device)
+        x = torch.randn(5, 2, 8, device=device)  # of two rows, so that Gram's form is taken
         with record(model) as trace:
             output = model(x)
             with torch.autocast(device.type, torch.bfloat16):
@@ -937,6 +937,30 @@ class TestZChangedInPlace:
             assert_same(results(), expected, rtol=0, atol=0)
             assert str(trace.diagnostics()) == printed
         assert_same([trace["fc"].z], [model.fc(x)], rtol=1e-6)
+
+    @pytest.mark.parametrize("kind", ["in place", "fused"])
+    def test_with_an_optimiser_that_steps_within_backward(self, kind: str) -> None:
+        first = LinearSigmoid(4, 3) if kind == "fused" else nn.Linear(4, 3)
+        net = nn.Sequential(first, nn.ReLU(inplace=kind != "fused"), nn.Linear(3, 2)).double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+        expected = recorded(net, x)
+
+        @torch.no_grad()
+        def step(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter -= 0.1 * parameter.grad
+
+        for parameter in net.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        before = [p.clone() for p in net.parameters()]
+        net.zero_grad()
+        with record(net) as trace:
+            net(x).square().sum(-1).mean().backward()
+        for one, other in zip(trace.layers, expected.layers, strict=True):
+            assert_same(of(one), of(other))
+        assert not any(map(torch.equal, before, net.parameters()))
+        with pytest.raises(RuntimeError, match="ask before the optimiser's step"):
+            trace.diagnostics()
 
 
 class TestUsesOfAWeightElsewhere:
@@ -1014,8 +1038,9 @@ def test_what_learned_is_what_learned_then() -> None:
     expected = trace.per_sample_norms()
     net[0].requires_grad_(False)
     net[2].requires_grad_(True)
-    assert torch.equal(trace.per_sample_norms(), expected)
-    assert list(trace.clipped_grads(1.0)) == ["0.weight", "0.bias"]
+    for whole in (trace, next(trace.split(5))):
+        assert torch.equal(whole.per_sample_norms(), expected)
+        assert list(whole.clipped_grads(1.0)) == ["0.weight", "0.bias"]
     assert trace["2"].grad_w is trace["2"].per_sample_grad_w() is None
 
 

@@ -1,7 +1,7 @@
 """One linear layer as one pass saw it: its parameters, and a pair (a, δ) for each time it ran."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -114,8 +114,9 @@ class LayerTrace:
     calls: All of a_prev, z, a and delta, once for each time that the layer ran. Where that was
         more than once, they are to be had from here alone; the gradients are of all of them.
     scale: What a row of delta is multiplied with to be of C_x: N under "mean", 1 under "sum".
-    learns_w, learns_b: Whether gradients of them were wanted in this pass.
+    learns_w, learns_b: Whether gradients of them were wanted in this pass; None for what is now.
     given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
+    w_version: What `version(w)` was in the pass; None for what it is now.
     """
 
     name: str
@@ -124,14 +125,17 @@ class LayerTrace:
     calls: tuple[Call, ...]
     scale: int = 1
     given: tuple[Tensor | None, Tensor | None] | None = None
-    learns_w: bool = field(init=False)
-    learns_b: bool = field(init=False)
+    w_version: int | None = None
+    learns_w: bool | None = None
+    learns_b: bool | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_version", version(self.w))
+        if self.w_version is None:
+            object.__setattr__(self, "w_version", version(self.w))
         # As it was then: it may be frozen, or set to learn, before results are asked for.
-        object.__setattr__(self, "learns_w", _learns(self.w))
-        object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
+        if self.learns_w is None or self.learns_b is None:
+            object.__setattr__(self, "learns_w", _learns(self.w))
+            object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
 
     def require_weights(self) -> None:
         """Refuse to go on with weights that are no longer those of the pass.
@@ -139,7 +143,7 @@ class LayerTrace:
         Raises:
             RuntimeError: w was changed in place.
         """
-        if version(self.w) != vars(self)["_version"]:
+        if version(self.w) != self.w_version:
             raise RuntimeError(
                 f"the weights of layer {self.name!r} must still be those of the pass; they were "
                 f"changed: ask before the optimiser's step"

@@ -480,4 +480,16 @@ def test_what_they_return_is_like_the_parameters(device: torch.device) -> None:
         assert grads.dtype is torch.bfloat16
         assert grads.device == x.device
     assert trace.per_sample_norms().dtype is torch.float32
+
+
+@pytest.mark.parametrize("rows", [(), (2,), (40,)], ids=str)
+def test_low_precision_is_that_of_the_pairs_alone(rows: tuple[int, ...]) -> None:
+    """From a and δ in bfloat16, norms come to six digits, and not to two."""
+    layer = nn.Linear(16, 12, dtype=torch.bfloat16)
+    x = torch.randn(5, *rows, 16).bfloat16()
+    trace = traced(layer, x, torch.randn(5, *rows, 12).bfloat16())
+    a, delta = (t.double().reshape(5, -1, t.shape[-1]) for t in (x, trace[""].delta))
+    grads = [5 * (delta.mT @ a), 5 * delta.sum(1)]
+    norms = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1)
+    assert_same([trace.per_sample_norms().double()], [norms], rtol=1e-5)
     assert all(g.dtype is torch.bfloat16 for g in trace.clipped_grads(1.0).values())
