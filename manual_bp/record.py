@@ -121,7 +121,7 @@ class _Pending:
 
         Returns whether the way to a leads through it.
         """
-        if self.is_forked or activation is None or z is not self.way[-1].tensor:
+        if activation is None or z is not self.way[-1].tensor:
             self.is_forked = True  # two ways lead on from a z: there is no one a
             return False
         self.activations.append(activation)
@@ -231,15 +231,13 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and not self.is_in_backward:
+        if torch.is_grad_enabled():
             is_tensor = isinstance(output, Tensor)
             self.output = (
                 output.detach() if is_tensor else tree_map_only(Tensor, Tensor.detach, output)
             )
 
     def _see_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if transforms_are_active():
-            return  # torch.func's own tensors; no pass of theirs is recorded
         calls = self.pending.setdefault(layer, [])
         if not output.requires_grad:  # not now; a checkpoint may run it again in backward
             return
@@ -316,7 +314,7 @@ class _Recorder(TorchFunctionMode):
             )
         is_other = self.has_run_backward or not (is_of_model or graph.has_hidden_parts)
         if is_other or transforms_are_active() or kwargs.get("is_grads_batched"):
-            return self._run_unwatched(func, args, kwargs)
+            return func(*args, **kwargs)
         if is_of_model:
             self._check_reduction(roots)
         for pending in all_pending:
@@ -329,14 +327,6 @@ class _Recorder(TorchFunctionMode):
         if self._fill(roots, kwargs, graph):
             self.has_run_backward = is_backward
         return result
-
-    def _run_unwatched(self, func: Any, args: Any, kwargs: Any) -> Any:
-        before = [(p, p.gradient) for calls in self.pending.values() for p in calls]
-        try:
-            return func(*args, **kwargs)
-        finally:
-            for pending, gradient in before:
-                pending.gradient = gradient
 
     def _check_reduction(self, roots: Sequence[Tensor]) -> None:
         all_pending = [pending for calls in self.pending.values() for pending in calls]

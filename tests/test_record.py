@@ -938,6 +938,24 @@ class TestZChangedInPlace:
             assert str(trace.diagnostics()) == printed
         assert_same([trace["fc"].z], [model.fc(x)], rtol=1e-6)
 
+    def test_of_a_fused_layer_whose_a_goes_two_ways(self) -> None:
+        layer = LinearSigmoid(4, 3)
+        trace = recorded(Doing(layer, lambda a: torch.tanh(a) * torch.relu(a)), torch.randn(5, 4))
+        z = trace["fc"].z
+        assert list(map(type, trace["fc"].activations)) == [Sigmoid]
+        expected = F.linear(trace["fc"].a_prev, layer.weight, layer.bias)
+        assert_same([z, trace["fc"].a], [expected, z.sigmoid()], rtol=1e-6)
+
+    def test_when_the_weights_have_changed_too_it_is_not_made_up(self) -> None:
+        model = Doing(nn.Linear(4, 3), F.relu_)
+        with record(model) as trace:
+            cost = model(torch.randn(5, 4)).square().sum(-1).mean()
+            with torch.no_grad():
+                model.fc.weight.mul_(2)  # type: ignore[operator]
+            cost.backward()
+        assert trace["fc"].z.isnan().all()
+        assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
+
     @pytest.mark.parametrize("kind", ["in place", "fused"])
     def test_with_an_optimiser_that_steps_within_backward(self, kind: str) -> None:
         first = LinearSigmoid(4, 3) if kind == "fused" else nn.Linear(4, 3)

@@ -156,6 +156,16 @@ class TestSaturation:
         found = trace_of(net, torch.tensor([[0.5], [90.0]])).diagnostics()["0"]
         assert found.zeros == found.zeros_rounded == 0.5
 
+    def test_several_in_the_other_order(self) -> None:
+        """The steepest of both together is what counts, not that of the last."""
+        net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2)).double()
+        trace = trace_of(net, 4 * torch.randn(50, 3).double())
+        z = trace["0"].z
+        slope = z.sigmoid() * (1 - z.sigmoid()) * (1 - z.sigmoid().tanh() ** 2)
+        expected = (slope < 0.05 * 0.25).double().mean().item()
+        assert trace.diagnostics()["0"].saturated == expected
+        assert 0 < expected < (slope < 0.05).double().mean().item()
+
 
 class TestZeros:
     """What is exactly 0 in δ, and why."""
@@ -301,6 +311,41 @@ class TestWhereBP2DoesNotHold:
 
         assert self.first_of(Swish()).by_w is None
 
+    def test_the_reader_need_not_be_the_next_layer_that_ran(self) -> None:
+        class Detour(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.aside, self.last = (
+                    nn.Linear(4, 4),
+                    nn.Linear(4, 4),
+                    nn.Linear(4, 4),
+                )
+
+            def forward(self, x: Tensor) -> Tensor:
+                a = torch.sigmoid(self.first(x))
+                b = self.aside(x)
+                return self.last(a) + 100 * b  # type: ignore[no-any-return]
+
+        model = Detour()
+        with record(model) as trace:
+            model(torch.randn(6, 4)).square().sum(-1).mean().backward()
+        found = trace.diagnostics()["first"]
+        expected = norm(trace["first"].delta) / norm(trace["last"].delta)
+        assert close(found.ratio, expected)
+        assert found.by_w is not None
+
+    def test_where_sigma_prime_is_mostly_rounding(self) -> None:
+        """At z = 14, a (1 − a) of float32 is some percent off: BP2 holds nevertheless."""
+        net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+        with torch.no_grad():
+            net[0].bias.fill_(14)
+        trace = trace_of(net, torch.randn(6, 3))
+        found = trace.diagnostics()["0"]
+        assert found.by_w is not None
+        came = trace["2"].delta @ net[2].weight
+        error = (trace["0"].delta - came * nn.functional.sigmoid(-trace["0"].z.double())).norm()
+        assert error > 0.001 * trace["0"].delta.norm()
+
     def test_two_linear_layers_without_an_activation(self) -> None:
         found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
         assert found.by_sigma == pytest.approx(1)
@@ -310,6 +355,16 @@ class TestWhereBP2DoesNotHold:
         found = self.first_of(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2)))
         assert found.by_w is None
         assert found.mean_prime is not None
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_norms_of_errors_that_have_faded_or_grown(scale: float) -> None:
+    layer = nn.Linear(4, 3)
+    with record(layer, "sum") as trace:
+        (layer(torch.randn(5, 4)) * scale).sum().backward()
+    found = trace.diagnostics(1.0)[""]
+    assert close(found.delta_norm, scale * 15**0.5)
+    assert close(found.grad_norm, trace[""].grad_w.double().norm().item())  # type: ignore[union-attr]
 
 
 def test_not_finite() -> None:
