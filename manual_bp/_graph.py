@@ -2,41 +2,48 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+# Nodes that hand on a leaf as it is, in another shape or dtype, and may do so to several others:
+# autocast makes its cast once, and double backward uses the transposed weight of forward again.
+_HANDING_ON = ("ToCopy", "T", "Transpose", "Permute", "View", "Alias")
 
 
 class Graph:
     """What autograd's graph shows of how a cost was computed.
 
     nodes: All of its nodes.
-    uses: How often it uses each leaf. A cast to another dtype, which autocast makes once, counts as
-        often as it is used.
+    uses: How often it uses each leaf: as it is, transposed, or cast to another dtype.
     has_hidden_parts: Whether it has a reentrant checkpoint, whose inside is not to be seen.
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
         self.nodes = {root.grad_fn for root in roots if root.grad_fn is not None}
-        ways: Counter[Any] = Counter(self.nodes)
-        leaves = []
+        users: dict[Any, list[Any]] = {}
         queue = list(self.nodes)
         while queue:
             node = queue.pop()
             for below, _ in node.next_functions:
                 if below is None:
                     continue
-                ways[below] += 1
-                if hasattr(below, "variable"):
-                    leaves.append((below.variable, node))
-                elif below not in self.nodes:
+                users.setdefault(below, []).append(node)
+                if below not in self.nodes:
                     self.nodes.add(below)
                     queue.append(below)
         self.uses: Counter[Tensor] = Counter()
-        for leaf, node in leaves:
-            self.uses[leaf] += ways[node] if node.name() == "ToCopyBackward0" else 1
+        for node in self.nodes:
+            if hasattr(node, "variable"):
+                self.uses[node.variable] += sum(_ways_to(user, users) for user in users[node])
         self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
+
+
+def _ways_to(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
+    if node.name().removesuffix("Backward0") not in _HANDING_ON:
+        return 1
+    return sum(_ways_to(user, users) for user in users.get(node, ())) or 1
 
 
 # What is between the z of a last layer and a cost that is nothing but a sum over its samples.

@@ -6,6 +6,7 @@ ValueError.
 """
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TypeGuard
 
 import torch
@@ -87,9 +88,10 @@ def components(name: str, value: Tensor, wanted: int | None = None, why: str = "
 
 def one_of(name: str, value: object, options: Sequence[str]) -> None:
     """Refuse anything but one of the options."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         wanted = ", ".join(repr(option) for option in options)
-        raise ValueError(f"{name} must be one of {wanted}; got {value!r}")
+        came = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name} must be one of {wanted}; got {came}")
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -98,10 +100,19 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def above(name: str, value: float, least: float) -> None:
-    """Refuse a number that is not above the least."""
+def above(name: str, value: object, least: float) -> None:
+    """Refuse anything but a number above the least."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     if not value > least:
         raise ValueError(f"{name} must be above {least}; got {value}")
+
+
+def count(name: str, value: object) -> None:
+    """Refuse anything but an integer from 1 on."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    at_least(name, int(value), 1)
 
 
 def not_zero(name: str, value: float) -> None:

@@ -51,11 +51,16 @@ class TraceBoard:
 
     Attributes:
         seconds: What observing has cost so far.
+
+    Raises:
+        TypeError: writer is none.
     """
 
     def __init__(
         self, writer: "SummaryWriter", layout: Mapping[str, Mapping[str, list[Any]]] | None = None
     ) -> None:
+        if not hasattr(writer, "add_custom_scalars"):
+            raise TypeError(f"writer must be a SummaryWriter; got {type(writer).__name__}")
         self._writer: Any = writer
         self._history: dict[int, dict[str, float]] = {}
         self.seconds = 0.0
@@ -67,7 +72,12 @@ class TraceBoard:
         delta/ has ‖δ‖, sat/ the share of saturated neurons, grad/ ‖∂C/∂w‖, and update/, with a
         learning rate, how large an update is beside the weights: see `LayerDiagnostics`. What is
         not known of a layer is left out.
+
+        Raises:
+            TypeError: trace is none.
+            RuntimeError: The weights have been updated since.
         """
+        _require_trace(trace)
         with self._timed():
             found = trace.diagnostics(learning_rate)
             for layer in found.layers:
@@ -86,7 +96,11 @@ class TraceBoard:
         """Weights, biases, activations and errors of every layer.
 
         Of finite numbers; how many there were besides is under nonfinite/, where there were any.
+        Errors as of `log`.
         """
+        _require_trace(trace)
+        for layer in trace.layers:
+            layer.require_weights()
         with self._timed():
             for layer in trace.layers:
                 self._histogram(f"weights/{layer.name}", [layer.w], step)
@@ -96,7 +110,13 @@ class TraceBoard:
                 self._histogram(f"errors/{layer.name}", [c.delta for c in layer.calls], step)
 
     def log_heat_map(self, step: int) -> None:
-        """All ‖δ‖ that were logged so far as one picture: layers upwards, steps to the right."""
+        """All ‖δ‖ that were logged so far as one picture: layers upwards, steps to the right.
+
+        Raises:
+            RuntimeError: None was logged so far.
+        """
+        if not self._history:
+            raise RuntimeError("log must have been called before log_heat_map; it was not")
         with self._timed():
             self._writer.add_figure("error_of_every_layer", self._heat_map(), step)
 
@@ -109,8 +129,7 @@ class TraceBoard:
         figure = Figure(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="layer", title="log₁₀ ‖δ‖")
         axes.set_facecolor("lightgrey")  # where there is none, or it is 0 or not finite
-        if steps:
-            figure.colorbar(axes.pcolormesh(steps, range(len(names)), logs, shading="nearest"))
+        figure.colorbar(axes.pcolormesh(steps, range(len(names)), logs, shading="nearest"))
         axes.set_yticks(range(len(names)), names)
         return figure
 
@@ -130,6 +149,11 @@ class TraceBoard:
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+
+def _require_trace(value: object) -> None:
+    if not isinstance(value, Trace):
+        raise TypeError(f"trace must be a Trace; got {type(value).__name__}")
 
 
 def _log(norm: float | None) -> float:

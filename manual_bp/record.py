@@ -227,7 +227,8 @@ class _Recorder(TorchFunctionMode):
             raise RuntimeError("backward() must run within the block of record; it did not")
         raise RuntimeError(
             "a linear layer of the model must run within the block of record, with gradients on; "
-            "none did (a compiled model does not show its layers: record the model it was made of)"
+            "none did: call the model there, forward and backward (one that is compiled does not "
+            "show its layers: record the model that it was made of)"
         )
 
     def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -324,7 +325,7 @@ class _Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.is_in_backward = False
-        if self._fill(roots, kwargs, graph):
+        if self._fill(func, roots, kwargs, graph):
             self.has_run_backward = is_backward
         return result
 
@@ -361,7 +362,7 @@ class _Recorder(TorchFunctionMode):
             )
         )
 
-    def _fill(self, roots: Sequence[Tensor], kwargs: Any, graph: Graph) -> bool:
+    def _fill(self, func: Any, roots: Sequence[Tensor], kwargs: Any, graph: Graph) -> bool:
         """Fill the trace from the δ that have come; whether there were any."""
         layers = []
         missed = dict.fromkeys(self.names.values(), "it did not run")
@@ -383,6 +384,7 @@ class _Recorder(TorchFunctionMode):
         self.trace.missed = missed
         self.trace.elsewhere = self._elsewhere(graph, names)
         self.trace.chosen = self.is_chosen
+        self.trace.is_assigned = func is not torch.autograd.grad
         self.trace.layers = tuple(layers)
         return True
 
@@ -412,7 +414,8 @@ def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise TypeError(
                 f"model must not be compiled, since its layers then do not show; got "
-                f"{type(module).__name__} {name!r}: record the model that it was made of"
+                f"{type(module).__name__} {name!r}: record the model that it was made of, or "
+                f"compile it later"
             )
         if _is_linear_layer(module):
             linear_layers[module] = name

@@ -71,9 +71,8 @@ def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Seq
 def test_histograms_leave_out_what_is_not_finite_and_count_it(tmp_path: Path) -> None:
     net = nn.Sequential(Linear(6, 4), Sigmoid(), Linear(4, 2, bias=False), Sigmoid())
     trace = backprop(net, torch.randn(5, 6), torch.rand(5, 2), QuadraticCost())
-    with torch.no_grad():
-        trace["0"].w[0, :2] = torch.nan
-        trace["2"].w[:] = torch.inf
+    trace["0"].w.data[0, :2] = torch.nan  # past the look whether they were updated
+    trace["2"].w.data[:] = torch.inf
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log_histograms(trace, 1)
     logged = logged_in(tmp_path)
@@ -133,10 +132,11 @@ class TestHeatMap:
     def test_of_nothing_and_of_one_step(self, tmp_path: Path, net: nn.Sequential) -> None:
         with SummaryWriter(str(tmp_path)) as writer:
             board = TraceBoard(writer)
-            board.log_heat_map(0)
+            with pytest.raises(RuntimeError, match="log must have been called before log_heat_map"):
+                board.log_heat_map(0)
             board.log(trace_of(net), 1)
             board.log_heat_map(1)
-        assert len(logged_in(tmp_path).Images("error_of_every_layer")) == 2
+        assert len(logged_in(tmp_path).Images("error_of_every_layer")) == 1
 
 
 def test_what_observing_costs_is_measured(
@@ -171,3 +171,13 @@ def test_tensorboard_is_optional() -> None:
         "import manual_bp, manual_bp.board"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wrong_kinds_of_things(tmp_path: Path, net: nn.Sequential) -> None:
+    with pytest.raises(TypeError, match="writer must be a SummaryWriter; got str"):
+        TraceBoard("runs/mine")  # type: ignore[arg-type]
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer)
+        for log in (board.log, board.log_histograms):
+            with pytest.raises(TypeError, match="trace must be a Trace; got Sequential"):
+                log(net, 0)  # type: ignore[arg-type]

@@ -685,6 +685,10 @@ class TestReduction:
         for told in ("mean", "sum"):
             recorded(nn.Linear(3, 2), torch.randn(1, 3), lambda z: z.sum(), reduction=told)
 
+    def test_an_output_given_for_it(self) -> None:
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum'; got Tensor"):
+            record(nn.Linear(3, 2), torch.randn(4, 3))  # type: ignore[arg-type]
+
     def test_unknown(self) -> None:
         with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum'; got 'none'"):
             record(nn.Linear(3, 2), "none")  # type: ignore[arg-type]
@@ -1026,6 +1030,22 @@ class TestUsesOfAWeightElsewhere:
             trace.clipped_grads(1.0)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Linear])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Softplus])
+def test_a_penalty_on_gradients(kind: Any, activation: Any) -> None:
+    """Backward through backward uses the weights again, where no layer runs."""
+    net = nn.Sequential(kind(3, 4), activation(), kind(4, 1)).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    net.zero_grad()
+    with record(net) as trace:
+        y = net(x)[:, 0]
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (y + slope.square().sum(1)).mean().backward()
+    assert trace.elsewhere == ("0.weight", "2.weight")
+    with pytest.raises(ValueError, match=r"got '0.weight', '2.weight', used elsewhere as well"):
+        trace.per_sample_norms()
+
+
 class FailsInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -1215,6 +1235,28 @@ class TestMoreOnReductions:
         recorded(model, x, cost_of, reduction="sum")
         with pytest.raises(ValueError, match="got 'mean', and a cost that is the sum"):
             recorded(model, x, cost_of)
+
+
+def test_a_trace_can_be_gone_through_and_asked_for_names() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    trace = recorded(net, torch.randn(5, 4))
+    assert list(trace) == list(trace.layers)
+    assert "2" in trace
+    assert "1" not in trace
+
+
+def test_gradients_are_not_added_twice() -> None:
+    layer = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    trace = recorded(layer, x)
+    with pytest.raises(RuntimeError, match=r"assign_grads must not add what .grad has already"):
+        trace.assign_grads()
+    expected = [layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    with record(layer) as trace:
+        torch.autograd.grad(layer(x).square().sum(-1).mean(), list(layer.parameters()))
+    trace.assign_grads()
+    assert_same([layer.weight.grad, layer.bias.grad], expected, rtol=1e-6)  # type: ignore[list-item,arg-type]
 
 
 def test_no_choice_of_layers() -> None:

@@ -6,7 +6,7 @@ multiplies δ with a^(l-1): where that is near 0, weights hardly move.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class LayerDiagnostics:
     zeros_rounded     σ'(z) > 0, or what it was multiplied with, got lost by rounding;
     zeros_from_above  nothing came from above;
     zeros_off         σ'(z) is 0: a ReLU that is off
-    nonfinite       how many numbers of z, a, δ and w are nan or infinite
+    nonfinite       how many numbers of w, z, a and δ, by name, are nan or infinite, if any
     grad_norm       ‖∂C/∂w‖
     update          learning rate · ‖∂C/∂w‖ / ‖w‖
     dead_inputs     the share of inputs that are near 0 in the whole batch
@@ -75,7 +75,7 @@ class LayerDiagnostics:
     zeros_rounded: float
     zeros_from_above: float
     zeros_off: float
-    nonfinite: int
+    nonfinite: Mapping[str, int]
     grad_norm: float | None
     update: float | None
     dead_inputs: float | None
@@ -90,6 +90,11 @@ class Diagnostics:
     """
 
     layers: tuple[LayerDiagnostics, ...]
+    elsewhere: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[LayerDiagnostics]:
+        """The layers."""
+        return iter(self.layers)
 
     def __getitem__(self, name: str) -> LayerDiagnostics:
         """The layer of that name.
@@ -116,24 +121,37 @@ class Diagnostics:
                 "δ = 0": _share(layer.zeros),
                 "rounded": _share(layer.zeros_rounded),
                 "from above": _share(layer.zeros_from_above),
-                "not finite": str(layer.nonfinite),
+                "not finite": str(sum(layer.nonfinite.values())),
                 "‖∂C/∂w‖": _number(layer.grad_norm),
                 "update": _number(layer.update),
                 "dead inputs": _share(layer.dead_inputs),
             }
             for layer in self.layers
         ]
-        telling = [key for key in rows[0] if any(row[key] not in ("", "0", "0%") for row in rows)]
+        always = ("layer", "‖δ‖", "‖∂C/∂w‖")
+        telling = [
+            key
+            for key in rows[0]
+            if key in always or any(row[key] not in ("", "0", "0%") for row in rows)
+        ]
         columns = {key: [row[key] for row in rows] for key in telling}
         table = tabulate(columns, "keys", stralign="right", disable_numparse=True)
         verdicts = tabulate(
             [(layer.name, layer.verdict) for layer in self.layers], tablefmt="plain"
         )
-        return f"{table}\n\n{verdicts}"
+        return f"{table}\n\n{verdicts}{self._rest()}"
+
+    def _rest(self) -> str:
+        if not self.elsewhere:
+            return ""
+        names = ", ".join(self.elsewhere[:3]) + (", ..." if len(self.elsewhere) > 3 else "")
+        return f"\n\nnot in this table: {len(self.elsewhere)} parameters elsewhere ({names})"
 
 
 @torch.no_grad()
-def diagnose(layers: Sequence[LayerTrace], learning_rate: float | None) -> Diagnostics:
+def diagnose(
+    layers: Sequence[LayerTrace], learning_rate: float | None, elsewhere: tuple[str, ...]
+) -> Diagnostics:
     """The numbers and the verdict of every layer of a trace, in forward order."""
     if learning_rate is not None:
         _require.above("learning_rate", learning_rate, 0)
@@ -143,7 +161,8 @@ def diagnose(layers: Sequence[LayerTrace], learning_rate: float | None) -> Diagn
         found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
     verdicts = [_verdict(found[i:], layer) for i, layer in enumerate(layers)]
     return Diagnostics(
-        tuple(replace(d, verdict=verdict) for d, verdict in zip(found, verdicts, strict=True))
+        tuple(replace(d, verdict=verdict) for d, verdict in zip(found, verdicts, strict=True)),
+        elsewhere,
     )
 
 
@@ -174,7 +193,7 @@ def _numbers(
         zeros_rounded=_mean(zeros.rounded),
         zeros_from_above=_mean(zeros.from_above),
         zeros_off=_mean(zeros.off),
-        nonfinite=sum(int((~t.isfinite()).sum()) for t in (z, a, delta, layer.w)),
+        nonfinite=_nonfinite({"w": layer.w, "z": z, "a": a, "δ": delta}),
         grad_norm=grad_norm,
         update=_over(update, _norm(layer.w)),
         dead_inputs=None if any(call.has_changed for call in layer.calls) else _dead(a_prev),
@@ -244,6 +263,7 @@ def _zeros(delta: Tensor, slope: _Slope | None, came: Tensor | None) -> _Zeros:
     zero = delta == 0
     off = zero & (slope.prime == 0) if slope else torch.zeros_like(zero)
     if came is not None:
+        off &= came != 0  # where nothing came, σ' is not to blame
         was_rounded = came != 0
     elif slope is not None:
         was_rounded = slope.is_lost  # what reached a is not known, but could not have passed
@@ -283,6 +303,11 @@ def _came_from(
     return came if _norm(difference) <= share * _norm(delta) + rounding else None
 
 
+def _nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    counts = {name: int((~t.isfinite()).sum()) for name, t in tensors.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
 def _dead(a_prev: Tensor) -> float:
     if not len(a_prev):
         return 0.0
@@ -297,16 +322,14 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
     if not rows:
         return "has seen no sample"
     if layer.nonfinite:
-        return f"is broken: {layer.nonfinite} numbers of z, a, δ or w are not finite"
+        counts = " and ".join(f"{count} of {name}" for name, count in layer.nonfinite.items())
+        return f"is broken: not finite are {counts}"
     if not (trace.w.requires_grad or trace.learns_b):
         return "is frozen"
     if layer.zeros == 1:
         return f"does not learn: {_why_all_zero(layer)}"
-    if layer.saturated is not None and layer.saturated >= MANY:
-        hint = "" if len(layers) > 1 else ", which in the last layer is well if the cost is low"
-        return f"learns slowly: {_share(layer.saturated)} of its neurons are saturated{hint}"
-    if layer.off is not None and layer.off >= MANY and rows >= ENOUGH:
-        return f"learns in part: {_share(layer.off)} of its neurons are off for every sample"
+    if layer.grad_norm == 0:
+        return "does not learn: its inputs are 0 wherever an error is"
     if layer.delta_norm * FAR < last.delta_norm:
         times = _number(last.delta_norm / layer.delta_norm)
         fading = f"its error is {times} times smaller than the last layer's"
@@ -315,6 +338,11 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
         times = _number(layer.delta_norm / last.delta_norm)
         growth = f"its error is {times} times larger than the last layer's"
         return f"is unsteady: {growth}{_cause(layers, max)}"
+    if layer.saturated is not None and layer.saturated >= MANY:
+        hint = "" if len(layers) > 1 else ", which in the last layer is well if the cost is low"
+        return f"learns slowly: {_share(layer.saturated)} of its neurons are saturated{hint}"
+    if layer.off is not None and layer.off >= MANY and rows >= ENOUGH:
+        return f"learns in part: {_share(layer.off)} of its neurons are off for every sample"
     if layer.update is not None and layer.update > LEAP:
         return f"leaps: one update is {_number(layer.update)} times its weights"
     if layer.dead_inputs is not None and layer.dead_inputs >= MANY and rows >= ENOUGH:

@@ -26,6 +26,7 @@ class Trace:
         `layers`: a LayerNorm's, or a weight that is an Embedding's as well. Per-sample results do
         not have that part.
     chosen: Whether the layers are a choice out of all.
+    is_assigned: Whether `.grad` has the gradients of this pass already, as `backward()` adds them.
     """
 
     cost: Tensor
@@ -35,6 +36,15 @@ class Trace:
     missed: Mapping[str, str] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
     chosen: bool = False
+    is_assigned: bool = False
+
+    def __iter__(self) -> Iterator[LayerTrace]:
+        """The layers."""
+        return iter(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a layer of that name."""
+        return any(layer.name == name for layer in self.layers)
 
     def __getitem__(self, name: str) -> LayerTrace:
         """The layer of that name.
@@ -65,8 +75,16 @@ class Trace:
 
         Adding means that a second pass accumulates, and that a parameter used by two layers gets
         the sum of both. The trace keeps its own tensors: what is later done to `.grad` does not
-        reach it. What `record` made comes from a `backward()` that has done this already.
+        reach it.
+
+        Raises:
+            RuntimeError: `backward()` has done so already, as it has for what `record` made.
         """
+        if self.is_assigned:
+            raise RuntimeError(
+                "assign_grads must not add what .grad has already; got a trace that record made "
+                "from backward()"
+            )
         for layer in self.layers:
             _accumulate(layer.w, layer.grad_w)
             _accumulate(layer.b, layer.grad_b)
@@ -106,10 +124,11 @@ class Trace:
         return {share.name: share.grads() for share in self._shares()}
 
     def per_sample_norms(self) -> Tensor:
-        """The norm of every sample's whole gradient, over the parameters of `layers`: (N,).
+        """The norm of every sample's gradient over all parameters of `layers`: (N,).
 
         In the unit of the notes, ‖dC_x/d(all w and b)‖, and in at least single precision. From the
-        pairs (a, δ), without making the gradients. Errors as of `per_sample_grads`.
+        pairs (a, δ), without making the gradients. What is `elsewhere`, a LayerNorm's gradient
+        say, is not in it. Errors as of `per_sample_grads`.
         """
         dtype = torch.promote_types(self.layers[0].w.dtype.to_real(), torch.float32)
         return _norms(self._shares()).to(dtype)
@@ -125,6 +144,7 @@ class Trace:
                 `layers` together, may be; in the unit of `per_sample_norms`.
 
         Raises:
+            TypeError: max_norm is no number.
             ValueError: max_norm is not above 0; or as of `per_sample_grads`; or there are
                 parameters whose gradients are not in this trace, which this would leave
                 unclipped, and the layers are not chosen.
@@ -148,12 +168,14 @@ class Trace:
 
         Yields:
             Traces of `size` samples each, in the same unit. Their gradients, and their clipped
-            ones, are shares of the whole: they add up to it.
+            ones, are shares of the whole: they add up to it. Cost and output are still the whole
+            ones.
 
         Raises:
+            TypeError: size is no integer.
             ValueError: size is below 1; or the layers saw different numbers of samples.
         """
-        _require.at_least("size", size, 1)
+        _require.count("size", size)
         for start in range(0, self.samples, size):
             yield replace(
                 self, layers=tuple(layer.part(start, start + size) for layer in self.layers)
@@ -163,14 +185,14 @@ class Trace:
         """How well each layer learns, and why not: numbers, and a verdict; prints as a table.
 
         Args:
-            learning_rate: That of gradient descent, to tell how large an update is beside the
-                weights.
+            learning_rate: That of plain gradient descent, to tell how large an update is beside
+                the weights.
 
         Raises:
             TypeError: The layers are of complex numbers.
             RuntimeError: The weights are no longer those of the pass: ask before they are updated.
         """
-        return diagnose(self.layers, learning_rate)
+        return diagnose(self.layers, learning_rate, self.elsewhere)
 
     def _shares(self) -> list["_Share"]:
         """Each parameter that learns once, with all pairs that its gradient is made of."""

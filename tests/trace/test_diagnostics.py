@@ -66,7 +66,7 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
         assert close(
             numbers.zeros, sum(d == 0 for d in layer.delta.flatten().tolist()) / len(primes)
         )
-        assert numbers.nonfinite == 0
+        assert numbers.nonfinite == {}
         if i < 4:
             above = trace.layers[i + 1]
             columns = above.w.mT.tolist()
@@ -222,6 +222,17 @@ class TestZeros:
         assert found.zeros == found.zeros_off == 1
         assert found.verdict == "does not learn: all its neurons are off"
 
+    def test_nothing_from_above_wins_over_off_where_nothing_came(self) -> None:
+        """As below a head that starts at 0, or below a layer whose neurons are all off."""
+        net: Any = nn.Sequential(
+            nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+        )
+        with torch.no_grad():
+            net[2].bias.fill_(-100)
+        found = trace_of(net, torch.randn(9, 3)).diagnostics()
+        assert found["0"].verdict == "does not learn: no error comes from above"
+        assert found["2"].verdict == "does not learn: all its neurons are off"
+
     def test_a_softplus_from_whose_a_the_slope_does_not_follow(self) -> None:
         layer: Any = nn.Sequential(nn.Linear(2, 3), nn.Softplus(threshold=2.0))
         found = trace_of(layer, torch.randn(5, 2)).diagnostics()["0"]
@@ -374,14 +385,17 @@ def test_not_finite() -> None:
         net[0].weight[1, 0] = torch.nan
     trace = trace_of(net, torch.ones(5, 3))
     layer = trace["0"]
-    expected = sum(
-        not math.isfinite(value)
-        for t in (layer.z, layer.a, layer.delta, layer.w)
-        for value in t.flatten().tolist()
-    )
+    tensors = {"w": layer.w, "z": layer.z, "a": layer.a, "δ": layer.delta}
+    expected = {
+        name: sum(not math.isfinite(value) for value in t.flatten().tolist())
+        for name, t in tensors.items()
+    }
     found = trace.diagnostics()
-    assert found["0"].nonfinite == expected > 2
-    assert found["0"].verdict == f"is broken: {expected} numbers of z, a, δ or w are not finite"
+    assert found["0"].nonfinite == {name: count for name, count in expected.items() if count}
+    assert found["0"].nonfinite["w"] == 2
+    assert found["0"].verdict.startswith("is broken: not finite are 2 of w and 10 of z and ")
+    assert found["2"].verdict.startswith("is broken: not finite are 10 of z and ")
+    assert "not finite" in str(found)
 
 
 def test_dead_inputs() -> None:
@@ -478,6 +492,15 @@ class TestVerdicts:
         assert lines[-1].split(maxsplit=1) == [found.layers[-1].name, found.layers[-1].verdict]
         assert max(map(len, lines)) < 140
 
+    def test_what_is_elsewhere_is_said_below(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+        printed = str(trace_of(net, torch.randn(9, 4)).diagnostics())
+        assert printed.endswith("not in this table: 2 parameters elsewhere (1.weight, 1.bias)")
+
+    def test_they_can_be_gone_through(self) -> None:
+        found = self.of(deep(8.0))
+        assert list(found) == list(found.layers)
+
     def test_an_unknown_layer(self) -> None:
         with pytest.raises(KeyError, match="no layer '1'; there are"):
             self.of(deep(8.0))["1"]
@@ -498,7 +521,12 @@ class TestThresholds:
     @pytest.mark.parametrize(
         ("enough", "not_enough", "begins"),
         [
-            ({"nonfinite": 1}, {"nonfinite": 0}, "is broken: 1 numbers"),
+            (
+                {"nonfinite": {"w": 1, "δ": 2}},
+                {"nonfinite": {}},
+                "is broken: not finite are 1 of w and 2",
+            ),
+            ({"grad_norm": 0.0}, {"grad_norm": 1e-30}, "does not learn: its inputs are 0"),
             ({"zeros": 1, "zeros_off": 1}, {"zeros": 0.99}, "does not learn: all its neurons are"),
             ({"saturated": 0.5}, {"saturated": 0.49}, "learns slowly: 50% of its neurons"),
             ({"off": 0.5}, {"off": 0.49}, "learns in part: 50% of its neurons"),

@@ -391,6 +391,8 @@ class TestSplit:
 
     def test_bad_size(self) -> None:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
+        with pytest.raises(TypeError, match="size must be an integer; got float"):
+            next(trace.split(2.5))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="size must be at least 1; got 0"):
             next(trace.split(0))
 
@@ -401,6 +403,11 @@ class TestRefusals:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
         with pytest.raises(ValueError, match=f"max_norm must be above 0; got {max_norm}"):
             trace.clipped_grads(max_norm)
+
+    def test_no_number(self) -> None:
+        trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
+        with pytest.raises(TypeError, match="max_norm must be a number; got str"):
+            trace.clipped_grads("1")  # type: ignore[arg-type]
 
     def test_layers_that_see_other_samples(self) -> None:
         class Flattening(nn.Module):
