@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,29 +21,30 @@ class Graph:
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
-        self.nodes = {root.grad_fn for root in roots if root.grad_fn is not None}
-        users: dict[Any, list[Any]] = {}
+        self.nodes: set[Any] = {root.grad_fn for root in roots if root.grad_fn is not None}
+        self._users: dict[Any, list[Any]] = {}
         queue = list(self.nodes)
         while queue:
             node = queue.pop()
             for below, _ in node.next_functions:
                 if below is None:
                     continue
-                users.setdefault(below, []).append(node)
+                self._users.setdefault(below, []).append(node)
                 if below not in self.nodes:
                     self.nodes.add(below)
                     queue.append(below)
         self.uses: Counter[Tensor] = Counter()
         for node in self.nodes:
-            if hasattr(node, "variable"):
-                self.uses[node.variable] += sum(_ways_to(user, users) for user in users[node])
+            if node.name() == "torch::autograd::AccumulateGrad":
+                self.uses[node.variable] += self.ways_to(node)
         self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
 
-
-def _ways_to(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
-    if node.name().removesuffix("Backward0") not in _HANDING_ON:
-        return 1
-    return sum(_ways_to(user, users) for user in users.get(node, ())) or 1
+    def ways_to(self, node: Any) -> int:
+        """How often the output of a node is used, as it is or handed on in another shape."""
+        return sum(
+            self.ways_to(user) or 1 if user.name().removesuffix("Backward0") in _HANDING_ON else 1
+            for user in self._users.get(node, ())
+        )
 
 
 # What is between the z of a last layer and a cost that is nothing but a sum over its samples.
@@ -71,10 +72,20 @@ def reduction_of(node: Any, products: set[Any]) -> str | None:
     if _of_loss(below) == "none":
         return name
     while below not in products:
-        if below is None or not below.name().removesuffix("0").startswith(_ELEMENTWISE):
+        if below is None or not below.name().startswith(_ELEMENTWISE) or _is_over_samples(below):
             return None
         below = below.next_functions[0][0]
     return name
+
+
+def _is_over_samples(node: Any) -> bool:
+    """Whether a sum, or a softmax, is over the first dimension."""
+    dims = getattr(node, "_saved_dim", ())
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    count = len(sizes) if sizes is not None else 2
+    # A negative one is kept as if it were unsigned.
+    signed = [d - 2**64 if d >= 2**63 else d for d in ([dims] if isinstance(dims, int) else dims)]
+    return any(d % count == 0 for d in signed)
 
 
 def _of_loss(node: Any) -> str | None:

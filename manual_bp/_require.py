@@ -104,7 +104,7 @@ def above(name: str, value: object, least: float) -> None:
     """Refuse anything but a number above the least."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not value > least:
+    if not float(value) > least:
         raise ValueError(f"{name} must be above {least}; got {value}")
 
 

@@ -100,7 +100,7 @@ class TraceBoard:
         """
         _require_trace(trace)
         for layer in trace.layers:
-            layer.require_weights()
+            layer.require_as_it_was()
         with self._timed():
             for layer in trace.layers:
                 self._histogram(f"weights/{layer.name}", [layer.w], step)

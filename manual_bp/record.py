@@ -94,12 +94,14 @@ class _Pending:
     def __init__(
         self, is_fused: bool, a_prev: Tensor, w: Tensor, b: Tensor | None, z: Tensor
     ) -> None:
-        self.w, self.b, self.w_version = w, b, version(w)
+        self.w, self.b = w, b
+        self.versions = version(w), 0 if b is None else version(b)
         self.a_prev = _Kept(a_prev)
         self.way = [_Kept(z)]  # from z to a, through one activation after another
         self.activations: list[Activation] = []
         self.is_forked = False
         self.is_fused = is_fused  # and z is a already
+        self.number = 0
         # The node that the product made. Of a view, what is done to it in place makes another
         # its node, but leaves that of its base. And a node's hook comes after those of tensors,
         # which may change the gradient.
@@ -107,6 +109,7 @@ class _Pending:
         self.node = node
         self.gradient: Tensor | None = None
         self.z_again: Tensor | None = None
+        self.z_is_known = True
         self.hook: Any = node.register_prehook(self.receive)
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
@@ -144,11 +147,14 @@ class _Pending:
         if self.z_again is not None:
             z = self.z_again
         a = self._a(z, activations)
-        return Call(a_prev, z, a, delta, tuple(activations), self.a_prev.version)
+        versions = (self.a_prev.version, *(version(t) for t in (z, a, delta)))
+        return Call(a_prev, z, a, delta, tuple(activations), self.z_is_known, versions)
 
     def _z_again(self, a_prev: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.a_prev.has_changed() or version(self.w) != self.w_version:
+        versions = version(self.w), 0 if self.b is None else version(self.b)
+        if self.a_prev.has_changed() or versions != self.versions:
             # There is no telling any more, and whoever asks for z is to see it.
+            self.z_is_known = False
             return a_prev.new_full((*a_prev.shape[:-1], len(self.w)), math.nan, dtype=dtype)
         w, b = (None if p is None else p.detach().to(dtype) for p in (self.w, self.b))
         with without_autocast(a_prev):
@@ -191,7 +197,8 @@ class _Recorder(TorchFunctionMode):
         self.last_product: tuple[Any, ...] = ()
         self.unseen: set[nn.Module] = set()
         self.output: Any = None
-        self.has_run_backward = False
+        self.has_trained = False
+        self.count = 0
         self.is_in_backward = False
         self.handles: list[Any] = []
         self.trace = Trace.__new__(Trace)  # empty until backward() has run
@@ -248,6 +255,7 @@ class _Recorder(TorchFunctionMode):
             return
         a_prev = args[0] if args else kwargs["input"]
         pending = _Pending(isinstance(layer, LinearSigmoid), a_prev, *parameters, output)
+        pending.number = self.count = self.count + 1
         calls.append(pending)
         self.leads_on[id(output)] = pending
 
@@ -269,6 +277,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         if func in _BACKWARDS and not self.is_in_backward:
             return self._watch_pass(func, args, kwargs)
         if func in _ACTIVATION_OF:
@@ -284,8 +294,8 @@ class _Recorder(TorchFunctionMode):
         if pending is not None and pending.has_changed(z):
             pending.is_forked = True  # something in place stands between
         a = func(*args, **kwargs)
-        named = [(name, value) for name, value in kwargs.items() if name != "input"]
-        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], *options, named=tuple(named)), a)
+        named = {name: value for name, value in kwargs.items() if name != "input"}
+        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
         return a
 
     def _see_module(self, kind: Any, module: nn.Module, args: Any, a: Tensor) -> None:
@@ -302,21 +312,23 @@ class _Recorder(TorchFunctionMode):
     def _watch_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a backward pass; if it is the model's, fill the trace from it.
 
-        The first call of backward() is the one that counts. One of autograd.grad() does as long as
-        there is none: it may be but a part of the cost, as a penalty on gradients is.
+        The first call of backward() is the one that counts. One of autograd.grad(), or of
+        backward() for inputs that are none of the model's parameters, does as long as there is
+        none: it may be but a part of the cost, as a penalty on gradients is.
         """
-        roots, is_backward = _roots(*args, **kwargs), func is not torch.autograd.grad
+        roots = _roots(*args, **kwargs)
         graph = Graph(roots)
         all_pending = [pending for calls in self.pending.values() for pending in calls]
         is_of_model = any(pending.node in graph.nodes for pending in all_pending)
-        if is_of_model and is_backward and self.has_run_backward:
+        is_training = func is not torch.autograd.grad and self._is_for_parameters(kwargs)
+        if is_of_model and is_training and self.has_trained:
             raise RuntimeError(
                 "record is of one backward pass, which has run; open another block for another"
             )
-        is_other = self.has_run_backward or not (is_of_model or graph.has_hidden_parts)
+        is_other = self.has_trained or not (is_of_model or graph.has_hidden_parts)
         if is_other or transforms_are_active() or kwargs.get("is_grads_batched"):
             return func(*args, **kwargs)
-        if is_of_model:
+        if is_of_model and is_training:
             self._check_reduction(roots)
         for pending in all_pending:
             pending.gradient = None  # of a pass before, which may have failed
@@ -326,8 +338,14 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.is_in_backward = False
         if self._fill(func, roots, kwargs, graph):
-            self.has_run_backward = is_backward
+            self.has_trained = is_training
         return result
+
+    def _is_for_parameters(self, kwargs: Any) -> bool:
+        inputs = _inputs(kwargs)
+        return inputs is None or any(
+            p is given for p in self.model.parameters() for given in inputs
+        )
 
     def _check_reduction(self, roots: Sequence[Tensor]) -> None:
         all_pending = [pending for calls in self.pending.values() for pending in calls]
@@ -341,59 +359,96 @@ class _Recorder(TorchFunctionMode):
                 f"the {found} over samples: record(model, reduction={found!r})"
             )
 
-    def _elsewhere(self, graph: Graph, names: Mapping[Tensor, str]) -> tuple[str, ...]:
-        """The parameters that the cost depends on by other ways than the calls that were seen."""
-        all_pending = [pending for calls in self.pending.values() for pending in calls]
-        seen = Counter(
-            parameter
-            for pending in all_pending
-            if pending.node in graph.nodes
-            for parameter in (pending.w, pending.b)
-            if parameter is not None
-        )
-        reached = {p for x in all_pending if x.gradient is not None for p in (x.w, x.b)}
-        return tuple(
-            name
-            for parameter, name in names.items()
-            if parameter.requires_grad
-            and (
-                graph.uses[parameter] > seen[parameter]
-                or (graph.has_hidden_parts and parameter not in reached)
-            )
-        )
-
     def _fill(self, func: Any, roots: Sequence[Tensor], kwargs: Any, graph: Graph) -> bool:
         """Fill the trace from the δ that have come; whether there were any."""
-        layers = []
         missed = dict.fromkeys(self.names.values(), "it did not run")
+        reached: dict[nn.Module, list[_Pending]] = {}
         for layer, calls in self.pending.items():
-            name = self.names[layer]
-            missed[name] = "it ran, but no error came back to it"
-            if layer in self.unseen:
-                missed[name] = "it ran, but what came out was not the product that was seen"
-            reached = [pending for pending in calls if pending.gradient is not None]
-            if reached:
-                del missed[name]
-                layers.append(self._layer_trace(name, reached))
-        if not layers:
+            # Others may come of a pass that somebody's hook ran within this one.
+            of_pass = [x for x in calls if x.node in graph.nodes or graph.has_hidden_parts]
+            come = [pending for pending in of_pass if pending.gradient is not None]
+            reason = self._reason_to_miss(layer, come)
+            if reason is None:
+                reached[layer] = come
+                del missed[self.names[layer]]
+            else:
+                missed[self.names[layer]] = reason
+        if not reached:
             return False
+        if not graph.has_hidden_parts:  # which run in another order
+            reached = dict(sorted(reached.items(), key=lambda item: item[1][0].number))
+        is_training = func is not torch.autograd.grad
+        inputs = _inputs(kwargs) if is_training else None
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        for calls in reached.values():
+            for pending in calls:
+                pending.is_forked |= graph.ways_to(pending.node) > 1
         self.trace.cost = _cost(roots, kwargs)
         self.trace.output = self.output
         self.trace.parameter_names = names
         self.trace.missed = missed
-        self.trace.elsewhere = self._elsewhere(graph, names)
+        self.trace.elsewhere = _elsewhere(graph, names, reached, self.pending)
         self.trace.chosen = self.is_chosen
-        self.trace.is_assigned = func is not torch.autograd.grad
-        self.trace.layers = tuple(layers)
+        self.trace.is_assigned = is_training
+        self.trace.layers = tuple(
+            self._layer_trace(self.names[layer], calls, inputs) for layer, calls in reached.items()
+        )
         return True
 
-    def _layer_trace(self, name: str, reached: Sequence[_Pending]) -> LayerTrace:
+    def _reason_to_miss(self, layer: nn.Module, come: Sequence[_Pending]) -> str | None:
+        if layer in self.unseen:
+            return "it ran, but what came out was not the product that was seen"
+        if not come:
+            return "it ran, but no error came back to it"
+        if any(pending.w is not come[0].w or pending.b is not come[0].b for pending in come):
+            return "it ran with several weights"
+        return None
+
+    def _layer_trace(
+        self, name: str, reached: Sequence[_Pending], inputs: Sequence[Any] | None
+    ) -> LayerTrace:
         with without_autocast(reached[0].a_prev.detached):
             calls = tuple(pending.call() for pending in reached)
         scale = calls[0].samples if self.reduction == "mean" else 1
         first = reached[0]
-        return LayerTrace(name, first.w, first.b, calls, scale, w_version=first.w_version)
+        learns: Sequence[bool | None] = (None, None)
+        if inputs is not None:  # of backward(): gradients of nothing else are wanted
+            learns = [any(p is given for given in inputs) for p in (first.w, first.b)]
+        return LayerTrace(name, first.w, first.b, calls, scale, None, first.versions[0], *learns)
+
+
+def _elsewhere(
+    graph: Graph,
+    names: Mapping[Tensor, str],
+    reached: Mapping[nn.Module, Sequence[_Pending]],
+    pending: Mapping[nn.Module, Sequence[_Pending]],
+) -> tuple[str, ...]:
+    """The parameters that the cost depends on by other ways than the calls that were seen."""
+    seen: Counter[Tensor] = Counter()
+    for layer, calls in pending.items():
+        # Calls that no δ came back from count as well, unless the whole layer is missed for it.
+        if layer in reached or not any(call.gradient is not None for call in calls):
+            for call in calls:
+                if call.node in graph.nodes:
+                    seen.update(p for p in (call.w, call.b) if p is not None)
+    recorded = {p for calls in reached.values() for call in calls for p in (call.w, call.b)}
+    return tuple(
+        name
+        for parameter, name in names.items()
+        if parameter.requires_grad
+        and (
+            graph.uses[parameter] > seen[parameter]
+            or (graph.has_hidden_parts and parameter not in recorded)
+        )
+    )
+
+
+def _inputs(kwargs: Any) -> Sequence[Any] | None:
+    """What backward() was told to find gradients of; None for all."""
+    inputs = kwargs.get("inputs")
+    if inputs is None:
+        return None
+    return [inputs] if isinstance(inputs, Tensor) else list(inputs)
 
 
 def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:
@@ -401,7 +456,7 @@ def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:
     given = kwargs.get("gradient", kwargs.get("grad_tensors", kwargs.get("grad_outputs")))
     gradients = [given] if isinstance(given, Tensor) else given or [None] * len(roots)
     terms = [
-        root.detach().clone() if gradient is None else (root * gradient).sum().detach()
+        (root if gradient is None else root * gradient).detach().sum()
         for root, gradient in zip(roots, gradients, strict=True)
     ]
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
@@ -453,12 +508,18 @@ def _fits(choice: object, module: nn.Module, name: str) -> bool:
     raise TypeError(f"layers must be names or types; got {type(choice).__name__}")
 
 
-@lru_cache
-def _activation(kind: Any, *options: Any, named: tuple[tuple[str, Any], ...]) -> Activation | None:
-    """The activation that a function computes, as a module of ours that writes over nothing.
+def _activation(kind: Any, options: Sequence[Any], named: Mapping[str, Any]) -> Activation | None:
+    """The activation that a function computes, as a module of ours that writes over nothing."""
+    if not all(isinstance(option, int | float) for option in (*options, *named.values())):
+        return None
+    return _module(kind, tuple(options), tuple(named.items()))
 
-    Made once for all: it has no state, and to make a module takes longer than a call.
-    """
+
+@lru_cache
+def _module(
+    kind: Any, options: tuple[float, ...], named: tuple[tuple[str, float], ...]
+) -> Activation | None:
+    # Once for all: it has no state, and to make a module takes longer than a call.
     try:
         return cast("Activation", as_ours(kind, kind(*options, **dict(named))))
     except (TypeError, ValueError):  # options that ours does not have

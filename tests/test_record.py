@@ -760,7 +760,7 @@ def test_an_input_that_a_frozen_layer_no_longer_has() -> None:
             return z
 
     trace = recorded(Adapted(), torch.randn(9, 3))
-    assert trace["fc"].calls[0].has_changed
+    assert trace["fc"].calls[0].changed == {"a_prev"}
     assert trace["fc"].z.isnan().all()  # it was written over, and what it was made of, too
     assert trace.diagnostics()["fc"].dead_inputs is None
     assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
@@ -1273,3 +1273,180 @@ def test_tied_biases() -> None:
     trace = recorded(net, torch.randn(5, 4, dtype=torch.float64))
     assert_per_sample_follows(trace)
     assert "2.bias" not in trace.per_sample_grads()
+
+
+class TestUnusualWays:
+    def test_one_layer_with_two_weights(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        fast = {name: (2 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
+        x = torch.randn(5, 4, dtype=torch.float64)
+        with record(net, layers="2") as trace:
+            other = torch.func.functional_call(net, {"0.weight": fast["0.weight"]}, (x,))
+            (net(x).square() + other.square()).sum(-1).mean().backward()
+        assert len(trace["2"].calls) == 2
+        with record(net) as trace:
+            other = torch.func.functional_call(net, {"0.weight": fast["0.weight"]}, (x,))
+            (net(x).square() + other.square()).sum(-1).mean().backward()
+        assert trace.missed == {"0": "it ran with several weights"}
+        assert trace.elsewhere == ("0.weight", "0.bias")
+
+    def test_a_bias_that_has_changed_too(self) -> None:
+        model = Doing(nn.Linear(4, 3), F.relu_)
+        model.fc.get_parameter("weight").requires_grad_(False)
+        with record(model) as trace:
+            cost = model(torch.randn(5, 4)).square().sum(-1).mean()
+            with torch.no_grad():
+                model.fc.get_parameter("bias").add_(1)
+            cost.backward()
+        assert not trace["fc"].calls[0].z_is_known
+        assert trace["fc"].z.isnan().all()
+
+    def test_an_unknown_z_is_not_said_to_be_broken(self) -> None:
+        frozen = nn.Linear(4, 3).requires_grad_(False)
+        net = nn.Sequential(frozen, nn.ReLU(inplace=True), nn.Linear(3, 2))
+        x = torch.randn(9, 4).requires_grad_()
+        inner = x * 1
+        with record(net) as trace:
+            cost = net(inner).square().sum(-1).mean()
+            inner.data.zero_()
+            inner.add_(0)
+            cost.backward()
+        found = trace.diagnostics()["0"]
+        assert found.nonfinite == {}
+        assert found.mean_prime is None
+        assert found.verdict == "is frozen"
+
+    def test_a_part_is_as_old_as_the_whole(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        trace = recorded(net, torch.randn(6, 4))
+        torch.optim.SGD(net.parameters(), 0.1).step()
+        trace["2"].delta.mul_(100)
+        part = next(trace.split(3))
+        with pytest.raises(RuntimeError, match="a_prev and delta must still be those of the pass"):
+            part.per_sample_norms()
+        with pytest.raises(RuntimeError, match=r"must still be those of the pass"):
+            part.diagnostics()
+
+    @pytest.mark.parametrize("name", ["z", "a", "delta"])
+    def test_diagnostics_of_what_was_written_over(self, name: str) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        trace = recorded(net, torch.randn(6, 4))
+        getattr(trace["0"], name).zero_()
+        with pytest.raises(RuntimeError, match=f"changed in place was {name}"):
+            trace.diagnostics()
+
+    def test_a_pass_within_the_pass(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+
+        def look(_: Tensor) -> None:
+            handle.remove()  # once, and not within itself
+            with torch.enable_grad():
+                torch.autograd.grad(net(2 * x).square().sum(), list(net.parameters()))
+
+        handle = net[0].get_parameter("weight").register_hook(look)
+        trace = recorded(net, x)
+        assert [len(layer.calls) for layer in trace.layers] == [1, 1]
+        assert_gradients_are_those_of_autograd(trace)
+
+    @pytest.mark.parametrize(
+        "does",
+        [
+            lambda z: z * torch.sigmoid(z),
+            lambda z: torch.relu(z) + z,
+            lambda z: torch.where(z > 0, z, torch.tanh(z)),
+        ],
+    )
+    @pytest.mark.parametrize("shape", [(5, 4), (5, 2, 4)], ids=str)
+    def test_a_z_of_which_more_is_used_than_its_activation(self, does: Any, shape: Any) -> None:
+        trace = recorded(Doing(nn.Linear(4, 3), does), torch.randn(shape))
+        assert trace["fc"].activations == ()
+        assert trace["fc"].a is trace["fc"].z
+
+    def test_gradients_of_some_parameters_only(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        bias = net[0].get_parameter("bias")
+        with record(net) as trace:
+            net(torch.randn(5, 4)).square().sum(-1).mean().backward(inputs=[bias])
+        assert list(trace.per_sample_grads()) == ["0.bias"]
+        assert trace["0"].grad_w is None
+        assert_same([trace["0"].grad_b], [bias.grad], rtol=1e-6)  # type: ignore[list-item]
+
+    def test_a_gradient_of_the_input_alone_is_not_the_pass(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        with record(net) as trace:
+            net(x).sum().backward(inputs=[x])
+            (slope,) = torch.autograd.grad(net(x).sum(), x)
+            net(x + slope).square().sum(-1).mean().backward()
+        assert [len(layer.calls) for layer in trace.layers] == [1, 1]
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_layers_are_in_the_order_of_the_pass(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        x = torch.randn(5, 4)
+        with record(net) as trace:
+            with torch.no_grad():
+                net[1](x)
+            net(x).square().sum(-1).mean().backward()
+        assert [layer.name for layer in trace.layers] == ["0", "1"]
+
+    def test_options_that_are_no_numbers(self) -> None:
+        beta = torch.tensor(2.0)
+        model = Doing(nn.Linear(4, 3), lambda z: F.softplus(z, beta))  # type: ignore[arg-type]
+        assert recorded(model, torch.randn(5, 4))["fc"].activations == ()
+        model = Doing(nn.Linear(4, 3), lambda z: F.relu(z, []))  # type: ignore[arg-type]
+        assert recorded(model, torch.randn(5, 4))["fc"].activations == ()
+
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda z: z.square().sum(0).mean(),
+            lambda z: z.abs().sum(-2).mean(),
+            lambda z: z.log_softmax(0).square().sum(1).mean(),
+        ],
+    )
+    def test_sums_over_samples_on_the_way(self, cost_of: Any) -> None:
+        for told in ("mean", "sum"):
+            recorded(nn.Linear(3, 2), torch.randn(4, 3), cost_of, reduction=told)
+
+    def test_several_costs_of_any_shape(self) -> None:
+        layer = nn.Linear(3, 2)
+        with record(layer) as trace:
+            z = layer(torch.randn(4, 3))
+            torch.autograd.backward([z.square().mean(), z.abs().mean().reshape(1)])
+        assert trace.cost.shape == ()
+        trace = recorded(
+            layer, torch.randn(4, 3), lambda z: z.square().sum(-1).mean().reshape(1, 1)
+        )
+        assert trace.cost.shape == ()
+
+    def test_a_function_whose_context_has_a_variable(self) -> None:
+        class Kept(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.variable = x.detach()
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad
+
+        model = Doing(nn.Linear(4, 3), Kept.apply)
+        assert recorded(model, torch.randn(5, 4)).elsewhere == ()
+
+    # PyTorch's, of what a compiled function is given, whatever is recorded.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    def test_a_compiled_function_within(self) -> None:
+        relu = torch.compile(lambda z: z.relu(), backend="eager", fullgraph=True)
+        net = Doing(nn.Linear(4, 3), relu)
+        assert_gradients_are_those_of_autograd(recorded(net, torch.randn(5, 4)), rtol=1e-5)
+
+    def test_an_activation_that_is_not_known_may_be_off(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(), nn.Linear(3, 2))
+        with torch.no_grad():
+            net[0].get_parameter("bias").fill_(-1000)
+        found = recorded(net, torch.randn(9, 4)).diagnostics()["0"]
+        assert found.zeros == 1
+        assert found.zeros_off == found.zeros_from_above == found.zeros_rounded == 0
+        assert found.verdict.endswith("from above, or an activation that is not known is off")

@@ -156,7 +156,7 @@ def diagnose(
     if learning_rate is not None:
         _require.above("learning_rate", learning_rate, 0)
     for layer in layers:
-        layer.require_weights()
+        layer.require_as_it_was()
     with without_autocast(layers[0].w):
         found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
     verdicts = [_verdict(found[i:], layer) for i, layer in enumerate(layers)]
@@ -171,7 +171,8 @@ def _numbers(
 ) -> LayerDiagnostics:
     _require.real(f"the output of layer {layer.name!r}", layer.calls[0].z)
     a_prev, z, a, delta = (_rows(layer, name) for name in ("a_prev", "z", "a", "delta"))
-    slope = _slope(layer)
+    z_is_known = all(call.z_is_known for call in layer.calls)
+    slope = _slope(layer) if z_is_known else None
     reader = _reader(layer, later)
     came = None if reader is None else _came_from(reader, layer, delta, slope)
     zeros = _zeros(delta, slope, came)
@@ -193,10 +194,12 @@ def _numbers(
         zeros_rounded=_mean(zeros.rounded),
         zeros_from_above=_mean(zeros.from_above),
         zeros_off=_mean(zeros.off),
-        nonfinite=_nonfinite({"w": layer.w, "z": z, "a": a, "δ": delta}),
+        nonfinite=_nonfinite(
+            {"w": layer.w} | ({"z": z, "a": a} if z_is_known else {}) | {"δ": delta}
+        ),
         grad_norm=grad_norm,
         update=_over(update, _norm(layer.w)),
-        dead_inputs=None if any(call.has_changed for call in layer.calls) else _dead(a_prev),
+        dead_inputs=None if any(call.changed for call in layer.calls) else _dead(a_prev),
         verdict="",
     )
 
@@ -268,7 +271,7 @@ def _zeros(delta: Tensor, slope: _Slope | None, came: Tensor | None) -> _Zeros:
     elif slope is not None:
         was_rounded = slope.is_lost  # what reached a is not known, but could not have passed
     else:
-        was_rounded = torch.zeros_like(zero)
+        return _Zeros(*[torch.zeros_like(zero)] * 3)  # an activation that is not known may be off
     return _Zeros(zero & ~off & was_rounded, zero & ~off & ~was_rounded, off)
 
 
@@ -324,7 +327,7 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
     if layer.nonfinite:
         counts = " and ".join(f"{count} of {name}" for name, count in layer.nonfinite.items())
         return f"is broken: not finite are {counts}"
-    if not (trace.w.requires_grad or trace.learns_b):
+    if not (trace.learns_w or trace.learns_b) and trace.w.is_leaf:
         return "is frozen"
     if layer.zeros == 1:
         return f"does not learn: {_why_all_zero(layer)}"
@@ -356,7 +359,9 @@ def _why_all_zero(layer: LayerDiagnostics) -> str:
         "all its neurons are off": layer.zeros_off,
         "no error comes from above": layer.zeros_from_above,
     }
-    return max(reasons, key=lambda reason: reasons[reason])
+    reason = max(reasons, key=lambda reason: reasons[reason])
+    unknown = "no error comes from above, or an activation that is not known is off"
+    return reason if reasons[reason] else unknown
 
 
 def _cause(layers: Sequence[LayerDiagnostics], worst: Callable[..., float]) -> str:

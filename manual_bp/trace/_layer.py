@@ -22,7 +22,9 @@ class Call:
 
     Where an activation is not one of ours or of torch.nn's of the same kind, a is z.
 
-    a_prev_version: What `version(a_prev)` was when the layer ran; None for what it is now.
+    z_is_known: False where z was written over, and so was what it could be computed from: z, and
+        where there is no activation a, are nan then.
+    versions: What `version` of a_prev, z, a and delta was in the pass; None for what it is now.
     """
 
     a_prev: Tensor
@@ -30,26 +32,30 @@ class Call:
     a: Tensor
     delta: Tensor
     activations: tuple[Activation, ...] = ()
-    a_prev_version: int | None = None
+    z_is_known: bool = True
+    versions: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.versions is None:
+            object.__setattr__(self, "versions", self._versions_now())
+
+    def _versions_now(self) -> tuple[int, ...]:
+        return tuple(version(t) for t in (self.a_prev, self.z, self.a, self.delta))
+
+    @property
+    def changed(self) -> set[str]:
+        """Which of a_prev, z, a and delta are no longer what they were, but written over."""
+        names = ("a_prev", "z", "a", "delta")
+        pairs = zip(names, self.versions or (), self._versions_now(), strict=True)
+        return {name for name, before, now in pairs if before != now}
 
     @property
     def samples(self) -> int:
         """N: the first dimension, or 1 for a sample that came alone."""
         return self.delta.shape[0] if self.delta.ndim > 1 else 1
 
-    def __post_init__(self) -> None:
-        if self.a_prev_version is None:
-            object.__setattr__(self, "a_prev_version", version(self.a_prev))
-        object.__setattr__(self, "_delta_version", version(self.delta))
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether a_prev or delta are no longer what they were, but written over in place."""
-        before = (self.a_prev_version, vars(self)["_delta_version"])
-        return (version(self.a_prev), version(self.delta)) != before
-
     def _require_unchanged(self) -> None:
-        if self.has_changed:
+        if self.changed & {"a_prev", "delta"}:
             raise RuntimeError(
                 "a_prev and delta must still be those of the pass; they were changed in place"
             )
@@ -83,7 +89,6 @@ class Call:
         return replace(
             self,
             a_prev=self.a_prev[some],
-            a_prev_version=self.a_prev_version,
             z=self.z[some],
             a=self.a[some],
             delta=self.delta[some],
@@ -137,12 +142,18 @@ class LayerTrace:
             object.__setattr__(self, "learns_w", _learns(self.w))
             object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
 
-    def require_weights(self) -> None:
-        """Refuse to go on with weights that are no longer those of the pass.
+    def require_as_it_was(self) -> None:
+        """Refuse to go on with weights, z, a or δ that are no longer those of the pass.
 
         Raises:
-            RuntimeError: w was changed in place.
+            RuntimeError: One of them was changed in place.
         """
+        changed = set[str]().union(*(call.changed for call in self.calls)) - {"a_prev"}
+        if changed:
+            raise RuntimeError(
+                f"z, a and delta of layer {self.name!r} must still be those of the pass; changed "
+                f"in place was {' and '.join(sorted(changed))}"
+            )
         if version(self.w) != self.w_version:
             raise RuntimeError(
                 f"the weights of layer {self.name!r} must still be those of the pass; they were "

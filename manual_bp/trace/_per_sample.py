@@ -66,13 +66,13 @@ def norms(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 
 def norm_b(delta: Tensor) -> Tensor:
     """‖∂C/∂b‖ of every sample, (N,)."""
-    return _in_range(lambda _, delta: norms(grad_b(delta), 1), delta, delta)
+    return _in_range(lambda delta, _: norms(grad_b(delta), 1), delta, delta)
 
 
 def norm_w(a: Tensor, delta: Tensor) -> Tensor:
     """‖∂C/∂w‖ of every sample, (N,); the gradients of all samples are never there at once."""
     if a.shape[1] == 1:
-        return _in_range(lambda a, delta: norms(delta[:, 0], 1) * norms(a[:, 0], 1), a, delta)
+        return norm_b(delta) * norm_b(a)
     is_gram = gram_is_cheaper(a.shape[1], a.shape[2], delta.shape[2])
     return _in_range(_gram_norm if is_gram else _direct_norm, a, delta)
 
@@ -117,6 +117,9 @@ def _in_range(norm: Norm, a: Tensor, delta: Tensor) -> Tensor:
     """The norms as float64; computed in it, too, where squares leave the range of float32."""
     found = norm(a, delta).double()
     is_out = ~((found > SMALL) & (found < LARGE))
+    if a.shape[1] > 1:  # of the product of both, one alone may be out of range
+        for t in (a, delta):
+            is_out |= t.abs().amax((1, 2)) < SMALL
     if is_out.any():
         found[is_out] = norm(_double(a[is_out]), _double(delta[is_out]))
     return found

@@ -524,7 +524,7 @@ class TestThresholds:
             (
                 {"nonfinite": {"w": 1, "δ": 2}},
                 {"nonfinite": {}},
-                "is broken: not finite are 1 of w and 2",
+                "is broken: not finite are 1 of w",
             ),
             ({"grad_norm": 0.0}, {"grad_norm": 1e-30}, "does not learn: its inputs are 0"),
             ({"zeros": 1, "zeros_off": 1}, {"zeros": 0.99}, "does not learn: all its neurons are"),

@@ -277,6 +277,14 @@ def test_nor_do_they_of_tiny_and_huge_inputs(scale: float) -> None:
         assert clipped.norm() > norms.min() / 10
 
 
+@pytest.mark.parametrize("faded", [1e-21, 1e-23])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_where_one_of_both_is_out_of_range_alone(faded: float, rows: int) -> None:
+    a, delta = torch.randn(5, rows, 8) * 1e10, torch.randn(5, rows, 6) * faded
+    exact = _per_sample.grad_w(a.double(), delta.double()).flatten(1).norm(dim=1)
+    assert_same([_per_sample.norm_w(a, delta)], [exact], rtol=1e-5, atol=0)
+
+
 def test_norms_of_a_model_in_half_precision(device: torch.device) -> None:
     layer = nn.Linear(4, 3, dtype=torch.float16, device=device)
     x = torch.full((2, 4), 300.0, dtype=torch.float16, device=device)
