@@ -211,12 +211,14 @@ class _Recorder(TorchFunctionMode):
         for module in self.names:
             hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
             self.handles.append(hook)
+        self.handles.append(self.model.register_forward_hook(self._see_output))
+
+    def _add_hooks_on_activations(self) -> None:
         for module in self.modules.values():
             kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
             if kind is not None:
                 hook = module.register_forward_hook(partial(self._see_module, kind), prepend=True)
                 self.handles.append(hook)
-        self.handles.append(self.model.register_forward_hook(self._see_output))
 
     def remove_hooks(self) -> None:
         for handle in self.handles:
@@ -332,6 +334,8 @@ class _Recorder(TorchFunctionMode):
             self._check_reduction(roots)
         for pending in all_pending:
             pending.gradient = None  # of a pass before, which may have failed
+        if graph.has_hidden_parts:
+            self._add_hooks_on_activations()
         self.is_in_backward = True
         try:
             result = func(*args, **kwargs)

@@ -69,10 +69,10 @@ def norm_b(delta: Tensor) -> Tensor:
     return _in_range(lambda delta, _: norms(grad_b(delta), 1), delta, delta)
 
 
-def norm_w(a: Tensor, delta: Tensor) -> Tensor:
-    """‖∂C/∂w‖ of every sample, (N,); the gradients of all samples are never there at once."""
+def norm_w(a: Tensor, delta: Tensor, delta_norm: Tensor | None = None) -> Tensor:
+    """‖∂C/∂w‖ of every sample, (N,); of few gradients at once. delta_norm is ‖δ‖, where known."""
     if a.shape[1] == 1:
-        return norm_b(delta) * norm_b(a)
+        return (norm_b(delta) if delta_norm is None else delta_norm) * norm_b(a)
     is_gram = gram_is_cheaper(a.shape[1], a.shape[2], delta.shape[2])
     return _in_range(_gram_norm if is_gram else _direct_norm, a, delta)
 
@@ -116,7 +116,7 @@ def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
 def _in_range(norm: Norm, a: Tensor, delta: Tensor) -> Tensor:
     """The norms as float64; computed in it, too, where squares leave the range of float32."""
     found = norm(a, delta).double()
-    is_out = ~((found > SMALL) & (found < LARGE))
+    is_out = found.clamp(SMALL, LARGE) != found  # nan is out, too
     if a.shape[1] > 1:  # of the product of both, one alone may be out of range
         for t in (a, delta):
             is_out |= t.abs().amax((1, 2)) < SMALL

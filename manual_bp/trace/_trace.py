@@ -205,11 +205,13 @@ class Trace:
             names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
             if layer.b is not None:
                 names.setdefault(layer.b, f"{layer.name}.bias".lstrip("."))
+            if not (layer.learns_w or layer.learns_b):
+                continue
+            a, delta = layer.pair
             if layer.learns_w:
-                pairs.setdefault(layer.w, []).append(layer.pair)
+                pairs.setdefault(layer.w, []).append((a, delta))
                 weights.add(layer.w)
             if layer.b is not None and layer.learns_b:
-                _, delta = layer.pair
                 pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
         shares = [
             _Share(p, names[p], p in weights, joined(iter(of_p)), self.layers[0].scale)
@@ -250,10 +252,13 @@ class _Share(NamedTuple):
         grads = _per_sample.grad_w(a, delta) if self.is_weight else _per_sample.grad_b(delta)
         return grads.to(self.parameter.dtype)
 
-    def norms(self) -> Tensor:
+    def norms(self, known: dict[Tensor, Tensor]) -> Tensor:
         a, delta = self.pair
-        norms = _per_sample.norm_w(a, delta) if self.is_weight else _per_sample.norm_b(delta)
-        return norms * self.scale
+        if delta not in known and (a.shape[1] == 1 or not self.is_weight):
+            known[delta] = _per_sample.norm_b(delta)  # once, for w and b
+        if not self.is_weight:
+            return known[delta] * self.scale
+        return _per_sample.norm_w(a, delta, known.get(delta)) * self.scale
 
     def weighted(self, weights: Tensor) -> Tensor:
         a, delta = self.pair
@@ -267,7 +272,8 @@ class _Share(NamedTuple):
 
 def _norms(shares: Sequence[_Share]) -> Tensor:
     """The norm of each sample's gradient over all of these parameters, (N,), float64."""
-    return _per_sample.norms(torch.stack([share.norms() for share in shares], dim=1), 1)
+    known: dict[Tensor, Tensor] = {}
+    return _per_sample.norms(torch.stack([share.norms(known) for share in shares], dim=1), 1)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:
