@@ -1,9 +1,9 @@
 """The Trace of any model that is trained through autograd: hooks collect the pairs (a, δ).
 
-A hook on every linear layer notes its input a and its output z; a hook on z notes the gradient that
-backward brings there, which is δ. Nothing is computed twice, and nothing that the model computes is
-touched. Watching the functions that are called tells which activation a z goes through, and
-when backward begins, and of which cost.
+A hook on every linear layer notes its input a and its output z; a hook on the node that made z
+notes the gradient that backward brings there, which is δ. No product is computed for it, and
+nothing that the model computes is touched. Watching the functions that are called tells which
+activation a z goes through, and when backward begins, and of which cost.
 
 A pair is complete when its δ arrives. So what a checkpoint computes again counts once, whichever of
 the two calls the gradient goes through.
@@ -198,6 +198,7 @@ class _Recorder(TorchFunctionMode):
         self.unseen: set[nn.Module] = set()
         self.output: Any = None
         self.has_trained = False
+        self.sees_modules = False
         self.count = 0
         self.is_in_backward = False
         self.handles: list[Any] = []
@@ -214,6 +215,7 @@ class _Recorder(TorchFunctionMode):
         self.handles.append(self.model.register_forward_hook(self._see_output))
 
     def _add_hooks_on_activations(self) -> None:
+        self.sees_modules = True
         for module in self.modules.values():
             kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
             if kind is not None:
@@ -334,7 +336,7 @@ class _Recorder(TorchFunctionMode):
             self._check_reduction(roots)
         for pending in all_pending:
             pending.gradient = None  # of a pass before, which may have failed
-        if graph.has_hidden_parts:
+        if graph.has_hidden_parts and not self.sees_modules:
             self._add_hooks_on_activations()
         self.is_in_backward = True
         try:

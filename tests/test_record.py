@@ -796,6 +796,19 @@ def test_parameters_that_functional_call_puts_in_place() -> None:
         assert_same([found[name].mean(0)], [parameter.grad], rtol=1e-5, atol=1e-7)
 
 
+def test_a_gradient_and_then_a_pass_through_a_reentrant_checkpoint() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    expected = recorded(net, x)
+    with record(net) as trace:
+        other = torch.ones((), requires_grad=True)
+        checkpoint(lambda t: 2 * t, other, use_reentrant=True).backward()
+        checkpoint(net, x, use_reentrant=True).square().sum(-1).mean().backward()
+    for one, other_layer in zip(trace.layers, expected.layers, strict=True):
+        assert_same(of(one), of(other_layer))
+        assert list(map(type, one.activations)) == list(map(type, other_layer.activations))
+
+
 def test_all_of_a_model_within_a_reentrant_checkpoint() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)).double()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
