@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -186,25 +187,21 @@ class Training:
             there = indices.to(self.device)
             yield self.data.x_train[there], self.y_train[there]
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """One step of gradient descent on one batch."""
-        self.optimizer.zero_grad()
-        if self.explicit:
-            self.trace(x, y).assign_grads()
-        else:
-            self.cost(self.net(x), y).backward()
-        self.optimizer.step()
+    def update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None] | None = None) -> None:
+        """One step of gradient descent on one batch.
 
-    def observed_update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None]) -> None:
-        """The same step, with a look at the Trace of its pass before the weights are changed."""
+        look is given the Trace of the step's own pass, before the weights are changed.
+        """
         self.optimizer.zero_grad()
+        trace: Trace | None
         if self.explicit:
             trace = self.trace(x, y)
             trace.assign_grads()
         else:
-            with record(self.net) as trace:
+            with nullcontext() if look is None else record(self.net) as trace:
                 self.cost(self.net(x), y).backward()
-        look(trace)
+        if look is not None and trace is not None:
+            look(trace)
         self.optimizer.step()
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
@@ -256,11 +253,8 @@ def train(config: Config, training: Training, folder: RunFolder) -> tuple[dict[s
         metrics = observe(board, training, step)
         for epoch in range(1, config.epochs + 1):
             for x, y in training.epoch():
-                if step % config.log_every == 0:
-                    look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
-                    training.observed_update(x, y, look)
-                else:
-                    training.update(x, y)
+                look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
+                training.update(x, y, look if step % config.log_every == 0 else None)
                 step += 1
                 bar.update()
             metrics = observe(board, training, step)
@@ -306,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     if config.dry_run:
-        training.observed_update(
+        training.update(
             *next(training.epoch()), lambda trace: print(trace.diagnostics(config.learning_rate))
         )
         print(f"one update made; a run would write to {path}; nothing was written")

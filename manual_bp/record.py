@@ -208,6 +208,11 @@ class _Recorder(TorchFunctionMode):
     def is_filled(self) -> bool:
         return "layers" in vars(self.trace)
 
+    @property
+    def all_pending(self) -> list[_Pending]:
+        """Every call that was seen, whatever its layer."""
+        return [pending for calls in self.pending.values() for pending in calls]
+
     def add_hooks(self) -> None:
         for module in self.names:
             hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
@@ -225,9 +230,8 @@ class _Recorder(TorchFunctionMode):
     def remove_hooks(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for calls in self.pending.values():
-            for pending in calls:
-                pending.hook.remove()
+        for pending in self.all_pending:
+            pending.hook.remove()
         self.handles, self.pending, self.leads_on, self.last_product = [], {}, {}, ()
 
     def require_filled(self) -> None:
@@ -322,7 +326,7 @@ class _Recorder(TorchFunctionMode):
         """
         roots = _roots(*args, **kwargs)
         graph = Graph(roots)
-        all_pending = [pending for calls in self.pending.values() for pending in calls]
+        all_pending = self.all_pending
         is_of_model = any(pending.node in graph.nodes for pending in all_pending)
         is_training = func is not torch.autograd.grad and self._is_for_parameters(kwargs)
         if is_of_model and is_training and self.has_trained:
@@ -349,12 +353,10 @@ class _Recorder(TorchFunctionMode):
 
     def _is_for_parameters(self, kwargs: Any) -> bool:
         inputs = _inputs(kwargs)
-        return inputs is None or any(
-            p is given for p in self.model.parameters() for given in inputs
-        )
+        return inputs is None or any(_is_among(inputs, p) for p in self.model.parameters())
 
     def _check_reduction(self, roots: Sequence[Tensor]) -> None:
-        all_pending = [pending for calls in self.pending.values() for pending in calls]
+        all_pending = self.all_pending
         shape = all_pending[0].way[0].detached.shape
         if len(roots) != 1 or len(shape) < 2 or shape[0] == 1:
             return  # of one sample, the mean is the sum
@@ -383,8 +385,8 @@ class _Recorder(TorchFunctionMode):
             return False
         if not graph.has_hidden_parts:  # which run in another order
             reached = dict(sorted(reached.items(), key=lambda item: item[1][0].number))
-        is_training = func is not torch.autograd.grad
-        inputs = _inputs(kwargs) if is_training else None
+        is_backward = func is not torch.autograd.grad
+        inputs = _inputs(kwargs) if is_backward else None
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         for calls in reached.values():
             for pending in calls:
@@ -395,7 +397,7 @@ class _Recorder(TorchFunctionMode):
         self.trace.missed = missed
         self.trace.elsewhere = _elsewhere(graph, names, reached, self.pending)
         self.trace.chosen = self.is_chosen
-        self.trace.is_assigned = is_training
+        self.trace.is_assigned = is_backward
         self.trace.layers = tuple(
             self._layer_trace(self.names[layer], calls, inputs) for layer, calls in reached.items()
         )
@@ -419,8 +421,17 @@ class _Recorder(TorchFunctionMode):
         first = reached[0]
         learns: Sequence[bool | None] = (None, None)
         if inputs is not None:  # of backward(): gradients of nothing else are wanted
-            learns = [any(p is given for given in inputs) for p in (first.w, first.b)]
-        return LayerTrace(name, first.w, first.b, calls, scale, None, first.versions[0], *learns)
+            learns = [_is_among(inputs, p) for p in (first.w, first.b)]
+        return LayerTrace(
+            name=name,
+            w=first.w,
+            b=first.b,
+            calls=calls,
+            scale=scale,
+            w_version=first.versions[0],
+            learns_w=learns[0],
+            learns_b=learns[1],
+        )
 
 
 def _elsewhere(
@@ -455,6 +466,10 @@ def _inputs(kwargs: Any) -> Sequence[Any] | None:
     if inputs is None:
         return None
     return [inputs] if isinstance(inputs, Tensor) else list(inputs)
+
+
+def _is_among(tensors: Sequence[Any], tensor: Tensor | None) -> bool:
+    return any(tensor is other for other in tensors)  # `in` would compare numbers
 
 
 def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:

@@ -110,28 +110,29 @@ class TestTheSameAsBackprop:
         if shape[0]:
             assert_gradients_are_those_of_autograd(trace)
 
-    def test_of_fused_layers(self, device: torch.device) -> None:
-        net = net_of(LinearSigmoid(5, 4), LinearSigmoid(4, 2), device=device)
+    @pytest.mark.parametrize(
+        ("modules", "expected_activations"),
+        [
+            ([LinearSigmoid(5, 4), LinearSigmoid(4, 2)], [[Sigmoid], [Sigmoid]]),
+            # Explicit backprop counts both activations to the layer, and so δ is before both.
+            ([LinearSigmoid(5, 4), nn.Tanh(), Linear(4, 2)], [[Sigmoid, Tanh], []]),
+        ],
+        ids=["alone", "with what follows"],
+    )
+    def test_of_fused_layers(
+        self, modules: Any, expected_activations: Any, device: torch.device
+    ) -> None:
+        net = net_of(*copy.deepcopy(modules), device=device)
         x = torch.randn(3, 5, dtype=torch.float64, device=device)
         y = torch.rand(3, 2, dtype=torch.float64, device=device)
         with record(net) as trace:
             QuadraticCost()(net(x), y).backward()
-        expected = backprop(net, x, y, QuadraticCost())
-        for one, other in zip(trace.layers, expected.layers, strict=True):
-            assert_same(of(one), of(other))
-            assert [type(activation) for activation in one.activations] == [Sigmoid]
-
-    def test_a_fused_layer_and_what_follows_it(self, device: torch.device) -> None:
-        net = net_of(LinearSigmoid(5, 4), nn.Tanh(), Linear(4, 2), device=device)
-        x = torch.randn(3, 5, dtype=torch.float64, device=device)
-        y = torch.rand(3, 2, dtype=torch.float64, device=device)
-        with record(net) as trace:
-            QuadraticCost()(net(x), y).backward()
-        # Explicit backprop counts both activations to the layer, and so δ is before both.
         expected = backprop(net, x, y, QuadraticCost())
         for one, other in zip(trace.layers, expected.layers, strict=True):
             assert_same(of(one), of(other))
             assert list(map(type, one.activations)) == list(map(type, other.activations))
+        found = [[type(activation) for activation in layer.activations] for layer in trace.layers]
+        assert found == expected_activations
 
 
 class Functional(nn.Module):

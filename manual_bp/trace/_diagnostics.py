@@ -18,7 +18,7 @@ from manual_bp import _require
 from manual_bp._function import without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
-from manual_bp.trace._layer import Call, LayerTrace
+from manual_bp.trace._layer import Call, LayerTrace, wide
 
 # A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.
 SATURATED = 0.05
@@ -171,22 +171,23 @@ def _numbers(
 ) -> LayerDiagnostics:
     _require.real(f"the output of layer {layer.name!r}", layer.calls[0].z)
     a_prev, z, a, delta = (_rows(layer, name) for name in ("a_prev", "z", "a", "delta"))
+    delta_norm = _norm(delta)
     z_is_known = all(call.z_is_known for call in layer.calls)
     slope = _slope(layer) if z_is_known else None
     reader = _reader(layer, later)
-    came = None if reader is None else _came_from(reader, layer, delta, slope)
-    zeros = _zeros(delta, slope, came)
+    grad_a = None if reader is None else _grad_a(reader, layer, delta, slope)
+    zeros = _zeros(delta, slope, grad_a)
     above = reader or (later[0] if later else None)
     above_norm = None if above is None else _norm(_rows(above, "delta"))
-    came_norm = None if came is None else _norm(came)
+    grad_a_norm = None if grad_a is None else _norm(grad_a)
     grad_norm = None if layer.grad_w is None else _norm(layer.grad_w)
     update = None if learning_rate is None or grad_norm is None else learning_rate * grad_norm
     return LayerDiagnostics(
         name=layer.name,
-        delta_norm=_norm(delta),
-        ratio=_over(_norm(delta), above_norm),
-        by_w=_over(came_norm, above_norm),
-        by_sigma=_over(_norm(delta), came_norm),
+        delta_norm=delta_norm,
+        ratio=_over(delta_norm, above_norm),
+        by_w=_over(grad_a_norm, above_norm),
+        by_sigma=_over(delta_norm, grad_a_norm),
         mean_prime=None if slope is None else _mean(slope.prime),
         saturated=None if slope is None else _mean(slope.is_saturated()),
         off=None if slope is None else _mean((slope.prime == 0).all(0)) if len(delta) else 0.0,
@@ -233,25 +234,25 @@ def _slope(layer: LayerTrace) -> _Slope | None:
 
 def _slope_of(call: Call) -> _Slope:
     z = as_rows(call.z)
-    prime = torch.ones_like(_wide(z))
+    prime = torch.ones_like(wide(z))
     is_lost = torch.zeros_like(z, dtype=torch.bool)
     least = largest = 1.0
     for activation in call.activations:
         a = activation.forward(z)
-        prime = prime * activation.prime_of_z(_wide(z))
-        is_lost |= _is_lost(activation, z, a)
+        exact = activation.prime_of_z(wide(z))
+        prime = prime * exact
+        is_lost |= (_prime_in_terms_of(a, activation, exact) == 0) & (exact > 0)
         least *= activation.slopes[0]
         largest *= activation.slopes[1]
         z = a
     return _Slope(prime, is_lost, least, largest)
 
 
-def _is_lost(activation: Activation, z: Tensor, a: Tensor) -> Tensor:
+def _prime_in_terms_of(a: Tensor, activation: Activation, exact: Tensor) -> Tensor:
     try:
-        in_terms_of_a = activation.prime(a)
+        return activation.prime(a)
     except ValueError:  # a Softplus from whose a the slope does not follow keeps z instead
-        in_terms_of_a = activation.prime_of_z(z)
-    return (in_terms_of_a == 0) & (activation.prime_of_z(z) > 0)
+        return exact
 
 
 class _Zeros(NamedTuple):
@@ -262,12 +263,12 @@ class _Zeros(NamedTuple):
     off: Tensor
 
 
-def _zeros(delta: Tensor, slope: _Slope | None, came: Tensor | None) -> _Zeros:
+def _zeros(delta: Tensor, slope: _Slope | None, grad_a: Tensor | None) -> _Zeros:
     zero = delta == 0
     off = zero & (slope.prime == 0) if slope else torch.zeros_like(zero)
-    if came is not None:
-        off &= came != 0  # where nothing came, σ' is not to blame
-        was_rounded = came != 0
+    if grad_a is not None:
+        off &= grad_a != 0  # where nothing came, σ' is not to blame
+        was_rounded = grad_a != 0
     elif slope is not None:
         was_rounded = slope.is_lost  # what reached a is not known, but could not have passed
     else:
@@ -293,17 +294,17 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _came_from(
+def _grad_a(
     reader: LayerTrace, layer: LayerTrace, delta: Tensor, slope: _Slope | None
 ) -> Tensor | None:
     """wᵀδ^(l+1), if it is all that reached a and ⊙ σ' makes δ^l of it: if BP2 holds here."""
-    came = _rows(reader, "delta").to(delta.dtype) @ reader.w.to(delta.dtype)  # BP2: wᵀδ
+    grad_a = _rows(reader, "delta").to(delta.dtype) @ reader.w.to(delta.dtype)  # BP2: wᵀδ
     dtype = layer.delta.dtype
     share = 0.001 if dtype in (torch.float32, torch.float64) else 0.05
     # σ' in terms of a is exact but for some units of rounding in a.
-    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * _norm(came)
-    difference = delta - came * (slope.prime if slope else 1)
-    return came if _norm(difference) <= share * _norm(delta) + rounding else None
+    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * _norm(grad_a)
+    difference = delta - grad_a * (slope.prime if slope else 1)
+    return grad_a if _norm(difference) <= share * _norm(delta) + rounding else None
 
 
 def _nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -377,11 +378,7 @@ def _cause(layers: Sequence[LayerDiagnostics], worst: Callable[..., float]) -> s
 
 def _rows(layer: LayerTrace, name: str) -> Tensor:
     """a_prev, z, a or delta of all calls, (rows, components), in at least single precision."""
-    return _wide(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return wide(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
 
 
 def _norm(t: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ class LayerTrace:
             return None
         with without_autocast(self.w):
             rows = (call.rows for call in self.calls)
-            grad_w = _sum(delta.mT @ a.conj() for a, delta in rows)  # BP4
+            grad_w = reduce(torch.add, (delta.mT @ a.conj() for a, delta in rows))  # BP4
         return grad_w.to(self.w.dtype)
 
     @cached_property
@@ -213,7 +213,7 @@ class LayerTrace:
             return self.given[1]
         if self.b is None or not self.learns_b:
             return None
-        grad_b = _sum(call.rows[1].sum(0) for call in self.calls)  # BP3
+        grad_b = reduce(torch.add, (call.rows[1].sum(0) for call in self.calls))  # BP3
         return grad_b.to(self.b.dtype)
 
     def per_sample_grad_w(self) -> Tensor | None:
@@ -291,12 +291,9 @@ def joined(pairs: Iterator[Pair]) -> Pair:
 
 def _by_sample(t: Tensor, samples: int) -> Tensor:
     rows = t.shape[1:-1].numel() if t.ndim > 1 else 1
-    t = t.reshape(samples, rows, t.shape[-1])
+    return wide(t.reshape(samples, rows, t.shape[-1]))
+
+
+def wide(t: Tensor) -> Tensor:
+    """The numbers in at least single precision."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def _sum(terms: Iterator[Tensor]) -> Tensor:
-    total = next(terms)
-    for term in terms:
-        total = total + term
-    return total

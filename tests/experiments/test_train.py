@@ -100,7 +100,7 @@ def test_observing_changes_nothing(method: Any, device: torch.device) -> None:
     norms: list[float] = []
     for _, batch, same in zip(range(10), plain.epoch(), observed.epoch(), strict=False):
         plain.update(*batch)
-        observed.observed_update(*same, lambda trace: norms.append(trace["0"].delta.norm().item()))
+        observed.update(*same, lambda trace: norms.append(trace["0"].delta.norm().item()))
     assert len(set(norms)) == 10
     pairs = zip(plain.net.parameters(), observed.net.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
