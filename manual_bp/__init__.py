@@ -8,6 +8,7 @@
     SigmoidCrossEntropyCost          on weighted inputs z; sigmoid_cross_entropy_cost
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
     backprop(net, x, y, cost)        BP1 to BP4 without autograd; returns a Trace
+    TrainingStep(net, cost, lr)      the same and gradient descent in one, in place; fast
     record(model)                    the same Trace of any model, from a backward() of autograd's
     convert(model), restore(model)   torch.nn's layers to ours, in place, and back
 
@@ -38,10 +39,12 @@ from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.record import record
 from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
+from manual_bp.training_step import CapturedStep, TrainingStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedStep",
     "ConversionReport",
     "Cost",
     "Diagnostics",
@@ -68,6 +71,7 @@ __all__ = [
     "Tanh",
     "TanhFunction",
     "Trace",
+    "TrainingStep",
     "backprop",
     "convert",
     "leaky_relu",

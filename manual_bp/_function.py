@@ -40,6 +40,11 @@ _count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatc
 _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_legacy_batchedtensor", lambda _: True
 )
+# Leaves autograd out of every operation inside, where no_grad only tells it to record nothing: the
+# operations of a small step are so short that this is a twentieth of it.
+below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
 # Should these two go, what they serve goes with them: nested forward mode, and torch.jit.trace.
 _transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)

@@ -100,11 +100,16 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def above(name: str, value: object, least: float) -> None:
-    """Refuse anything but a number above the least."""
+def number(name: str, value: object) -> float:
+    """The number as a float; refuse anything else."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not float(value) > least:
+    return float(value)
+
+
+def above(name: str, value: object, least: float) -> None:
+    """Refuse anything but a number above the least."""
+    if not number(name, value) > least:
         raise ValueError(f"{name} must be above {least}; got {value}")
 
 

@@ -14,21 +14,17 @@ Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from manual_bp import _require
 from manual_bp._function import autocast
+from manual_bp._net import Layer, read, require_cost
 from manual_bp.costs._cost import Cost
-from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
-from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
-from manual_bp.layers.linear import Linear, linear
-from manual_bp.layers.linear_sigmoid import LinearSigmoid
-from manual_bp.layers.sigmoid import Sigmoid
+from manual_bp.layers.linear import linear
 from manual_bp.trace import Call, LayerTrace, Trace
 
 
@@ -57,7 +53,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
         ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
             or the cost is not reduced.
     """
-    input_activations, layers = _read(net)
+    input_activations, layers = read(net)
     _check(x, layers[0], cost)
 
     last = len(layers)
@@ -114,23 +110,6 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
     )
 
 
-class _Layer(NamedTuple):
-    """A linear layer, and the activations up to the next one: none, one, or a composition."""
-
-    name: str
-    w: nn.Parameter
-    b: nn.Parameter | None
-    activations: list[Activation]
-
-    @property
-    def learns_w(self) -> bool:
-        return self.w.requires_grad
-
-    @property
-    def learns_b(self) -> bool:
-        return self.b is not None and self.b.requires_grad
-
-
 def _sigma(activations: Sequence[Activation], z: Tensor) -> Tensor:
     for activation in activations:
         z = activation.forward(z)
@@ -159,96 +138,9 @@ def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor 
     return None if parameter is None or grad is None else grad.to(parameter.dtype)
 
 
-def _read(net: nn.Sequential) -> tuple[list[Activation], list[_Layer]]:
-    """The activations before the first linear layer (seldom any), and the layers."""
-    if not has_formula_of(nn.Sequential, net):
-        raise TypeError(
-            f"net must be an nn.Sequential of linear layers and activations; "
-            f"got {type(net).__name__}"
-        )
-    _refuse_hooks("net", net)
-    input_activations: list[Activation] = []
-    layers: list[_Layer] = []
-    # Not named_children(), which passes over a module that occurs a second time.
-    for name, module in net._modules.items():
-        place = f"net[{name!r}]"
-        if is_kind_of(Linear, module):
-            layers.append(_linear_layer(place, name, module, layers))
-        elif has_formula_of(LinearSigmoid, module):
-            layers.append(_linear_layer(place, name, module, layers))
-            layers[-1].activations.append(_activation(place, Sigmoid()))
-        elif not has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
-            activations = layers[-1].activations if layers else input_activations
-            activations.append(_activation(place, module))
-        _refuse_hooks(place, module)
-    if not layers:
-        raise ValueError(f"net must hold at least one linear layer; got {len(net)} modules, none")
-    return input_activations, layers
-
-
-def _linear_layer(place: str, name: str, module: Any, below: Sequence[_Layer]) -> _Layer:
-    w = _parameter(f"{place}.weight", module.weight)
-    b = None if module.bias is None else _parameter(f"{place}.bias", module.bias)
-    if b is not None:
-        _require.like(f"{place}.bias", b, f"{place}.weight", w)
-    if below:
-        _require.like(f"{place}.weight", w, f"net[{below[-1].name!r}].weight", below[-1].w)
-    if below and below[-1].w.shape[0] != w.shape[1]:
-        raise ValueError(
-            f"{place} must take the {below[-1].w.shape[0]} outputs of net[{below[-1].name!r}]; "
-            f"got in_features={w.shape[1]}"
-        )
-    return _Layer(name, w, b, [])
-
-
-def _parameter(place: str, value: Tensor) -> nn.Parameter:
-    if is_lazy(value):
-        raise TypeError(f"{place} must be initialised; got a lazy one that has seen no input yet")
-    if not isinstance(value, nn.Parameter):
-        raise TypeError(
-            f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
-            f"weight norm), which backprop has no gradients for"
-        )
-    if value._backward_hooks or value._post_accumulate_grad_hooks:
-        raise TypeError(f"{place} must have no hooks, which backprop would not run; got some")
-    return value
-
-
-def _activation(place: str, module: Any) -> Activation:
-    for ours in ACTIVATIONS:
-        if is_kind_of(ours, module):
-            # One that writes over nothing, since the trace keeps z.
-            return cast("Activation", as_ours(ours, module))
-    known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
-    raise TypeError(
-        f"{place} must be a Linear, LinearSigmoid or an activation ({known}), of manual_bp or "
-        f"torch.nn; "
-        f"got {type(module).__name__}"
-    )
-
-
-def _refuse_hooks(place: str, module: nn.Module) -> None:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        raise TypeError(
-            f"{place} must have no hooks, which backprop would not run; "
-            f"got a {type(module).__name__} with hooks"
-        )
-
-
-def _check(x: Tensor, first: _Layer, cost: Cost) -> None:
+def _check(x: Tensor, first: Layer, cost: Cost) -> None:
     _require.real("x", x)
     x, w = autocast(x, first.w)
     _require.like("x", x, f"net[{first.name!r}].weight", w)
     _require.components("x", x, w.shape[1], f"the in_features of net[{first.name!r}]")
-    if not isinstance(cost, Cost):
-        raise TypeError(
-            f"cost must be a manual_bp.Cost, such as QuadraticCost(); got {type(cost).__name__}"
-        )
-    _refuse_hooks("cost", cost)
-    if cost.reduction == "none":
-        raise ValueError("cost must be reduced by 'mean' or 'sum'; got reduction='none'")
+    require_cost(cost)

@@ -8,6 +8,8 @@ counts as one sample. The notes tell three things apart, and so does `reduction`
     "sum"   the total, Σ_x C_x, shape ()
 """
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -28,7 +30,13 @@ def reduce_losses(losses: Tensor, reduction: Reduction) -> Tensor:
 
 def reduce_gradient(gradient: Tensor, reduction: Reduction) -> Tensor:
     """∇C from the rows ∇C_x: under "mean" each sample has the weight 1/n, otherwise 1."""
-    return gradient / gradient.shape[:-1].numel() if reduction == "mean" else gradient
+    return gradient / math.prod(gradient.shape[:-1]) if reduction == "mean" else gradient
+
+
+def share(output: Tensor, reduction: Reduction) -> float:
+    """What each sample's loss counts for in C: 1/n under "mean", otherwise 1."""
+    samples = math.prod(output.shape[:-1])
+    return 1 / samples if reduction == "mean" and samples else 1.0
 
 
 def checked_pair(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +75,28 @@ class Cost(nn.Module):
     def gradient(self, output: Tensor, y: Tensor) -> Tensor:
         """∂C/∂output, shaped as output, of the reduced cost; under "none", a loss a row."""
         raise NotImplementedError(f"{type(self).__name__} must define gradient(output, y)")
+
+    def in_place(self, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C and ∂C/∂output in the memory of delta: what a `TrainingStep` calls.
+
+        A cost may define this anew, to need no temporaries.
+
+        Args:
+            output: The buffer that outputs will stand in, (..., components).
+            delta: Where the gradient is to go, contiguous, shaped as output.
+
+        Returns:
+            A call, made where autograd records nothing, which from targets y fills delta and
+            returns C; and a share: ∂C/∂output is what is in delta times that. (Whoever updates by
+            δ multiplies by a learning rate anyway.)
+        """
+
+        def error_(y: Tensor) -> Tensor:
+            delta.copy_(self.gradient(output, y))
+            cost: Tensor = self(output, y)
+            return cost.detach()
+
+        return error_, 1.0
 
     def extra_repr(self) -> str:
         """The reduction, unless it is the default."""

@@ -1,5 +1,6 @@
 """The cross-entropy of sigmoid outputs, as a function of z, where σ' cancels: δ = a − y."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -18,6 +19,7 @@ from manual_bp.costs._cost import (
     checked_pair,
     reduce_gradient,
     reduce_losses,
+    share,
 )
 
 
@@ -138,3 +140,13 @@ class SigmoidCrossEntropyCost(Cost):
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """δ^L = ∂C/∂z, shaped as z."""
         return sigmoid_cross_entropy_gradient(*checked_pair("z", z, y), self.reduction)
+
+    def in_place(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C, and a − y in the memory of delta: see `Cost.in_place`."""
+
+        def error_(y: Tensor) -> Tensor:
+            cost: Tensor = self(z, y).detach()
+            torch.sigmoid(z, out=delta).sub_(y)  # BP1: δ = a − y
+            return cost
+
+        return error_, share(z, self.reduction)

@@ -1,5 +1,6 @@
 """The cross-entropy of softmax outputs, as a function of z: again δ = a − y."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -17,6 +18,7 @@ from manual_bp.costs._cost import (
     checked_pair,
     reduce_gradient,
     reduce_losses,
+    share,
 )
 
 
@@ -168,3 +170,19 @@ class SoftmaxCrossEntropyCost(Cost):
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """δ^L = ∂C/∂z, shaped as z."""
         return softmax_cross_entropy_gradient(*_checked(z, y), self.reduction)
+
+    def in_place(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C, and a − y in the memory of delta: see `Cost.in_place`."""
+        minus_one = delta.new_full((), -1)
+
+        def error_(y: Tensor) -> Tensor:
+            cost: Tensor = self(z, y).detach()
+            torch.softmax(z, -1, out=delta)
+            if y.is_floating_point():
+                delta.mul_(y.sum(-1, keepdim=True)).sub_(y)  # BP1: δ = a − y
+            else:
+                index = y.long().unsqueeze(-1)
+                delta.scatter_add_(-1, index, minus_one.expand(index.shape))  # BP1: δ = a − y
+            return cost
+
+        return error_, share(z, self.reduction)

@@ -1,5 +1,6 @@
 """The layers, one a file: Function, functional call and nn.Module together."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +30,14 @@ class Activation(Protocol):
 
     def prime_of_z(self, z: Tensor) -> Tensor:
         """Compute σ'(z) from z: 0 where σ is flat, and nowhere else, however close it comes."""
+        ...
+
+    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """Two calls for one buffer, sigma_ and times_prime_, what they need beside it made once.
+
+        sigma_() turns z, which stands in the buffer, into a = σ(z). times_prime_(grad_a) turns
+        grad_a, shaped as a, into grad_a ⊙ σ'(z), and may leave anything in the buffer.
+        """
         ...
 
 

@@ -1,5 +1,7 @@
 """The leaky ReLU: a = z, or a small share s of it below 0, with σ'(z) for BP1 and BP2."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +136,17 @@ class LeakyReLU(nn.LeakyReLU):
     def prime_of_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, shaped as z."""
         return leaky_relu_prime(z, self.negative_slope)  # a > 0 just where z > 0
+
+    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+        slope = self.negative_slope
+
+        def times_prime_(grad_a: Tensor) -> None:
+            is_off = a <= 0
+            torch.mul(grad_a, slope, out=a)
+            torch.where(is_off, a, grad_a, out=grad_a)  # BP1, BP2: the factor ⊙ σ'(z)
+
+        return partial(F.leaky_relu_, a, slope), times_prime_
 
     @property
     def slopes(self) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """The ReLU layer: a = max(0, z), with the factor σ'(z) of BP1 and BP2."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,3 +122,11 @@ class ReLU(nn.ReLU):
     def prime_of_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, shaped as z; 0 where the neuron is off."""
         return relu_prime(z)  # a > 0 just where z > 0
+
+    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+
+        def times_prime_(grad_a: Tensor) -> None:
+            grad_a.masked_fill_(a <= 0, 0)  # BP1, BP2: the factor ⊙ σ'(z)
+
+        return partial(torch.relu_, a), times_prime_

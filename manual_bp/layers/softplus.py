@@ -1,5 +1,6 @@
 """The softplus layer: a = ln(1 + e^z), with the factor σ'(z) of BP1 and BP2."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,3 +151,19 @@ class Softplus(nn.Softplus):
         """σ'(z) from z, whatever the threshold, and never 0; shaped as z."""
         prime = softplus_prime_of_z(z, self.beta, self.threshold)
         return prime.clamp(min=torch.finfo(z.dtype).tiny)
+
+    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+        _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
+        beta, threshold = self.beta, self.threshold
+        softplus_into: Any = F.softplus  # says the schema, though not the type
+
+        def sigma_() -> None:
+            softplus_into(a, beta, threshold, out=a)
+
+        def times_prime_(grad_a: Tensor) -> None:
+            is_line = a.mul_(beta) > threshold
+            prime = a.neg_().expm1_().neg_().masked_fill_(is_line, 1)
+            grad_a.mul_(prime)  # BP1, BP2: the factor ⊙ σ'(z)
+
+        return sigma_, times_prime_

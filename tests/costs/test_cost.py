@@ -287,3 +287,40 @@ def test_a_cost_of_ones_own_must_say_both_things() -> None:
         Unfinished()(output, output)
     with pytest.raises(NotImplementedError, match=r"Unfinished must define gradient\(output, y\)"):
         Unfinished().gradient(output, output)
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(5, 3), (3,), (2, 4, 3), (0, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_in_place_is_the_same(
+    case: Case, reduction: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    cost = case.cost(reduction)
+    output = torch.empty(shape, dtype=dtype, device=device)
+    delta = torch.empty_like(output)
+    error_, share = cost.in_place(output, delta)
+    for _ in range(2):
+        output.copy_(torch.rand(shape))
+        y = case.targets(output)
+        with torch.no_grad():
+            found = error_(y)
+        eps = torch.finfo(dtype).eps
+        expected_cost = cost(output, y)
+        torch.testing.assert_close(found, expected_cost, rtol=8 * eps, atol=8 * eps, equal_nan=True)
+        expected = cost.gradient(output, y)
+        torch.testing.assert_close(delta * share, expected, rtol=8 * eps, atol=eps)
+
+
+def test_a_cost_of_ones_own_needs_nothing_more() -> None:
+    class Absolute(Cost):
+        def forward(self, output: Tensor, y: Tensor) -> Tensor:
+            return (output - y).abs().sum()
+
+        def gradient(self, output: Tensor, y: Tensor) -> Tensor:
+            return (output - y).sign()
+
+    output, delta = torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2)
+    error_, share = Absolute("sum").in_place(output, delta)
+    assert error_(torch.zeros(1, 2)).item() == 3
+    assert (delta.tolist(), share) == ([[1, -1]], 1)

@@ -28,6 +28,7 @@ from manual_bp import (
 from manual_bp.layers import ACTIVATIONS
 from tests.helpers import (
     LAYOUTS,
+    Operations,
     assert_gradchecks,
     assert_matches,
     assert_no_derivative_kernel,
@@ -307,3 +308,53 @@ def test_sigma_prime_of_z_where_a_does_not_tell_it() -> None:
     z = torch.tensor([-1.0, 0.5, 1.5])
     assert_same([module.prime_of_z(z)], [torch.tensor([0.26894142, 0.62245933, 1.0])], rtol=1e-6)
     assert module.prime_of_z(torch.tensor(-500.0)) > 0
+
+
+EXTREMES = [0.0, -0.0, 1e-30, 0.3, -0.3, 5.0, -5.0, 12.0, -12.0, 16.5, -16.5, 40.0, -40.0, 100.0]
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_in_place_is_the_same(kind: Activation, dtype: torch.dtype, device: torch.device) -> None:
+    """σ is bit for bit that of forward; grad_a ⊙ σ' is prime's, rounded at most once more."""
+    module = kind.module()
+    z = torch.cat([sample(30, device=device), torch.tensor(EXTREMES, device=device).double()])
+    z = z.to(dtype).view(4, 11)
+    grad_a = sample(4, 11, device=device).to(dtype)
+    a = module(z)
+    expected = (grad_a.double() * module.prime(a).double()).to(dtype)
+    buffer, delta = z.clone(), grad_a.clone()
+    sigma_, times_prime_ = module.in_place(buffer)
+    for _ in range(2):  # the calls may be used again
+        buffer.copy_(z)
+        delta.copy_(grad_a)
+        sigma_()
+        assert torch.equal(buffer, a)
+        times_prime_(delta)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(delta, expected, rtol=3 * eps, atol=0)
+
+
+@every_activation
+def test_in_place_needs_no_derivative_kernel(kind: Activation) -> None:
+    a = sample(3, 4, device=torch.device("cpu"))
+    sigma_, times_prime_ = kind.module().in_place(a)
+    operations = Operations()
+    with operations:
+        sigma_()
+        times_prime_(torch.ones_like(a))
+    assert operations.names
+    assert not [name for name in operations.names if name.endswith("_backward")]
+
+
+def test_infinite_errors_stay_out_in_place_where_a_relu_is_off() -> None:
+    a = torch.tensor([0.0, 2.0])
+    _, times_prime_ = ReLU().in_place(a)
+    delta = torch.tensor([math.inf, math.inf])
+    times_prime_(delta)
+    assert delta.tolist() == [0, math.inf]
+
+
+def test_a_softplus_that_does_not_tell_is_refused_in_place() -> None:
+    with pytest.raises(ValueError, match=r"threshold must be at least 20\.0; got 5"):
+        Softplus(1, 5).in_place(torch.zeros(2))

@@ -1,0 +1,131 @@
+"""The networks that the explicit algorithm knows: linear layers and activations in a Sequential."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from manual_bp import _require
+from manual_bp.costs._cost import Cost
+from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
+from manual_bp.layers.linear import Linear
+from manual_bp.layers.linear_sigmoid import LinearSigmoid
+from manual_bp.layers.sigmoid import Sigmoid
+
+
+class Layer(NamedTuple):
+    """A linear layer, and the activations up to the next one: none, one, or a composition."""
+
+    name: str
+    module: nn.Module
+    w: nn.Parameter
+    b: nn.Parameter | None
+    activations: list[Activation]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """w, and b if there is one, by their names in the network's state_dict."""
+        named = {f"{self.name}.weight": self.w, f"{self.name}.bias": self.b}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def learns_w(self) -> bool:
+        return self.w.requires_grad
+
+    @property
+    def learns_b(self) -> bool:
+        return self.b is not None and self.b.requires_grad
+
+
+def read(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
+    """The activations before the first linear layer (seldom any), and the layers."""
+    if not has_formula_of(nn.Sequential, net):
+        raise TypeError(
+            f"net must be an nn.Sequential of linear layers and activations; "
+            f"got {type(net).__name__}"
+        )
+    _refuse_hooks("net", net)
+    input_activations: list[Activation] = []
+    layers: list[Layer] = []
+    # Not named_children(), which passes over a module that occurs a second time.
+    for name, module in net._modules.items():
+        place = f"net[{name!r}]"
+        if is_kind_of(Linear, module):
+            layers.append(_linear_layer(place, name, module, layers))
+        elif has_formula_of(LinearSigmoid, module):
+            layers.append(_linear_layer(place, name, module, layers))
+            layers[-1].activations.append(_activation(place, Sigmoid()))
+        elif not has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
+            activations = layers[-1].activations if layers else input_activations
+            activations.append(_activation(place, module))
+        _refuse_hooks(place, module)
+    if not layers:
+        raise ValueError(f"net must hold at least one linear layer; got {len(net)} modules, none")
+    return input_activations, layers
+
+
+def _linear_layer(place: str, name: str, module: Any, below: Sequence[Layer]) -> Layer:
+    w = _parameter(f"{place}.weight", module.weight)
+    b = None if module.bias is None else _parameter(f"{place}.bias", module.bias)
+    if b is not None:
+        _require.like(f"{place}.bias", b, f"{place}.weight", w)
+    if below:
+        _require.like(f"{place}.weight", w, f"net[{below[-1].name!r}].weight", below[-1].w)
+    if below and below[-1].w.shape[0] != w.shape[1]:
+        raise ValueError(
+            f"{place} must take the {below[-1].w.shape[0]} outputs of net[{below[-1].name!r}]; "
+            f"got in_features={w.shape[1]}"
+        )
+    return Layer(name, module, w, b, [])
+
+
+def _parameter(place: str, value: Tensor) -> nn.Parameter:
+    if is_lazy(value):
+        raise TypeError(f"{place} must be initialised; got a lazy one that has seen no input yet")
+    if not isinstance(value, nn.Parameter):
+        raise TypeError(
+            f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
+            f"weight norm), which has no gradient of its own"
+        )
+    if value._backward_hooks or value._post_accumulate_grad_hooks:
+        raise TypeError(f"{place} must have no hooks, which would not run; got some")
+    return value
+
+
+def _activation(place: str, module: Any) -> Activation:
+    for ours in ACTIVATIONS:
+        if is_kind_of(ours, module):
+            # One whose call writes over nothing, since a trace keeps z.
+            return cast("Activation", as_ours(ours, module))
+    known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
+    raise TypeError(
+        f"{place} must be a Linear, LinearSigmoid or an activation ({known}), of manual_bp or "
+        f"torch.nn; "
+        f"got {type(module).__name__}"
+    )
+
+
+def _refuse_hooks(place: str, module: nn.Module) -> None:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        raise TypeError(
+            f"{place} must have no hooks, which would not run; "
+            f"got a {type(module).__name__} with hooks"
+        )
+
+
+def require_cost(cost: object) -> None:
+    """Refuse anything but a reduced cost without hooks."""
+    if not isinstance(cost, Cost):
+        raise TypeError(
+            f"cost must be a manual_bp.Cost, such as QuadraticCost(); got {type(cost).__name__}"
+        )
+    _refuse_hooks("cost", cost)
+    if cost.reduction == "none":
+        raise ValueError("cost must be reduced by 'mean' or 'sum'; got reduction='none'")

@@ -1,0 +1,78 @@
+"""A training step in a CUDA graph: captured once, launched as one."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manual_bp import _require
+from manual_bp.training_step._pass import Pass
+
+if TYPE_CHECKING:
+    from manual_bp.training_step._training_step import TrainingStep
+
+
+class CapturedStep:
+    """One step of gradient descent for batches of one shape: what `TrainingStep.cuda_graph` makes.
+
+    Called as a TrainingStep is; a batch is copied to where the graph reads it. The learning rate
+    is that of the TrainingStep at the time, in the parameters' dtype.
+
+    Updates that a graph makes go unseen by autograd: it will not notice that a weight which it
+    saved before has changed since.
+    """
+
+    def __init__(self, step: "TrainingStep", run: Pass, x: Tensor, y: Tensor) -> None:
+        self._step, self._run = step, run
+        self._x, self._y = x.detach().clone(), y.detach().clone()
+        self._lr = torch.full((), step.lr, dtype=x.dtype, device=x.device)
+        self._lr_there = step.lr
+        self._addresses = [tensor.data_ptr() for tensor in run.state]
+        with torch.no_grad(), torch.cuda.device(x.device):
+            self._warm_up()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._cost = run(self._rows, self._y, self._lr)
+
+    @property
+    def _rows(self) -> Tensor:
+        return self._x.view(-1, self._x.shape[-1])
+
+    def _warm_up(self) -> None:
+        """Let libraries make what they need at a first call, which must not happen in a capture."""
+        before = [tensor.clone() for tensor in self._run.state]
+        stream: Any = torch.cuda.Stream  # untyped
+        stream = stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._run(self._rows, self._y, self._lr)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(self._run.state, before, strict=True):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step of gradient descent on a batch; returns the cost before it, shape ().
+
+        Args:
+            x: Inputs, of the shape, dtype and device captured.
+            y: Targets, likewise.
+
+        Raises:
+            TypeError, ValueError: x or y is not like the one captured.
+            RuntimeError: A parameter or velocity has moved since; the graph would update what was
+                there before.
+        """
+        for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
+            _require.like(name, value, f"the captured {name}", captured)
+            _require.shape(name, value, captured.shape, "that of the one captured")
+        if [tensor.data_ptr() for tensor in self._run.state] != self._addresses:
+            raise RuntimeError("the parameters must stay where they were captured; capture again")
+        self._x.copy_(x)
+        self._y.copy_(y)
+        if self._step.lr != self._lr_there:
+            self._lr.fill_(self._step.lr)
+            self._lr_there = self._step.lr
+        self._graph.replay()
+        return self._cost.clone()

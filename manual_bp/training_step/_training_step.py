@@ -1,0 +1,379 @@
+"""A network, its cost and its learning rate: all that one step of training needs, kept ready."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn, strided
+from torch.export import ExportedProgram
+
+from manual_bp import _net, _require
+from manual_bp._function import any_autocast_is_on, below_autograd
+from manual_bp.costs._cost import Cost
+from manual_bp.layers import Activation
+from manual_bp.training_step import _export
+from manual_bp.training_step._captured import CapturedStep
+from manual_bp.training_step._pass import Allocate, Descent, Pass, with_values
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Of how many shapes of x a pass is kept: it is mere views, but there may be ever more of them.
+MOST_PASSES = 100
+
+
+class TrainingStep:
+    """Backpropagation and gradient descent in one, in place, at the speed of the products in it.
+
+        step = TrainingStep(net, QuadraticCost(), lr=3.0)
+        for x, y in batches:
+            cost = step(x, y)
+
+    does what `cost = QuadraticCost()(net(x), y)`, `cost.backward()` and a step of
+    `torch.optim.SGD(net.parameters(), lr)` do, up to rounding, without a graph and without
+    gradients: `.grad` is neither read nor written.
+
+    Args:
+        net: As `backprop` takes it: linear layers and activations, ours or `torch.nn`'s own, or
+            `LinearSigmoid`s, in an `nn.Sequential`; no parameter in two places. Its parameters are
+            updated where they are, so it can be used and saved between any two steps. Frozen ones
+            stay as they are.
+        cost: A `Cost` reduced by "mean" or "sum".
+        lr: The learning rate η, at least 0.
+        momentum: μ, at least 0.
+        weight_decay: λ, at least 0; for weights and biases alike.
+
+    Attributes:
+        net, cost, momentum, weight_decay: As given.
+        lr: As given. It may be set anew between any two steps, as schedules do.
+
+    A step, in the formulas of SGD, of each parameter p with the gradient g of the cost:
+
+        p ← p − η (g + λ p)                            without momentum
+        v ← μ v + g + λ p,  then  p ← p − η v          with momentum, from v = 0 on
+
+    Memory beside the parameters, and the velocities v under momentum: the activations of the
+    largest batch so far, and two δ, each as wide as a layer. They are made at the first batch,
+    and again at a larger one.
+
+    Two threads must not call it at once. What is changed in the network's structure later, hooks
+    included, it does not see; of parameters it does (see `__call__`).
+
+    Raises:
+        TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
+            not of float16, bfloat16, float32 or float64.
+        ValueError: The sizes do not fit each other, a parameter stands in two places, the cost is
+            not reduced, a number is below 0, or a Softplus has a threshold below 20.
+
+    Source: Nielsen, Neural Networks and Deep Learning, chapter 2 for the algorithm, chapter 3 for
+    momentum and weight decay.
+    """
+
+    def __init__(
+        self,
+        net: nn.Sequential,
+        cost: Cost,
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        _net.require_cost(cost)
+        self.net, self.cost, self.lr = net, cost, lr
+        self._descent = Descent(
+            _not_negative("momentum", momentum), _not_negative("weight_decay", weight_decay)
+        )
+        self._velocities: dict[str, Tensor] = {}
+        self._forget()
+        self._read()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate η."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = _not_negative("lr", value)
+
+    @property
+    def momentum(self) -> float:
+        """How much of a velocity is kept, μ."""
+        return self._descent.momentum
+
+    @property
+    def weight_decay(self) -> float:
+        """How strongly parameters are drawn to 0, λ."""
+        return self._descent.weight_decay
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step of gradient descent on a batch.
+
+        Args:
+            x: Inputs, shape (N, in); also (in,) and (..., in). Of the parameters' dtype, on their
+                device.
+            y: Targets, as the cost wants them.
+
+        Returns:
+            The cost of the batch before the step, shape (), of no graph; a tensor of its own, and
+            for an accelerator nothing is waited for.
+
+        Raises:
+            TypeError, ValueError: x or y does not fit; nothing has been updated then.
+            RuntimeError: autocast is on.
+        """
+        for parameters, name, parameter, learns, address in self._held:
+            if (
+                parameters.get(name) is not parameter
+                or parameter.requires_grad is not learns
+                or parameter.data_ptr() != address
+            ):
+                self._forget()
+                break
+        if any_autocast_is_on():
+            raise RuntimeError(
+                "a TrainingStep must be called outside of autocast; it trains in the dtype of its "
+                "parameters"
+            )
+        run = self._passes.get(x.shape) if self._fits(x) else None
+        if run is None:
+            run = self._prepare(x)
+        with self._guard():
+            return run(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), y, self._lr)
+
+    def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
+        """The step captured for batches of one shape: all its kernels in one launch.
+
+        Args:
+            x: A batch on a CUDA device, of the shape that all are to have.
+            y: Its targets. The batch is not learned from.
+
+        Returns:
+            What is called as this is. It updates the same parameters and velocities, by the `lr`
+            that this has at the time. Parameters must stay where they are, frozen or not.
+
+        Raises:
+            TypeError, ValueError: x or y does not fit, or is not on a CUDA device.
+        """
+        _check(x, self._read()[1][0])
+        if x.device.type != "cuda":
+            raise ValueError(f"x must be on a CUDA device to be captured; got {x.device}")
+        run = self._make_pass(x.shape[:-1], _fresh(x))
+        return CapturedStep(self, run, x, y)
+
+    def export(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
+        """Write the step as a `torch.export` program, which needs neither this nor its network.
+
+            program = torch.export.load(path).module()
+            cost, parameters = program(x, y, lr, parameters)
+
+        with x (N, in) of any N, lr a tensor of shape () in the parameters' dtype, and parameters a
+        dict by the names of `net.state_dict()`. With momentum, a dict of velocities, at first all
+        0, goes in and comes out last. Nothing is changed in place. Which parameters are frozen is
+        settled here.
+
+        Args:
+            path: Where to; a file that is there is replaced, once the new one is whole.
+            y: A target like those to come, of any number of samples, if it is not of the output's
+                shape and dtype, as with class indices.
+
+        Raises:
+            TypeError, ValueError: y does not suit the cost.
+            FileNotFoundError: path leads into no folder.
+        """
+        _export.require_folder(path)
+        _export.save_program(self._program(y), path)
+
+    def export_onnx(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
+        """Write the step as an ONNX model, with which an inference runtime can train.
+
+        Inputs are x, y, lr, and each parameter by its name in `net.state_dict()`; outputs are
+        cost, and the new value of each as new.<name>. With momentum, velocity.<name> goes in as
+        well, at first all 0, and new.velocity.<name> comes out. Shapes are as for `export`.
+
+        Needs the extra `onnx`.
+
+        Args:
+            path: Where to; a file that is there is replaced, once the new one is whole.
+            y: A target like those to come: see `export`.
+
+        Raises:
+            TypeError, ValueError: y does not suit the cost.
+            FileNotFoundError: path leads into no folder.
+            ImportError: What the extra installs is missing.
+        """
+        _export.require_folder(path)
+        program = self._program(y)
+        velocities = self._velocities if self.momentum else {}
+        names = [*self._parameters(), *(f"velocity.{name}" for name in velocities)]
+        _export.save_onnx(program, names, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save beside `net.state_dict()` to go on later as if nothing had been.
+
+        The numbers by their names, and velocities by the names of their parameters, as copies.
+        """
+        return {
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "velocities": {name: v.clone() for name, v in self._velocities.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            KeyError: Something is missing, or a velocity belongs to no parameter of net.
+            TypeError, ValueError: A number is none, or a velocity is not shaped as its parameter.
+        """
+        lr = _not_negative("lr", state["lr"])
+        descent = Descent(*(_not_negative(n, state[n]) for n in ("momentum", "weight_decay")))
+        parameters = self._parameters()
+        velocities = {}
+        for name, velocity in state["velocities"].items():
+            if name not in parameters:
+                raise KeyError(f"velocities: net has no parameter {name!r}")
+            _require.real(f"velocities[{name!r}]", velocity)
+            _require.shape(
+                f"velocities[{name!r}]", velocity, parameters[name].shape, "its parameter's"
+            )
+            velocities[name] = velocity.clone()
+        self.lr, self._descent, self._velocities = lr, descent, velocities
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the buffers: in a copy, their calls would go on writing to those of the original.
+        own = ("net", "cost", "_lr", "_descent", "_velocities")
+        return {name: vars(self)[name] for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainingStep(net={self.net!r}, cost={self.cost!r}, lr={self.lr}, "
+            f"momentum={self.momentum}, weight_decay={self.weight_decay})"
+        )
+
+    def _read(self) -> tuple[list[Activation], list[_net.Layer]]:
+        """The network as it is now, its velocities made; refuse what cannot be trained."""
+        input_activations, layers = _net.read(self.net)
+        _require_trainable(layers)
+        for name, parameter in _named(layers).items():
+            velocity = self._velocities.get(name)
+            if velocity is not None and velocity.shape == parameter.shape:
+                self._velocities[name] = velocity.to(parameter)  # where the network has moved to
+            elif self.momentum and parameter.requires_grad:
+                self._velocities[name] = torch.zeros_like(parameter, requires_grad=False)
+        return input_activations, layers
+
+    def _forget(self) -> None:
+        """Let go of all buffers."""
+        self._passes: dict[torch.Size, Pass] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._capacity = 0
+        self._dtype: torch.dtype | None = None
+        self._device: torch.device | None = None
+        self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, int]] = []
+        # A cost of the user's own may ask autograd for its gradient.
+        is_ours = type(self.cost).in_place is not Cost.in_place
+        self._guard: Any = below_autograd if is_ours else torch.no_grad
+
+    def _fits(self, x: Any) -> bool:
+        """Whether the passes at hand are for x, but perhaps for its shape."""
+        return (
+            isinstance(x, Tensor)
+            and x.dtype is self._dtype
+            and x.device == self._device
+            and x.layout is strided
+            and not x.is_nested
+        )
+
+    def _prepare(self, x: Tensor) -> Pass:
+        """A pass for x, kept for all batches of its shape."""
+        _, layers = self._read()
+        _check(x, layers[0])
+        samples = prod(x.shape[:-1])
+        if not self._fits(x) or samples > self._capacity or len(self._passes) == MOST_PASSES:
+            self._forget()
+            self._dtype, self._device, self._capacity = x.dtype, x.device, samples
+        self._held = [
+            (layer.module._parameters, name.rpartition(".")[2], p, p.requires_grad, p.data_ptr())
+            for layer in layers
+            for name, p in layer.parameters.items()
+        ]
+        self._widest = max(len(layer.w) for layer in layers)
+        run = self._make_pass(x.shape[:-1], partial(self._buffer, samples))
+        self._passes[x.shape] = run
+        return run
+
+    def _buffer(self, samples: int, name: str, columns: int) -> Tensor:
+        """The first rows of a buffer that the largest batch fits into."""
+        if name not in self._memory:
+            most = self._widest if name.startswith("delta") else columns
+            self._memory[name] = torch.empty(
+                self._capacity * most, dtype=self._dtype, device=self._device
+            )
+        return self._memory[name][: samples * columns].view(samples, columns)
+
+    def _make_pass(self, samples: torch.Size, allocate: Allocate) -> Pass:
+        input_activations, layers = self._read()
+        own = with_values(layers, _named(layers), self._velocities if self.momentum else {})
+        with torch.inference_mode(False), torch.no_grad():
+            return Pass(own, input_activations, self.cost, self._descent, samples, allocate)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return _named(self._read()[1])
+
+    def _program(self, y: Tensor | None) -> ExportedProgram:
+        function = _export.Function(*self._read(), self.cost, self._descent)
+        velocities = self._velocities if self.momentum else {}
+        return _export.as_program(function, self._parameters(), velocities, y)
+
+
+def _named(layers: Sequence[_net.Layer]) -> dict[str, nn.Parameter]:
+    return {name: p for layer in layers for name, p in layer.parameters.items()}
+
+
+def _fresh(like: Tensor) -> Allocate:
+    """Makes a new buffer each time, for as many samples as there are in x."""
+    samples = prod(like.shape[:-1])
+    return lambda _, columns: like.new_empty(samples, columns)
+
+
+def _check(x: Tensor, first: _net.Layer) -> None:
+    name = f"net[{first.name!r}]"
+    _require.real("x", x)
+    _require.like("x", x, f"{name}.weight", first.w)
+    _require.components("x", x, first.w.shape[1], f"the in_features of {name}")
+
+
+def _require_trainable(layers: Sequence[_net.Layer]) -> None:
+    places: dict[int, str] = {}
+    for name, parameter in _named(layers).items():
+        if type(parameter.data) is not Tensor:
+            kind = type(parameter.data).__name__
+            raise TypeError(f"{name} of net must be a plain tensor; got {kind}")
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} of net must be of float16, bfloat16, float32 or float64; "
+                f"got {parameter.dtype}"
+            )
+        other = places.setdefault(parameter.data_ptr(), name)
+        if other != name and parameter.numel() and not parameter.is_meta:
+            raise ValueError(
+                f"{name} of net must be in no other place, for the update in one place would come "
+                f"before BP2 has read it in the other; got the parameter that is {other} as well"
+            )
+    for activation in (a for layer in layers for a in layer.activations):
+        activation.in_place(torch.empty(0))  # refuses an activation whose a says not what σ' is
+
+
+def _not_negative(name: str, value: object) -> float:
+    number = _require.number(name, value)
+    _require.at_least(name, number, 0)
+    return number

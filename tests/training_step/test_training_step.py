@@ -1,0 +1,705 @@
+import copy
+import gc
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from manual_bp import (
+    Cost,
+    LeakyReLU,
+    Linear,
+    LinearSigmoid,
+    QuadraticCost,
+    ReLU,
+    Sigmoid,
+    SigmoidCrossEntropyCost,
+    SoftmaxCrossEntropyCost,
+    Softplus,
+    Tanh,
+    TrainingStep,
+)
+from manual_bp.training_step._training_step import MOST_PASSES
+from tests.helpers import LAYOUTS, Operations
+from tests.test_backprop import (
+    DELTA1,
+    DELTA2,
+    GRAD_W1,
+    GRAD_W2,
+    LOSSES,
+    X,
+    Y,
+    hand_worked_net,
+    tensor,
+)
+from tests.training_step.networks import (
+    ACTIVATIONS,
+    COSTS,
+    Reference,
+    assert_follows,
+    batch,
+    network,
+    values,
+)
+
+DESCENTS: list[dict[str, float]] = [
+    {},
+    {"momentum": 0.9},
+    {"weight_decay": 0.1},
+    {"momentum": 0.8, "weight_decay": 0.05},
+]
+
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
+every_descent = pytest.mark.parametrize(
+    "descent", DESCENTS, ids=lambda d: "+".join(d) if d else "plain"
+)
+
+
+@pytest.mark.parametrize(("reduction", "weight"), [("mean", 0.5), ("sum", 1.0)])
+def test_a_hand_worked_step(reduction: Any, weight: float) -> None:
+    net = hand_worked_net()
+    before = values(net)
+    cost = TrainingStep(net, QuadraticCost(reduction), 0.3)(tensor(X), tensor(Y))
+    torch.testing.assert_close(cost, tensor(weight * sum(LOSSES)), rtol=1e-14, atol=0)
+    gradients = [GRAD_W1, DELTA1, GRAD_W2, DELTA2]
+    for parameter, old, gradient in zip(net.parameters(), before, gradients, strict=True):
+        expected = old - 0.3 * weight * tensor(gradient).sum(0)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-14, atol=1e-16)
+
+
+def follow(net: nn.Sequential, cost: Cost, steps: int, **descent: float) -> None:
+    """Train beside autograd and SGD, with batches of several sizes, and two learning rates."""
+    # A rounding error grows from step to step, but a wrong gradient is wrong by far more.
+    tolerances: Any = {"rtol": 1e-11, "atol": 1e-13}
+    if steps > 10:
+        tolerances = {"rtol": 1e-8, "atol": 1e-10}
+    step, reference = (
+        TrainingStep(net, cost, 0.05, **descent),
+        Reference(net, cost, 0.05, **descent),
+    )
+    takes_indices = isinstance(cost, SoftmaxCrossEntropyCost)
+    for number in range(steps):
+        if number == steps // 2:
+            step.lr = 0.02
+            reference.set_lr(0.02)
+        samples = (8, 8, 3, 11, 1)[number % 5]
+        x, y = batch(net, cost, samples, indices=takes_indices and number % 2 == 1)
+        torch.testing.assert_close(step(x, y), reference(x, y), **tolerances)
+    assert_follows(net, reference.net, **tolerances)
+
+
+@every_descent
+@every_cost
+@every_activation
+def test_a_hundred_steps_as_autograd_and_sgd(
+    activation: nn.Module, cost: Cost, descent: dict[str, float], device: torch.device
+) -> None:
+    follow(network(activation, device=device), cost, 100, **descent)
+
+
+@every_descent
+@pytest.mark.parametrize(
+    "modules",
+    [
+        lambda: [LinearSigmoid(4, 6), LinearSigmoid(6, 2, bias=False)],
+        lambda: [nn.Linear(4, 6, bias=False), nn.Linear(6, 5), nn.Tanh(), Linear(5, 2)],
+        lambda: [Linear(4, 6), Tanh(), Sigmoid(), ReLU(), nn.Identity(), Linear(6, 2), Sigmoid()],
+        lambda: [nn.ReLU(inplace=True), Sigmoid(), Linear(4, 2), LeakyReLU(0.3, True)],
+        lambda: [Linear(4, 2)],
+        lambda: [Linear(4, 1), Sigmoid(), Linear(1, 1), Sigmoid(), Linear(1, 2), Softplus()],
+    ],
+)
+def test_networks_of_other_kinds(
+    modules: Callable[[], list[nn.Module]], descent: dict[str, float], device: torch.device
+) -> None:
+    net = nn.Sequential(*modules()).double().to(device)
+    follow(net, QuadraticCost(), 10, **descent)
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from(list(LAYOUTS)),
+    st.sampled_from(COSTS),
+    st.booleans(),
+)
+def test_any_shape_and_layout(
+    sizes: list[int], samples: list[int], layout: str, cost: Cost, bias: bool
+) -> None:
+    net = network(sizes=sizes, bias=bias)
+    x, y = batch(net, cost, *samples)
+    x, y = LAYOUTS[layout](x), LAYOUTS[layout](y)
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    for _ in range(2):
+        torch.testing.assert_close(step(x, y), reference(x, y), equal_nan=True)
+    assert_follows(net, reference.net)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_weights_of_any_strides(layout: str) -> None:
+    net = network()
+    for p in net.parameters():
+        p.data = LAYOUTS[layout](p.data)
+    strides = [p.stride() for p in net.parameters()]
+    follow(net, QuadraticCost(), 5, momentum=0.5)
+    assert [p.stride() for p in net.parameters()] == strides
+
+
+@every_cost
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_step_is_as_exact_as_autograds(
+    dtype: torch.dtype, cost: Cost, device: torch.device
+) -> None:
+    """Against float64, the error is at most twice that of PyTorch's own, and one rounding.
+
+    That one is of w: a product that is added to it as it is made may add in more than one go.
+    """
+    net = network(Tanh(), (20, 30, 10), dtype=dtype, device=device)
+    if not isinstance(cost, QuadraticCost):
+        net = nn.Sequential(*list(net)[:-1])
+    x, y = batch(net, cost, 64)
+    exact = Reference(copy.deepcopy(net).double(), cost, 0.1)
+    theirs = Reference(net, cost, 0.1)
+    exact_cost, their_cost = exact(x.double(), y.double()), theirs(x, y)
+    cost_found = TrainingStep(net, cost, 0.1)(x, y)
+    least = torch.finfo(dtype).eps
+    assert error(cost_found, exact_cost) <= 2 * error(their_cost, exact_cost) + least
+    pairs = zip(net.parameters(), theirs.net.parameters(), exact.net.parameters(), strict=True)
+    for found, their, right in pairs:
+        assert found.dtype is dtype
+        assert error(found, right) <= 2 * error(their, right) + least
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    difference: float = ((found.double() - right).norm() / right.norm()).item()
+    return difference
+
+
+def test_many_losses_in_half_precision_do_not_overflow(device: torch.device) -> None:
+    net = network(sizes=(2, 100), dtype=torch.float16, device=device)
+    x = torch.zeros(3000, 2, dtype=torch.float16, device=device)
+    y = torch.full((3000, 100), 2.0, dtype=torch.float16, device=device)
+    expected = (net(x) - y).double().square().sum(-1).mean() / 2
+    found = TrainingStep(net, QuadraticCost(), 0.0)(x, y)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=2e-3, atol=0)
+
+
+def products(operations: Operations) -> int:
+    return sum(name in {"mm", "addmm", "addmm_"} for name in operations.names)
+
+
+def test_the_kernels_of_a_step(device: torch.device) -> None:
+    """3 L − 1 matrix products, everything in place, no derivative kernel."""
+    net = network(device=device)
+    step = TrainingStep(net, QuadraticCost(), 0.1)
+    x, y = batch(net, step.cost, 4)
+    step(x, y)
+    operations = Operations()
+    with operations:
+        step(x, y)
+    assert products(operations) == 3 * 3 - 1
+    assert operations.names.count("mv") == 3
+    assert not [name for name in operations.names if "backward" in name]
+    made = {name for name in operations.names if not name.endswith("_")}
+    assert made == {"addmm", "mm", "mv", "sub", "dot"}  # written into a buffer, but for the cost
+
+
+def test_what_is_frozen_stays_and_costs_nothing(device: torch.device) -> None:
+    for frozen in ([], [0], [0, 1], [0, 1, 2, 3], [4], [5], [1, 2], [0, 1, 2, 3, 4, 5]):
+        net = network(device=device)
+        parameters = list(net.parameters())
+        for index in frozen:
+            parameters[index].requires_grad_(False)
+        before = values(net)
+        cost = QuadraticCost()
+        step = TrainingStep(net, cost, 0.5, momentum=0.5, weight_decay=0.1)
+        x, y = batch(net, cost, 4)
+        if len(frozen) < 6:
+            reference = Reference(net, cost, 0.5, momentum=0.5, weight_decay=0.1)
+            for _ in range(3):
+                torch.testing.assert_close(step(x, y), reference(x, y))
+            assert_follows(net, reference.net)
+        operations = Operations()
+        with operations:
+            step(x, y)
+        lowest = next((i // 2 for i in range(6) if i not in frozen), 3)
+        learned = sum(i not in frozen for i in (0, 2, 4))
+        assert products(operations) == 3 + max(0, 2 - lowest) + learned
+        for index, (parameter, old) in enumerate(zip(parameters, before, strict=True)):
+            assert torch.equal(parameter, old) == (index in frozen)
+
+
+def test_freezing_between_steps() -> None:
+    net, cost = network(), QuadraticCost()
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    for frozen in (0, 2, 5):
+        for index, pair in enumerate(
+            zip(net.parameters(), reference.net.parameters(), strict=True)
+        ):
+            for parameter in pair:
+                parameter.requires_grad_(index != frozen)
+        x, y = batch(net, cost, 4)
+        step(x, y)
+        reference(x, y)
+        assert_follows(net, reference.net)
+
+
+def test_the_net_stays_what_it_was(device: torch.device) -> None:
+    net = network(device=device)
+    x, y = batch(net, QuadraticCost(), 4)
+    objects = [(id(p), p.data_ptr()) for p in net.parameters()]
+    QuadraticCost()(net(x), y).backward()
+    grads = [p.grad for p in net.parameters()]
+    held = [g.clone() for g in grads if g is not None]
+    x.requires_grad_()
+    y.requires_grad_()
+    cost = TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9)(x, y)
+    assert (cost.shape, cost.requires_grad, cost.grad_fn) == ((), False, None)
+    assert [(id(p), p.data_ptr()) for p in net.parameters()] == objects
+    assert all(p.requires_grad and p.is_leaf and p.grad_fn is None for p in net.parameters())
+    for parameter, grad, old in zip(net.parameters(), grads, held, strict=True):
+        assert parameter.grad is grad
+        assert torch.equal(old, grad if grad is not None else old)
+    assert x.grad is y.grad is None
+
+
+@every_cost
+def test_targets_that_want_gradients_make_no_graph(cost: Cost) -> None:
+    net = network()
+    x, y = batch(net, cost, 4)
+    assert not TrainingStep(net, cost, 0.1)(x, y.requires_grad_()).requires_grad
+
+
+def test_each_cost_is_a_tensor_of_its_own() -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.5)
+    x, y = batch(net, cost, 4)
+    first = step(x, y)
+    value = first.item()
+    assert step(x, y).item() < value == first.item()
+
+
+def test_autograd_notices_that_weights_have_changed() -> None:
+    net, cost = network(), QuadraticCost()
+    x, y = batch(net, cost, 4)
+    held = cost(net(x), y)
+    TrainingStep(net, cost, 0.1)(x, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        held.backward()
+
+
+def test_it_works_within_every_mode_of_autograd() -> None:
+    net, cost = network(), QuadraticCost()
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            x, y = batch(net, cost, 4)
+            step(x, y)
+        reference(x.clone(), y.clone())
+    assert_follows(net, reference.net)
+
+
+def test_buffers_are_made_once() -> None:
+    """A smaller batch uses the memory of the larger; a larger one makes its own."""
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1)
+    addresses = []
+    for samples in (8, 8, 3, 5, 8, 9, 8):
+        step(*batch(net, cost, samples))
+        addresses.append({name: memory.data_ptr() for name, memory in step._memory.items()})
+    assert all(a == addresses[0] for a in addresses[:5])
+    assert addresses[5] == addresses[6]
+    assert sum(m.numel() for m in step._memory.values()) == 9 * (5 + 6 + 3 + 2 * 6)
+    batches = [batch(net, cost, samples) for samples in (8, 3)]
+    step(*batches[1])
+    operations = Operations()
+    with operations:
+        for x, y in batches:
+            step(x, y)
+    assert not {"empty", "new_empty", "zeros", "ones"} & set(operations.names)
+
+
+def test_there_are_never_more_passes_than_a_few() -> None:
+    net, cost = network(sizes=(2, 3)), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1)
+    for samples in range(MOST_PASSES + 20, 0, -1):
+        step(*batch(net, cost, samples))
+        assert len(step._passes) <= MOST_PASSES
+
+
+def test_nothing_is_left_behind() -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, momentum=0.9)
+    x, y = batch(net, cost, 4)
+    step(x, y)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        step(x, y)
+    gc.collect()
+    assert len(gc.get_objects()) <= before + 5
+
+
+def moved(net: nn.Sequential) -> nn.Sequential:
+    for p in net.parameters():
+        p.data = p.data.clone()
+    return net
+
+
+def loaded(net: nn.Sequential) -> nn.Sequential:
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    return net
+
+
+def replaced(net: nn.Sequential) -> nn.Sequential:
+    net[2].weight = nn.Parameter(net.get_parameter("2.weight").detach().clone())
+    return net
+
+
+@pytest.mark.parametrize("change", [moved, loaded, replaced])
+def test_parameters_that_are_elsewhere_now_are_found(change: Any) -> None:
+    net, cost = network(), QuadraticCost()
+    step, reference = (
+        TrainingStep(net, cost, 0.1, momentum=0.9),
+        Reference(net, cost, 0.1, momentum=0.9),
+    )
+    for _ in range(3):
+        x, y = batch(net, cost, 4)
+        step(x, y)
+        reference(x, y)
+        change(net)
+    assert_follows(net, reference.net)
+
+
+def test_a_net_that_is_cast() -> None:
+    net, cost = network(dtype=torch.float32), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, momentum=0.9)
+    x, y = batch(net, cost, 4)
+    step(x, y)
+    net.double()
+    with pytest.raises(TypeError, match=r"x must have the dtype of net\['0'\].weight"):
+        step(x, y)
+    reference = Reference(net, cost, 0.1)
+    step = TrainingStep(net, cost, 0.1)
+    step(x.double(), y.double())
+    reference(x.double(), y.double())
+    assert_follows(net, reference.net)
+
+
+def test_a_layer_that_is_pruned_later_is_refused() -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1)
+    x, y = batch(net, cost, 4)
+    step(x, y)
+    prune.random_unstructured(net[2], "weight", amount=0.5)
+    before = values(net)
+    with pytest.raises(TypeError, match=r"net\['2'\].* must have no hooks|must be a parameter"):
+        step(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(values(net), before, strict=True))
+
+
+class Autograd(Cost):
+    """A cost of somebody's own: ours does not know it, and it asks autograd for its gradient."""
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        losses = (output - y).abs().pow(3).sum(-1)
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    @torch.enable_grad()
+    def gradient(self, output: Tensor, y: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        return torch.autograd.grad(self(output, y), output)[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_cost_of_ones_own(reduction: Any) -> None:
+    follow(network(), Autograd(reduction), 5)
+
+
+def test_without_the_private_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "manual_bp.training_step._training_step"
+    monkeypatch.setattr(f"{module}.below_autograd", torch.no_grad)
+    follow(network(), QuadraticCost(), 5, momentum=0.5)
+
+
+@every_descent
+@every_cost
+def test_a_learning_rate_in_a_tensor(
+    cost: Cost, descent: dict[str, float], device: torch.device
+) -> None:
+    """What a CUDA graph and an exported program run, where a number could not change."""
+    net = network(device=device)
+    step, reference = TrainingStep(net, cost, 0.1, **descent), Reference(net, cost, 0.1, **descent)
+    step(*(pair := batch(net, cost, 4)))
+    reference(*pair)
+    for lr in (0.1, 0.3):
+        x, y = batch(net, cost, 4)
+        reference.set_lr(lr)
+        reference(x, y)
+        with torch.no_grad():
+            step._passes[x.shape](x, y, torch.tensor(lr, dtype=x.dtype, device=device))
+    assert_follows(net, reference.net)
+
+
+def test_a_schedule_of_pytorchs() -> None:
+    net, cost = network(), QuadraticCost()
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(reference.optimizer, 0.7)
+    for _ in range(5):
+        x, y = batch(net, cost, 4)
+        step.lr = float(schedule.get_last_lr()[0])
+        step(x, y)
+        reference(x, y)
+        schedule.step()
+    assert step.lr == pytest.approx(0.1 * 0.7**4)
+    assert_follows(net, reference.net)
+
+
+@every_descent
+def test_going_on_from_a_saved_state(descent: dict[str, float], tmp_path: Any) -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, **descent)
+    for _ in range(3):
+        step(*batch(net, cost, 4))
+    step.lr = 0.2
+    torch.save({"net": net.state_dict(), "step": step.state_dict()}, tmp_path / "saved.pt")
+    x, y = batch(net, cost, 4)
+    saved = torch.load(tmp_path / "saved.pt")
+    other = network()
+    other.load_state_dict(saved["net"])
+    resumed = TrainingStep(other, cost, 1.0)
+    resumed.load_state_dict(saved["step"])
+    assert (resumed.lr, resumed.momentum, resumed.weight_decay) == (
+        0.2,
+        descent.get("momentum", 0),
+        descent.get("weight_decay", 0),
+    )
+    for _ in range(3):
+        step(x, y)
+        resumed(x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(net), values(other), strict=True))
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, momentum=0.9)
+    good = step.state_dict()
+    for wrong, message in (
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"momentum": "no"}, "momentum must be a number; got str"),
+        ({"velocities": {"9.weight": torch.zeros(2)}}, "net has no parameter '9.weight'"),
+        ({"velocities": {"0.weight": torch.zeros(2)}}, r"velocities\['0.weight'\] must have shape"),
+    ):
+        with pytest.raises((ValueError, TypeError, KeyError), match=message):
+            step.load_state_dict(good | {"lr": 0.5} | wrong)
+        assert step.lr == 0.1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_trains_its_own_network(copied: Any) -> None:
+    net, cost = network(), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, momentum=0.9)
+    x, y = batch(net, cost, 4)
+    step(x, y)
+    twin = copied(step)
+    before = values(net)
+    twin(x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+    step(x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(net), values(twin.net), strict=True))
+
+
+def test_repr_says_what_it_does() -> None:
+    found = repr(TrainingStep(nn.Sequential(Linear(2, 1)), QuadraticCost(), 0.1, momentum=0.9))
+    assert found.startswith("TrainingStep(net=Sequential(")
+    assert found.endswith("cost=QuadraticCost(), lr=0.1, momentum=0.9, weight_decay=0.0)")
+
+
+def sequential(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*modules)
+
+
+def tied() -> nn.Sequential:
+    net = sequential(Linear(3, 3), Sigmoid(), Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def shared_memory() -> nn.Sequential:
+    net = sequential(Linear(3, 3), Sigmoid(), Linear(3, 3))
+    net.get_parameter("2.weight").data = net.get_parameter("0.weight").data
+    return net
+
+
+def twice() -> nn.Sequential:
+    layer = Linear(3, 3)
+    return sequential(layer, Sigmoid(), layer)
+
+
+NET: Any = sequential(Linear(3, 2))
+NO_NET: Any = Linear(3, 2)
+NO_COST: Any = nn.MSELoss()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: TrainingStep(NO_NET, QuadraticCost(), 0.1),
+            TypeError,
+            "net must be an nn.S",
+        ),
+        (lambda: TrainingStep(NET, NO_COST, 0.1), TypeError, "cost must be a manual_bp.Cost"),
+        (
+            lambda: TrainingStep(NET, QuadraticCost("none"), 0.1),
+            ValueError,
+            "cost must be reduced by 'mean' or 'sum'; got reduction='none'",
+        ),
+        (lambda: TrainingStep(NET, QuadraticCost(), -1), ValueError, "lr must be at least 0; got"),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), float("nan")),
+            ValueError,
+            "lr must be at least 0; got nan",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), "0.1"),  # type: ignore[arg-type]
+            TypeError,
+            "lr must be a number; got str",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, momentum=-0.1),
+            ValueError,
+            "momentum must be at least 0; got -0.1",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, weight_decay=-0.1),
+            ValueError,
+            "weight_decay must be at least 0; got -0.1",
+        ),
+        (
+            lambda: TrainingStep(tied(), QuadraticCost(), 0.1),
+            ValueError,
+            "2.weight of net must be in no other place, .* got the parameter that is 0.weight",
+        ),
+        (
+            lambda: TrainingStep(shared_memory(), QuadraticCost(), 0.1),
+            ValueError,
+            "2.weight of net must be in no other place",
+        ),
+        (
+            lambda: TrainingStep(twice(), QuadraticCost(), 0.1),
+            ValueError,
+            "2.weight of net must be in no other place",
+        ),
+        (
+            lambda: TrainingStep(sequential(Linear(3, 2), Softplus(1, 5)), QuadraticCost(), 0.1),
+            ValueError,
+            "threshold must be at least 20",
+        ),
+        (
+            lambda: TrainingStep(
+                sequential(Linear(3, 2, dtype=torch.cfloat)), QuadraticCost(), 0.1
+            ),
+            TypeError,
+            "0.weight of net must be of float16, bfloat16, float32 or float64; got torch.complex64",
+        ),
+        (
+            lambda: TrainingStep(sequential(nn.LazyLinear(2)), QuadraticCost(), 0.1),
+            TypeError,
+            r"net\['0'\].weight must be initialised",
+        ),
+        (
+            lambda: TrainingStep(sequential(Linear(3, 2), nn.Dropout()), QuadraticCost(), 0.1),
+            TypeError,
+            r"net\['1'\] must be a Linear",
+        ),
+    ],
+)
+def test_what_is_refused_when_made(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+GOOD_X, GOOD_Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (
+            GOOD_X.float(),
+            GOOD_Y,
+            TypeError,
+            r"x must have the dtype of net\['0'\].weight, .*64; got",
+        ),
+        (GOOD_X.numpy(), GOOD_Y, TypeError, "x must be a torch.Tensor; got ndarray"),
+        (GOOD_X.tolist(), GOOD_Y, TypeError, "x must be a torch.Tensor; got list"),
+        (GOOD_X.long(), GOOD_Y, TypeError, "x must have a real floating-point dtype; got"),
+        (GOOD_X.to_sparse(), GOOD_Y, TypeError, "x must be a dense tensor; got layout"),
+        (GOOD_X[:, :5], GOOD_Y, ValueError, r"x must have last dimension 7, the in_features of"),
+        (GOOD_X[0, 0], GOOD_Y, ValueError, "x must have at least one dimension"),
+        (GOOD_X.to("meta"), GOOD_Y, ValueError, "x must be on the device of"),
+        (GOOD_X, GOOD_Y.float(), TypeError, "y must have the dtype of a, torch.float64; got"),
+        (GOOD_X, GOOD_Y[:3], ValueError, r"y must have shape \(4, 3\), that of a; got \(3, 3\)"),
+        (GOOD_X, GOOD_Y[:, :1], ValueError, r"y must have shape \(4, 3\), that of a; got \(4, 1\)"),
+        (GOOD_X, GOOD_Y.numpy(), TypeError, "y must be a torch.Tensor; got ndarray"),
+        (GOOD_X, GOOD_Y.tolist(), TypeError, "y must be a torch.Tensor; got list"),
+        (GOOD_X, GOOD_Y.to_sparse(), TypeError, "y must be a dense tensor; got layout"),
+        (GOOD_X, GOOD_Y.to("meta"), ValueError, "y must be on the device of a"),
+    ],
+)
+def test_a_batch_that_does_not_fit_changes_nothing(
+    x: Any, y: Any, error: type[Exception], message: str, is_warm: bool
+) -> None:
+    net = network()
+    step = TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9)
+    if is_warm:
+        step(GOOD_X, GOOD_Y)
+    before = values(net)
+    with pytest.raises(error, match=message):
+        step(x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cost", "y", "message"),
+    [
+        (SoftmaxCrossEntropyCost(), torch.tensor([0, 1, 2, 3]), "class indices from 0 to 2; got 0"),
+        (SoftmaxCrossEntropyCost(), GOOD_Y[:2], "y must have shape"),
+        (SigmoidCrossEntropyCost(), GOOD_Y[:, 0], "y must have shape"),
+    ],
+)
+def test_targets_that_do_not_fit_change_nothing(cost: Cost, y: Tensor, message: str) -> None:
+    net = network()
+    before = values(net)
+    with pytest.raises(ValueError, match=message):
+        TrainingStep(net, cost, 0.1)(GOOD_X, y)
+    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+
+
+def test_autocast_is_refused(device: torch.device) -> None:
+    net = network(dtype=torch.float32, device=device)
+    step = TrainingStep(net, QuadraticCost(), 0.1)
+    x, y = batch(net, step.cost, 4)
+    message = re.escape("a TrainingStep must be called outside of autocast")
+    with (
+        torch.autocast(device.type, torch.bfloat16),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        step(x, y)
+
+
+def test_the_learning_rate_is_checked_when_set_anew() -> None:
+    step = TrainingStep(NET, QuadraticCost(), 0.1)
+    with pytest.raises(ValueError, match="lr must be at least 0; got -2"):
+        step.lr = -2
+    assert step.lr == 0.1
