@@ -1,5 +1,8 @@
-"""What gradients by hand cost beside PyTorch's own, as ratios taken in one run.
+"""What gradients by hand cost beside what others do, as ratios taken in one run.
 
+    python -m experiments.benchmark step
+    python -m experiments.benchmark growth
+    python -m experiments.benchmark backward
     python -m experiments.benchmark layers
     python -m experiments.benchmark per-sample
 
@@ -9,25 +12,26 @@ now slow, is so for all of them. Results are checked equal before anything is ti
 
 import copy
 import statistics
-import timeit
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from tabulate import tabulate
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer, set_torch_threads
-from torch.utils.benchmark import timer as clock
+from torch.utils.flop_counter import FlopCounterMode
 
 import manual_bp
-from experiments import per_sample
-from experiments.command_line import parse, run
+from experiments import per_sample, steps
+from experiments.command_line import parse, refuse, run
+from experiments.measuring import Timed, limited_to, peak_bytes, quartiles, ratios, seconds
+from experiments.report import Row, Table, heading, save
 
 PROGRAM = "python -m experiments.benchmark"
 
@@ -41,23 +45,40 @@ PER_SAMPLE_NETS = [
     ((64, 128, 64), (32, 16)),
 ]
 
-Contenders = dict[str, Callable[[], Any]]
+# How the cost grows: with layers of one width, and with samples.
+DEPTHS = (1, 2, 4, 8, 16, 32)
+DEPTH_WIDTH, DEPTH_BATCH = 256, 128
+BATCHES = (32, 64, 128, 256, 512, 1024)
+BATCH_SIZES = (784, 512, 512, 10)
+
+# Networks of three layers of one width each, for backward against forward.
+WIDTHS = (32, 128, 512, 2048)
+BACKWARD_LAYERS, BACKWARD_BATCH = 3, 128
 
 
 @dataclass(frozen=True)
 class Config:
-    """Compare speed and memory with PyTorch's."""
+    """Compare speed and memory with what others do."""
 
-    question: Annotated[Literal["layers", "per-sample"], tyro.conf.Positional]
-    """layers: what a call of each layer costs, and a step of training of whole networks.
-    per-sample: what every sample's gradient, its norm, or clipping by it costs, beside torch.func,
-    Opacus and BackPACK."""
+    question: Annotated[
+        Literal["step", "growth", "backward", "layers", "per-sample"], tyro.conf.Positional
+    ] = "step"
+    """step: a step of training of whole networks, beside PyTorch, NumPy, JAX, onnxruntime and the
+    bare matrix products in it. growth: how it grows with depth and with samples. backward: how a
+    backward pass compares to a forward pass. layers: what a call of each layer costs, and forward
+    and backward of whole networks through autograd. per-sample: what every sample's gradient, its
+    norm, or clipping by it costs, beside torch.func, Opacus and BackPACK."""
     rounds: int = 50
-    """How many ratios are taken of each; the median is shown, and the quartiles."""
+    """How many ratios are taken of each; the median is shown, and the quartiles. A step of seconds
+    wants fewer."""
     threads: int = 1
-    """Threads that PyTorch may use on the CPU."""
+    """Cores that may be used on the CPU, by every contender."""
     device: str = "cpu"
     """cpu or cuda."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """How exact float32 products must be, for all contenders that can choose."""
+    folder: Path = Path("runs/benchmark")
+    """Where <question>.md, .csv and .png go; what is there of these names is replaced."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "threads"):
@@ -67,60 +88,128 @@ class Config:
             raise ValueError(f"--device must be cpu, or cuda where there is one; got {self.device}")
 
 
-def seconds(contenders: Contenders, rounds: int, threads: int) -> dict[str, list[float]]:
-    """How long a call takes, of each contender, round by round.
-
-    A turn is as many calls as fit into 20 ms, warmed up; but one call, as it comes, of a contender
-    that takes long.
-    """
-    timers = {name: timeit.Timer(call, timer=clock) for name, call in contenders.items()}
-    speeds = {name: _speed(call, threads) for name, call in contenders.items()}
-    taken: dict[str, list[float]] = {name: [] for name in timers}
-    with set_torch_threads(threads):
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                number = max(1, int(0.02 / speeds[name]))
-                timer.timeit(min(2, int(0.1 / speeds[name])))
-                taken[name].append(timer.timeit(number) / number)
-    return taken
-
-
-def _speed(call: Callable[[], Any], threads: int) -> float:
-    timer = Timer("call()", globals={"call": call}, num_threads=threads)
-    return timer.blocked_autorange(min_run_time=0.02).median
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, median, upper
+def compare_training_steps(config: Config) -> Iterator[Table]:
+    """What a step of training takes; a table for each network."""
+    for sizes, batch in NETS:
+        task = steps.problem(sizes, batch, config.device, config.threads)
+        with per_sample.quiet():
+            contenders = steps.contenders(task)
+        steps.require_same(task, contenders, _rtol(config))
+        taken = seconds({n: c.timed for n, c in contenders.items()}, config.rounds, config.device)
+        rows: list[Row] = []
+        for name, times in taken.items():
+            lower, _, upper = ratios(times, taken["ours"])
+            rows.append(
+                {
+                    "net": _name(sizes),
+                    "batch": str(batch),
+                    "contender": name,
+                    "µs": f"{1e6 * statistics.median(times):.1f}",
+                    "times ours": f"{ratios(times, taken['ours'])[1]:.3f}",
+                    "quartiles": f"{lower:.3f} to {upper:.3f}",
+                    "times the products": f"{ratios(times, taken['bare products'])[1]:.3f}",
+                }
+            )
+        yield Table(f"A step of {_name(sizes)}, batch {batch}", rows, "times ours", "contender")
+    yield compare_memory(config)
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most memory that a call holds at any one time, beyond what was there before."""
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def _rtol(config: Config) -> float:
+    # Below the highest precision, a product may be rounded to bfloat16.
+    return 1e-4 if config.matmul_precision == "highest" else 2e-2
+
+
+def compare_memory(config: Config) -> Table:
+    """What a first step holds beyond parameters and data, and what it cannot do without."""
+    rows: list[Row] = []
+    for sizes, batch in NETS:
+        task = steps.problem(sizes, batch, config.device, config.threads)
+        weights = 4 * sum(w.numel() + len(w) for w in task.w)
+        activations = 4 * batch * sum(sizes[1:])
+        for name, contender in steps.memory_contenders(task).items():
+            peak = peak_bytes(contender, config.device)
+            rows.append(
+                {
+                    "net, contender": f"{_name(sizes)}, batch {batch}: {name}",
+                    "peak, MB": f"{peak / 1e6:.3f}",
+                    "activations alone, MB": f"{activations / 1e6:.3f}",
+                    "parameters, MB": f"{weights / 1e6:.3f}",
+                }
+            )
+    return Table("Memory of a step", rows, "peak, MB", "net, contender")
+
+
+def compare_growth(config: Config) -> Iterator[Table]:
+    """How a step grows with the number of layers, and with the number of samples."""
+    depths = {depth: ((DEPTH_WIDTH,) * (depth + 1), DEPTH_BATCH) for depth in DEPTHS}
+    title = f"Layers of {DEPTH_WIDTH} neurons, batch {DEPTH_BATCH}"
+    yield _growth(config, title, "layers", depths)
+    samples = {batch: (BATCH_SIZES, batch) for batch in BATCHES}
+    yield _growth(config, f"Samples, {_name(BATCH_SIZES)}", "samples", samples)
+
+
+def _growth(
+    config: Config, title: str, over: str, nets: Mapping[int, tuple[Sequence[int], int]]
+) -> Table:
+    contenders: dict[str, Timed] = {}
+    for size, (sizes, batch) in nets.items():
+        task = steps.problem(sizes, batch, config.device, config.threads)
+        found = steps.torch_contenders(task)
+        steps.require_same(task, found, _rtol(config))
+        contenders |= {f"{name}|{size}": c.timed for name, c in found.items()}
+    taken = seconds(contenders, config.rounds, config.device)
+    rows: list[Row] = []
+    for name in dict.fromkeys(key.partition("|")[0] for key in taken):
+        micros = [1e6 * statistics.median(taken[f"{name}|{size}"]) for size in nets]
+        slope, start = np.polyfit(list(nets), micros, 1)
+        for size, found_micros in zip(nets, micros, strict=True):
+            rows.append(
+                {
+                    "contender": name,
+                    over: str(size),
+                    "µs": f"{found_micros:.1f}",
+                    f"µs for each of the {over}": f"{found_micros / size:.2f}",
+                    "straight line, µs": f"{start + slope * size:.1f}",
+                }
+            )
+    return Table(title, rows, "µs", "contender", over)
+
+
+def compare_backward(config: Config) -> Iterator[Table]:
+    """Backward against forward: operations counted, bare products timed, autograd timed."""
+    rows: list[Row] = []
+    for width in WIDTHS:
+        sizes = (width,) * (BACKWARD_LAYERS + 1)
+        task = steps.problem(sizes, BACKWARD_BATCH, config.device, config.threads)
+        passes = steps.passes(task)
+        forward, backward = (_operations(call) for call in passes.counted)
+        taken = seconds(passes.timed, config.rounds, config.device)
+        rows.append(
+            {
+                "width": str(width),
+                "operations, forward": f"{forward:.3g}",
+                "backward": f"{backward:.3g}",
+                "times forward": f"{backward / forward:.3f}",
+                "products, timed": _ratio(taken, "products, backward", "products, forward"),
+                "autograd, timed": _ratio(taken, "autograd, backward", "autograd, forward"),
+            }
+        )
+    title = f"Backward over forward, {BACKWARD_LAYERS} layers, batch {BACKWARD_BATCH}"
+    yield Table(title, rows, "products, timed", "width")
+
+
+def _operations(call: Callable[[], object]) -> int:
+    counter: Any = FlopCounterMode(display=False)
+    with counter:
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    held = most = 0
-    for change in changes:
-        held += change.nbytes()
-        most = max(most, held)
-    return most
+    return int(counter.get_total_flops())
 
 
-def calls(device: str) -> dict[str, Contenders]:
+def _ratio(taken: dict[str, list[float]], one: str, other: str) -> str:
+    return f"{ratios(taken[one], taken[other])[1]:.3f}"
+
+
+def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
     """Each layer's forward beside PyTorch's, so small that what counts is the call itself."""
     options: Any = {"device": device}
     a = torch.randn(10, 30, **options)
@@ -159,7 +248,9 @@ def networks(sizes: Sequence[int], device: str) -> dict[str, nn.Sequential]:
     return {"torch": theirs, "Linear, Sigmoid": ours, "LinearSigmoid": joined}
 
 
-def steps(sizes: Sequence[int], batch: int, device: str) -> Contenders:
+def forward_and_backward(
+    sizes: Sequence[int], batch: int, device: str
+) -> dict[str, Callable[[], Any]]:
     """Forward and backward through each network, under one and the same cost of PyTorch's."""
     nets = networks(sizes, device)
     x = torch.randn(batch, sizes[0], device=device)
@@ -177,13 +268,14 @@ def steps(sizes: Sequence[int], batch: int, device: str) -> Contenders:
     return {name: partial(step, net) for name, net in nets.items()}
 
 
-def compare_calls(config: Config) -> str:
-    """A table of what a call of each layer takes beyond PyTorch's, forward alone."""
-    table = []
+def compare_calls(config: Config) -> Table:
+    """What a call of each layer takes beyond PyTorch's, forward alone."""
+    rows: list[Row] = []
     for name, contenders in calls(config.device).items():
         results = [call() for call in contenders.values()]
         torch.testing.assert_close(*results)
-        taken = seconds(contenders, config.rounds, config.threads)
+        timed = {who: Timed(call) for who, call in contenders.items()}
+        taken = seconds(timed, config.rounds, config.device)
         pairs = zip(taken["torch"], taken["ours"], strict=True)
         lower, more, upper = quartiles([1e6 * (ours - torch) for torch, ours in pairs])
         row = {
@@ -193,34 +285,39 @@ def compare_calls(config: Config) -> str:
             "more, µs": f"{more:.2f}",
             "quartiles": f"{lower:.2f} to {upper:.2f}",
         }
-        table.append(row)
-    return tabulate(table, "keys", tablefmt="github", disable_numparse=True)
+        rows.append(row)
+    title = "What a call of a layer takes beyond PyTorch's"
+    return Table(title, rows, "more, µs", "forward, 10 samples, 30 to 10")
 
 
-def compare_steps(config: Config) -> str:
-    """A table of what forward and backward take, in time and in memory, against PyTorch's."""
-    table = []
+def compare_layers(config: Config) -> Iterator[Table]:
+    """What a call of each layer takes; then forward and backward of networks, time and memory."""
+    yield compare_calls(config)
     for sizes, batch in NETS:
-        contenders = steps(sizes, batch, config.device)
-        taken = seconds(contenders, config.rounds, config.threads)
+        contenders = forward_and_backward(sizes, batch, config.device)
+        timed = {name: Timed(call) for name, call in contenders.items()}
+        taken = seconds(timed, config.rounds, config.device)
         peaks = {name: peak_bytes(call, config.device) for name, call in contenders.items()}
-        for name in contenders:
-            row = {
-                "net": "-".join(map(str, sizes)),
+        rows: list[Row] = [
+            {
+                "net": _name(sizes),
                 "batch": str(batch),
                 "layers": name,
                 "µs": f"{1e6 * statistics.median(taken[name]):.1f}",
                 **_ratios(name, "torch", taken, peaks),
             }
-            table.append(row)
-    return tabulate(table, "keys", tablefmt="github", disable_numparse=True)
+            for name in contenders
+        ]
+        title = f"Forward and backward of {_name(sizes)}, batch {batch}"
+        yield Table(title, rows, "time", "layers")
 
 
-def _ratios(
-    name: str, base: str, taken: dict[str, list[float]], peaks: dict[str, int]
-) -> dict[str, str]:
-    pairs = zip(taken[name], taken[base], strict=True)
-    lower, ratio, upper = quartiles([one / other for one, other in pairs])
+def _name(sizes: Sequence[int]) -> str:
+    return "-".join(map(str, sizes))
+
+
+def _ratios(name: str, base: str, taken: dict[str, list[float]], peaks: dict[str, int]) -> Row:
+    lower, ratio, upper = ratios(taken[name], taken[base])
     return {
         "time": f"{ratio:.3f}",
         "quartiles": f"{lower:.3f} to {upper:.3f}",
@@ -229,54 +326,78 @@ def _ratios(
     }
 
 
-def compare_per_sample(config: Config, sizes: Sequence[int], batch: Sequence[int]) -> str:
-    """A table of what per-sample results take, in time and in memory, against plain backward."""
-    with per_sample.quiet():
-        task = per_sample.problem(sizes, batch, config.device)
-        contenders = per_sample.contenders(task)
-        per_sample.require_same(task, contenders)
-        calls = {f"{c.what}, {c.name}": c.call for c in contenders}
-        taken = seconds(calls, config.rounds, config.threads)
-        peaks = {name: peak_bytes(call, config.device) for name, call in calls.items()}
-    plain, *_ = calls
-    table = []
-    for contender, name in zip(contenders, calls, strict=True):
-        row = {
-            "net": "-".join(map(str, sizes)),
-            "batch": "×".join(map(str, batch)),
-            "what": contender.what,
-            "contender": contender.name,
-            "ms": f"{1e3 * statistics.median(taken[name]):.3f}",
-            **_ratios(name, plain, taken, peaks),
-        }
-        table.append(row)
-    return tabulate(table, "keys", tablefmt="github", disable_numparse=True)
-
-
-def _show_layers(config: Config) -> None:
-    print(compare_calls(config), "\n", sep="", flush=True)
-    print(compare_steps(config), flush=True)
-
-
-def _show_per_sample(config: Config) -> None:
-    if per_sample.left_out():
-        print(f"left out, not installed: {', '.join(per_sample.left_out())}\n")
-    tables = (compare_per_sample(config, *net) for net in PER_SAMPLE_NETS)
-    for number, table in enumerate(tables):
-        print("\n" * bool(number) + table, flush=True)
+def compare_per_sample(config: Config) -> Iterator[Table]:
+    """What per-sample results take, in time and in memory, against plain backward."""
+    for sizes, batch in PER_SAMPLE_NETS:
+        with per_sample.quiet():
+            task = per_sample.problem(sizes, batch, config.device)
+            contenders = per_sample.contenders(task)
+            per_sample.require_same(task, contenders)
+            calls = {f"{c.what}, {c.name}": c.call for c in contenders}
+            timed = {name: Timed(call) for name, call in calls.items()}
+            taken = seconds(timed, config.rounds, config.device)
+            peaks = {name: peak_bytes(call, config.device) for name, call in calls.items()}
+        plain, *_ = calls
+        samples = "×".join(map(str, batch))
+        rows: list[Row] = [
+            {
+                "net": _name(sizes),
+                "batch": samples,
+                "what, contender": name,
+                "ms": f"{1e3 * statistics.median(taken[name]):.3f}",
+                **_ratios(name, plain, taken, peaks),
+            }
+            for name in calls
+        ]
+        title = f"Per-sample results of {_name(sizes)}, batch {samples}"
+        yield Table(title, rows, "time", "what, contender")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     config = parse(Config, arguments, PROGRAM)
+    question = _QUESTIONS[config.question]
+    words = sys.argv[1:] if arguments is None else arguments
+    lines = [
+        *heading([*PROGRAM.split(), *words], config.device),
+        f"threads: {config.threads}; products of float32: {config.matmul_precision}",
+    ]
+    missing = _MISSING[config.question](config.device) if config.question in _MISSING else []
+    if missing:
+        lines.append(f"left out, for it is not there: {', '.join(missing)}")
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(PROGRAM, f"--folder must be a place to write to; got {error}")
+    print("\n".join(lines), flush=True)
     torch.manual_seed(0)
-    torch.set_num_threads(config.threads)
-    print(f"torch {torch.__version__}, {config.device}, threads: {config.threads}\n")
-    _SHOW[config.question](config)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    tables = []
+    try:
+        with limited_to(config.threads):
+            for table in question(config):
+                print(f"\n{table.title}\n\n{table}", flush=True)
+                tables.append(table)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    paths = save(config.folder, config.question, lines, tables)
+    print(f"\nwritten: {', '.join(map(str, paths))}")
     return 0
 
 
-_SHOW = {"layers": _show_layers, "per-sample": _show_per_sample}
+_QUESTIONS: dict[str, Callable[[Config], Iterator[Table]]] = {
+    "step": compare_training_steps,
+    "growth": compare_growth,
+    "backward": compare_backward,
+    "layers": compare_layers,
+    "per-sample": compare_per_sample,
+}
+
+_MISSING: dict[str, Callable[[str], list[str]]] = {
+    "step": steps.left_out,
+    "per-sample": lambda _: per_sample.left_out(),
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Training without PyTorch: a step exported once, then onnxruntime and NumPy alone.
+
+    python -m experiments.train_onnx
+
+exports the training step of the main job's 64-30-10 network, and trains it on the same digits, in
+the same order, in a loop that a device could run which has an inference runtime and nothing else.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.command_line import parse, refuse, run
+
+PROGRAM = "python -m experiments.train_onnx"
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a sigmoid network on digits in onnxruntime, by a step that PyTorch exported."""
+
+    hidden: tuple[int, ...] = (30,)
+    """Sizes of the hidden layers, from the input on."""
+    learning_rate: float = 3.0
+    """The step of gradient descent, on the mean cost of a batch."""
+    batch_size: int = 10
+    """Samples in a batch; the last one of an epoch may be smaller."""
+    epochs: int = 30
+    """How many times every training sample is seen."""
+    seed: int = 0
+    """Fixes the first weights and the order of the samples."""
+    model: Path = Path("runs/step.onnx")
+    """Where the exported step is written; a file that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.hidden):
+            raise ValueError(f"--hidden must be sizes of at least 1; got {self.hidden}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate must be above 0; got {self.learning_rate}")
+        for name in ("batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {self.seed}")
+        if not self.model.parent.is_dir():
+            raise ValueError(
+                f"--model must lead into a folder that is there; got {str(self.model)!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images as rows, their labels, and the labels as rows of 0 and 1.
+
+    orders: For each epoch, the order of the training samples.
+    """
+
+    x_train: Array
+    y_train: Array
+    label_train: Array
+    x_test: Array
+    label_test: Array
+    orders: list[Array]
+
+
+def prepare(config: Config) -> tuple[Data, dict[str, Array]]:
+    """Export the step, and give the data and the first parameters: all that PyTorch is for."""
+    import torch
+
+    from experiments.data import load
+    from experiments.train import batches, build_net
+    from manual_bp import QuadraticCost, TrainingStep
+
+    digits = load("digits")
+    torch.manual_seed(config.seed)
+    sizes = (digits.features, *config.hidden, digits.classes)
+    net = build_net(sizes, "sigmoid", "quadratic")
+    TrainingStep(net, QuadraticCost(), config.learning_rate).export_onnx(config.model)
+    order = torch.Generator().manual_seed(config.seed)
+    count = len(digits.label_train)
+    orders = [torch.cat(list(batches(count, count, order))) for _ in range(config.epochs)]
+    label_train = digits.label_train.numpy()
+    data = Data(
+        x_train=digits.x_train.numpy(),
+        y_train=np.eye(digits.classes, dtype=np.float32)[label_train],
+        label_train=label_train,
+        x_test=digits.x_test.numpy(),
+        label_test=digits.label_test.numpy(),
+        orders=[each.numpy() for each in orders],
+    )
+    return data, {name: p.detach().numpy() for name, p in net.named_parameters()}
+
+
+def learn(config: Config, data: Data, parameters: dict[str, Array]) -> Iterator[dict[str, Array]]:
+    """The parameters after each epoch, by onnxruntime and NumPy."""
+    import onnxruntime
+
+    options: Any = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # of so small products, a second thread would make slower ones
+    session: Any = onnxruntime.InferenceSession(
+        config.model, options, providers=["CPUExecutionProvider"]
+    )
+    outputs = [f"new.{name}" for name in parameters]
+    lr = np.array(config.learning_rate, np.float32)
+    for order in data.orders:
+        for start in range(0, len(order), config.batch_size):
+            some = order[start : start + config.batch_size]
+            batch = {"x": data.x_train[some], "y": data.y_train[some], "lr": lr}
+            parameters = dict(
+                zip(parameters, session.run(outputs, batch | parameters), strict=True)
+            )
+        yield parameters
+
+
+def accuracy(parameters: dict[str, Array], x: Array, label: Array) -> float:
+    """The share of samples whose largest output is at their label."""
+    a = x
+    values = list(parameters.values())
+    for w, b in zip(values[::2], values[1::2], strict=True):
+        a = 1 / (1 + np.exp(-(a @ w.T + b)))
+    return float((a.argmax(-1) == label).mean())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment; the exit code."""
+    config = parse(Config, arguments, PROGRAM)
+    try:
+        data, parameters = prepare(config)
+    except ImportError as error:
+        refuse(PROGRAM, error)
+    print(f"step exported to {config.model}, {config.model.stat().st_size} bytes", flush=True)
+    started = time.perf_counter()
+    found = 0.0
+    for epoch, learned in enumerate(learn(config, data, parameters), start=1):
+        found = accuracy(learned, data.x_test, data.label_test)
+        of_training = accuracy(learned, data.x_train, data.label_train)
+        width = len(str(config.epochs))
+        print(
+            f"epoch {epoch:{width}}/{config.epochs}  "
+            f"accuracy {of_training:.2%} train, {found:.2%} test",
+            flush=True,
+        )
+    seconds = time.perf_counter() - started
+    print(f"test accuracy {found:.2%} after {seconds:.1f} s in onnxruntime")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

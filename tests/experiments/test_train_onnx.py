@@ -1,0 +1,109 @@
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import train, train_onnx
+from experiments.data import load
+from experiments.train_onnx import Config, accuracy, learn, main, prepare
+
+pytestmark = [
+    # The exporter's own, of packages that it uses.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+NEEDS = "needs the extra onnx: pip install -e '.[onnx]'"
+
+
+@pytest.fixture(autouse=True)
+def _onnx() -> None:
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=NEEDS)
+
+
+def test_it_learns_the_digits_as_the_main_job_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tmp_path / "step.onnx"), "--epochs", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"step exported to {tmp_path / 'step.onnx'}, ")
+    assert [line.split()[0] for line in lines[1:7]] == ["epoch"] * 6
+    training = train.Training(train.Config(epochs=6, device="cpu"), load("digits"))
+    for _ in range(6):
+        for x, y in training.epoch():
+            training.update(x, y)
+    expected = training.metrics()["test_accuracy"]
+    assert expected > 0.9
+    assert lines[7].startswith(f"test accuracy {expected:.2%} after ")
+
+
+def test_the_parameters_are_those_of_the_main_job(tmp_path: Path) -> None:
+    config = Config(model=tmp_path / "step.onnx", epochs=1, batch_size=100)
+    (found,) = learn(config, *prepare(config))
+    job = train.Training(train.Config(epochs=1, batch_size=100, device="cpu"), load("digits"))
+    for x, y in job.epoch():
+        job.update(x, y)
+    for name, parameter in job.net.named_parameters():
+        right = parameter.detach()
+        torch.testing.assert_close(torch.from_numpy(found[name]), right, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_needs_no_pytorch(tmp_path: Path) -> None:
+    """In a process of its own, where PyTorch cannot be imported."""
+    config = Config(model=tmp_path / "step.onnx", epochs=2)
+    file = tmp_path / "all.pickle"
+    file.write_bytes(pickle.dumps((config, *prepare(config))))
+    program = f"""
+        import pickle, sys
+        sys.modules["torch"] = None
+        from experiments.train_onnx import accuracy, learn
+        with open({str(file)!r}, "rb") as file:
+            config, data, parameters = pickle.load(file)
+        *_, last = learn(config, data, parameters)
+        print(accuracy(last, data.x_test, data.label_test))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(train_onnx.__file__).parents[1],
+    )
+    assert float(ended.stdout) > 0.8
+
+
+def test_accuracy_is_a_share() -> None:
+    config_data = prepare_nothing()
+    assert accuracy(*config_data) == 0.5
+
+
+def prepare_nothing() -> tuple[dict[str, train_onnx.Array], train_onnx.Array, train_onnx.Array]:
+    import numpy as np
+
+    parameters = {"w": np.eye(2, dtype=np.float32), "b": np.zeros(2, np.float32)}
+    return parameters, np.array([[1, 0], [1, 0]], np.float32), np.array([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1; got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["--hidden", "0"], "--hidden must be sizes of at least 1; got (0,)"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0; got 0.0"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1; got -1"),
+        (["--model", "/nowhere/step.onnx"], "--model must lead into a folder that is there"),
+    ],
+)
+def test_bad_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
