@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from manual_bp import _require
 from manual_bp._function import autocast
 from manual_bp._net import Layer, read, require_cost
-from manual_bp.costs._cost import Cost
+from manual_bp.costs._cost import Cost, checked_gradient
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.layers.linear import linear
@@ -78,7 +78,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
         a[l] = _sigma(layer[l].activations, z[l])
 
     # 3. Output error.
-    grad_a = _gradient(cost, a[last], y)
+    grad_a = checked_gradient(cost, a[last], y)
     delta[last] = grad_a * sigma_prime(last)  # BP1
 
     # 4. Backward.
@@ -123,14 +123,6 @@ def _sigma_prime(activations: Sequence[Activation], z: Tensor, a: Tensor) -> Ten
     if not inner:
         return outer.prime(a)
     return outer.prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
-
-
-def _gradient(cost: Cost, a: Tensor, y: Tensor) -> Tensor:
-    grad_a = cost.gradient(a, y)
-    name = f"{type(cost).__name__}.gradient(output, y)"
-    _require.real(name, grad_a)
-    _require.shape(name, grad_a, a.shape, "that of the output")
-    return grad_a.to(a.dtype)  # autocast has costs in float32
 
 
 def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
 
 import manual_bp
@@ -14,14 +15,18 @@ README = (ROOT / "README.md").read_text("utf-8")
 BACKPROP = (ROOT / "manual_bp" / "backprop.py").read_text("utf-8")
 
 
-def test_the_examples_run() -> None:
-    first, second, third = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(examples) == 4
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"model": nn.Sequential(nn.Linear(64, 10), nn.ReLU())}
-    for example in (first, second, third):
+    for example in examples:
         exec(compile(example, "README.md", "exec"), names)
     assert len(names["report"].changed) == 2
     assert type(names["model"][0]) is nn.Linear
     assert names["norms"].shape == (5,)
+    assert names["value"] < names["trace"].cost
+    assert (tmp_path / "step.pt2").exists()
 
 
 def test_the_equations_are_the_lines_of_backprop() -> None:

@@ -10,6 +10,7 @@ counts as one sample. The notes tell three things apart, and so does `reduction`
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Cost(nn.Module):
     def in_place(self, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         """C and ∂C/∂output in the memory of delta: what a `TrainingStep` calls.
 
-        A cost may define this anew, to need no temporaries.
+        A cost may define this anew, to need no temporaries, and must then do without autograd.
 
         Args:
             output: The buffer that outputs will stand in, (..., components).
@@ -92,7 +93,7 @@ class Cost(nn.Module):
         """
 
         def error_(y: Tensor) -> Tensor:
-            delta.copy_(self.gradient(output, y))
+            delta.copy_(checked_gradient(self, output, y))
             cost: Tensor = self(output, y)
             return cost.detach()
 
@@ -101,3 +102,32 @@ class Cost(nn.Module):
     def extra_repr(self) -> str:
         """The reduction, unless it is the default."""
         return "" if self.reduction == "mean" else f"reduction={self.reduction!r}"
+
+
+def checked_gradient(cost: Cost, output: Tensor, y: Tensor) -> Tensor:
+    """A cost's gradient, in the output's dtype; refuse one that is not like the output."""
+    gradient = cost.gradient(output, y)
+    name = f"{type(cost).__name__}.gradient(output, y)"
+    _require.real(name, gradient)
+    _require.shape(name, gradient, output.shape, "that of the output")
+    return gradient.to(output.dtype)  # autocast has costs in float32
+
+
+def has_own_in_place(cost: Cost) -> bool:
+    """Whether a cost's `in_place` is of the same cost as its `forward` and `gradient`.
+
+    Somebody may have changed those two alone, in a subclass.
+    """
+    kind = type(cost)
+    owner = next(each for each in kind.__mro__ if "in_place" in vars(each))
+    return (
+        owner is not Cost
+        and all(getattr(kind, name) is getattr(owner, name) for name in ("forward", "gradient"))
+        and not {"forward", "gradient"} & vars(cost).keys()
+    )
+
+
+def in_place(cost: Cost, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    """`cost.in_place`, or what amounts to its `forward` and `gradient`."""
+    own = cost.in_place if has_own_in_place(cost) else partial(Cost.in_place, cost)
+    return own(output, delta)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, strided
 from torch.autograd import Function
+from torch.compiler import is_exporting
 from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
@@ -20,6 +21,9 @@ from manual_bp.costs._cost import (
     reduce_losses,
     share,
 )
+
+# How many squares a dot product may add up; beyond, PyTorch's sum is more exact.
+MOST_SQUARES = 2**16
 
 
 def quadratic_gradient(a: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
@@ -136,13 +140,16 @@ class QuadraticCost(Cost):
         half = delta.new_full((), weight / 2)
         components = delta.view(-1)
         shape, dtype, device = a.shape, a.dtype, a.device
-        # In 16 bits a sum of squares is soon too large; and the mean of no samples is no number.
-        is_plain = a.dtype.itemsize >= 4 and a.numel() > 0
+        # Not of 16 bits, for which a sum of squares is soon too large; nor of very many, which it
+        # would add up one by one; nor the mean of none, which is no number.
+        are_few = is_exporting() or 0 < a.numel() <= MOST_SQUARES
+        is_plain = a.dtype.itemsize >= 4 and are_few
 
         def error_(y: Tensor) -> Tensor:
             # What checked_pair asks, in a tenth of the time.
             if not (
                 isinstance(y, Tensor)
+                and not y.is_nested
                 and y.shape == shape
                 and y.dtype is dtype
                 and y.device == device

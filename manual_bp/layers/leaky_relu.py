@@ -140,6 +140,7 @@ class LeakyReLU(nn.LeakyReLU):
     def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
         """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
         slope = self.negative_slope
+        _require.at_least("negative_slope", slope, 0)
 
         def times_prime_(grad_a: Tensor) -> None:
             is_off = a <= 0

@@ -155,6 +155,7 @@ class Softplus(nn.Softplus):
     def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
         """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
         _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
+        _require.not_zero("beta", self.beta)
         beta, threshold = self.beta, self.threshold
         softplus_into: Any = F.softplus  # says the schema, though not the type
 

@@ -1,5 +1,6 @@
 """A training step in a CUDA graph: captured once, launched as one."""
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,25 +25,28 @@ class CapturedStep:
 
     def __init__(self, step: "TrainingStep", run: Pass, x: Tensor, y: Tensor) -> None:
         self._step, self._run = step, run
-        self._x, self._y = x.detach().clone(), y.detach().clone()
-        self._lr = torch.full((), step.lr, dtype=x.dtype, device=x.device)
-        self._lr_there = step.lr
-        self._addresses = [tensor.data_ptr() for tensor in run.state]
-        with torch.no_grad(), torch.cuda.device(x.device):
-            self._warm_up()
+        self._captured = step._what_is_captured()
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
+            self._x, self._y = (
+                t.detach().clone(memory_format=torch.contiguous_format) for t in (x, y)
+            )
+            self._lr = torch.full((), step.lr, dtype=x.dtype, device=x.device)
+            self._lr_there = step.lr
+            # One for both, so that what libraries keep for a stream is made before the capture.
+            stream: Any = torch.cuda.Stream
+            stream = stream(x.device)
+            self._warm_up(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._cost = run(self._rows, self._y, self._lr)
 
     @property
     def _rows(self) -> Tensor:
-        return self._x.view(-1, self._x.shape[-1])
+        return self._x.view(prod(self._x.shape[:-1]), self._x.shape[-1])
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, stream: Any) -> None:
         """Let libraries make what they need at a first call, which must not happen in a capture."""
         before = [tensor.clone() for tensor in self._run.state]
-        stream: Any = torch.cuda.Stream  # untyped
-        stream = stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -61,14 +65,16 @@ class CapturedStep:
 
         Raises:
             TypeError, ValueError: x or y is not like the one captured.
-            RuntimeError: A parameter or velocity has moved since; the graph would update what was
-                there before.
+            RuntimeError: Network, cost, momentum or velocities have changed since (see
+                `TrainingStep`); the graph would go on with what was there before.
         """
         for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
             _require.like(name, value, f"the captured {name}", captured)
             _require.shape(name, value, captured.shape, "that of the one captured")
-        if [tensor.data_ptr() for tensor in self._run.state] != self._addresses:
-            raise RuntimeError("the parameters must stay where they were captured; capture again")
+        if not self._step._is_what_was_captured(self._captured):
+            raise RuntimeError(
+                "network, cost and velocities must be what was captured; got others: capture again"
+            )
         self._x.copy_(x)
         self._y.copy_(y)
         if self._step.lr != self._lr_there:

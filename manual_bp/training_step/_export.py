@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from manual_bp import _net
 from manual_bp.costs._cost import Cost
 from manual_bp.layers import Activation
-from manual_bp.training_step._pass import Descent, Pass, with_values
+from manual_bp.training_step._pass import Descent, Pass, fresh_buffers, with_values
 
 State = dict[str, Tensor]
 
@@ -45,7 +45,8 @@ class Function(nn.Module):
             cost,
             descent,
             x.shape[:-1],
-            lambda _, columns: x.new_empty(x.shape[0], columns),
+            fresh_buffers(x),
+            rate_is_tensor=True,
         )
         before = run(x, y, lr)
         return (before, parameters) if velocities is None else (before, parameters, new_velocities)
@@ -53,7 +54,7 @@ class Function(nn.Module):
 
 @torch.no_grad()
 def as_program(
-    function: Function, parameters: Mapping[str, Tensor], velocities: State, y: Tensor | None
+    function: Function, parameters: Mapping[str, Tensor], velocities: State | None, y: Tensor | None
 ) -> ExportedProgram:
     """The step for batches (N, in) of any N, with targets like y."""
     values = [value.detach() for value in parameters.values()]
@@ -65,19 +66,21 @@ def as_program(
     else:
         y = y.detach().new_zeros(samples, *y.shape[1:])
     arguments: list[Any] = [x, y, x.new_zeros(()), dict(zip(parameters, values, strict=True))]
-    batch = {0: Dim("batch")}
+    batch = {0: Dim("batch", min=1)}
     shapes: list[Any] = [batch, batch, None, dict.fromkeys(parameters)]
-    if velocities:
+    if velocities is not None:
         arguments.append(velocities)
         shapes.append(dict.fromkeys(velocities))
     function(*arguments)  # so that what does not fit is refused in our words
     return torch.export.export(function, tuple(arguments), dynamic_shapes=tuple(shapes))
 
 
-def require_folder(path: str | PathLike[str]) -> None:
-    """Refuse a path whose folder is not there, before all the work."""
+def require_path(path: str | PathLike[str]) -> None:
+    """Refuse a path that no file can be written to, before all the work."""
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"path must lead into a folder that is there; got {str(path)!r}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path must lead to a file; got a folder, {str(path)!r}")
 
 
 def save_program(program: ExportedProgram, path: str | PathLike[str]) -> None:
@@ -131,7 +134,13 @@ def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return end + (start - end) * (1 - weight)
 
 
+def _leaky_relu(z: Tensor, negative_slope: float = 0.01) -> Tensor:
+    # onnxruntime has no LeakyRelu of float64.
+    return torch.where(z > 0, z, z * negative_slope)
+
+
 _TRANSLATED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mv.default: _mv,
     torch.ops.aten.lerp.Tensor: _lerp,
+    torch.ops.aten.leaky_relu.default: _leaky_relu,
 }

@@ -9,27 +9,27 @@ weights there is none: w is updated within the matrix product of its BP4,
 once BP2 has read it. With momentum, the product goes into the velocity instead.
 
 η is a number. In a CUDA graph or an exported program, where a number is there for good, it is a
-tensor: δ is then multiplied by it, once BP2 has read that.
+tensor: δ is then multiplied by it, once BP2 has read that. (float16 has not the range for that.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manual_bp import _net
-from manual_bp.costs._cost import Cost
+from manual_bp.costs._cost import Cost, in_place
 from manual_bp.layers import Activation
 
 Allocate = Callable[[str, int], Tensor]
 
 
-@dataclass(frozen=True)
-class Descent:
+class Descent(NamedTuple):
     """What `torch.optim.SGD` calls by these names."""
 
     momentum: float
@@ -53,7 +53,7 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Layer:
+class TrainedLayer:
     """A linear layer, and the activations up to the next one."""
 
     w: Learned
@@ -68,20 +68,25 @@ class Layer:
 
 def with_values(
     layers: Sequence[_net.Layer], values: Mapping[str, Tensor], velocities: Mapping[str, Tensor]
-) -> list[Layer]:
+) -> list[TrainedLayer]:
     """The layers of a network, with values and velocities by the names of its parameters."""
 
     def learned(name: str, parameter: Tensor) -> Learned:
         return Learned(values[name], velocities.get(name), parameter.requires_grad)
 
     return [
-        Layer(
+        TrainedLayer(
             w=learned(f"{layer.name}.weight", layer.w),
             b=None if layer.b is None else learned(f"{layer.name}.bias", layer.b),
             activations=layer.activations,
         )
         for layer in layers
     ]
+
+
+def fresh_buffers(like: Tensor) -> Allocate:
+    """Makes a new buffer each time, of as many rows as x has samples."""
+    return lambda _, columns: like.new_empty(prod(like.shape[:-1]), columns)
 
 
 class Pass:
@@ -95,16 +100,19 @@ class Pass:
         samples: The shape of x without its last dimension.
         allocate: Makes a buffer (N, columns), given a name and the columns. Those of one name are
             never needed at once.
+        rate_is_tensor: Whether η will be a tensor, shape ().
     """
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[TrainedLayer],
         input_activations: Sequence[Activation],
         cost: Cost,
         descent: Descent,
         samples: Sequence[int],
         allocate: Allocate,
+        *,
+        rate_is_tensor: bool = False,
     ) -> None:
         self._input_activations = input_activations
         self._descent = descent
@@ -116,14 +124,14 @@ class Pass:
         self._downwards = self._places[lowest:][::-1]
         for place, below in pairwise(self._downwards):
             place.below = below
-        self._lr: Any = None
-        self._keep_and_rate: tuple[Any, Any] = (None, 1)
-        self._alpha: dict[str, float] = {}
-        self._factors: dict[str, float] = {}
         self._top = top = self._places[-1]
-        self._ones = top.delta.new_ones(top.delta.shape[0])
         shape = (*samples, top.a.shape[-1])
-        self._error_, self._share = cost.in_place(top.a.view(shape), top.delta.view(shape))
+        self._error_, self._share = in_place(cost, top.a.view(shape), top.delta.view(shape))
+        self._rate_is_tensor = rate_is_tensor
+        share = 1.0 if rate_is_tensor else self._share
+        self._shares = top.delta.new_full((top.delta.shape[0],), share)
+        self._lr: Any = None
+        self._factors = _Factors(None, None, {}, {})
 
     @property
     def state(self) -> list[Tensor]:
@@ -153,41 +161,42 @@ class Pass:
         self._top.times_prime_(self._top.delta)  # BP1: ⊙ σ'(z)
 
         # 4. Backward, and 5. gradients, each added to its parameter as it is found.
-        if lr is not self._lr:
-            self._set_rate(lr)
-        factors = self._factors
+        if self._rate_is_tensor or lr != self._lr:
+            self._lr, self._factors = lr, self._factors_of(lr)
+        keep, rate, to_b, to_w = self._factors
         for place in self._downwards:
             if place.below is not None:
                 torch.mm(place.delta, place.w, out=place.below.delta)  # BP2: wᵀδ, of w before
-            if not factors:
-                place.multiply_(*self._keep_and_rate)
+            if rate is not None:
+                place.delta.mul_(rate)
             if place.sum_b is not None:
+                if keep is not None:
+                    place.sum_b.mul_(keep)
                 # Not at once by addmv_, which rounds b once for every sample.
-                torch.mv(place.delta_t, self._ones, out=place.grad_b)  # BP3
-                if "beta" in factors:
-                    place.sum_b.mul_(factors["beta"])
-                place.sum_b.add_(place.grad_b, **self._alpha)
+                torch.mv(place.delta_t, self._shares, out=place.grad_b)  # BP3
+                place.sum_b.add_(place.grad_b, **to_b)
             if place.sum_w is not None:
+                if not to_w and keep is not None:
+                    place.sum_w.mul_(keep)
                 a_prev = a_first if place.a_prev is None else place.a_prev
-                place.sum_w.addmm_(place.delta_t, a_prev, **factors)  # BP4
+                place.sum_w.addmm_(place.delta_t, a_prev, **to_w)  # BP4
             if place.below is not None:
                 place.below.times_prime_(place.below.delta)  # BP2: ⊙ σ'(z); a is needed no more
         if self._descent.momentum:
             self._follow_velocities(lr)
         return cost
 
-    def _set_rate(self, lr: Any) -> None:
-        """By what BP3 and BP4 multiply what they add to, and what they add."""
-        momentum, weight_decay = self._descent.momentum, self._descent.weight_decay
-        keep, rate = None, -lr * self._share
-        if weight_decay:
-            keep = 1 - lr * weight_decay
+    def _factors_of(self, lr: Any) -> "_Factors":
+        momentum, weight_decay, share = *self._descent, self._share
+        keep = 1 - lr * weight_decay if weight_decay else None
+        rate = -lr
         if momentum:
-            keep, rate = momentum, self._share
-        self._lr, self._keep_and_rate = lr, (keep, rate)
-        self._alpha = {} if isinstance(lr, Tensor) else {"alpha": rate}
+            keep, rate = momentum, 1.0
+        if self._rate_is_tensor:
+            return _Factors(keep, rate * share, {}, {})
         # A beta of 1 is left out: to read it takes PyTorch a tenth of a small product's time.
-        self._factors = self._alpha | ({"beta": keep} if self._alpha and keep is not None else {})
+        beta = {} if keep is None else {"beta": keep}
+        return _Factors(keep, None, {"alpha": rate}, {"alpha": rate * share} | beta)
 
     def _follow_velocities(self, lr: Any) -> None:
         for learned in self._learned:
@@ -199,6 +208,20 @@ class Pass:
                 value.addcmul_(velocity, lr, value=-1)
             else:
                 value.add_(velocity, alpha=-lr)
+
+
+class _Factors(NamedTuple):
+    """What numbers BP3 and BP4 are added with.
+
+    keep: What a parameter or velocity is multiplied by first; None for 1.
+    rate: What δ is multiplied by; None where `to_b` and `to_w` have it.
+    to_b, to_w: Arguments of the additions, keep among those to w.
+    """
+
+    keep: Any
+    rate: Any
+    to_b: dict[str, float]
+    to_w: dict[str, float]
 
 
 class _Place:
@@ -222,7 +245,7 @@ class _Place:
         "times_prime_", "w", "w_t", "z",
     )  # fmt: skip
 
-    def __init__(self, layer: Layer, l: int, allocate: Allocate) -> None:
+    def __init__(self, layer: TrainedLayer, l: int, allocate: Allocate) -> None:
         self.w, self.sum_w = layer.w.value, layer.w.sum
         self.w_t = self.w.mT
         self.b = self.sum_b = None
@@ -245,13 +268,6 @@ class _Place:
             primes.append(times_prime_)
         self.sigma_ = _in_turn(sigmas)
         self.times_prime_ = _in_turn(primes[::-1])
-
-    def multiply_(self, keep: Any, rate: Any) -> None:
-        """Multiply what BP3 and BP4 will add to by one, and δ by the other."""
-        self.delta.mul_(rate)
-        for total in (self.sum_w, self.sum_b):
-            if total is not None and keep is not None:
-                total.mul_(keep)
 
 
 def _in_turn(calls: Sequence[Callable[..., object]]) -> Callable[..., object]:

@@ -1,10 +1,11 @@
 """A network, its cost and its learning rate: all that one step of training needs, kept ready."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn, strided
@@ -12,11 +13,11 @@ from torch.export import ExportedProgram
 
 from manual_bp import _net, _require
 from manual_bp._function import any_autocast_is_on, below_autograd
-from manual_bp.costs._cost import Cost
-from manual_bp.layers import Activation
+from manual_bp.costs._cost import Cost, has_own_in_place
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
-from manual_bp.training_step._pass import Allocate, Descent, Pass, with_values
+from manual_bp.training_step._pass import Allocate, Descent, Pass, fresh_buffers, with_values
+from manual_bp.training_step._snapshot import Snapshot
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,7 +48,7 @@ class TrainingStep:
 
     Attributes:
         net, cost, momentum, weight_decay: As given.
-        lr: As given. It may be set anew between any two steps, as schedules do.
+        lr: As given; it may be set anew between any two steps, as schedules do.
 
     A step, in the formulas of SGD, of each parameter p with the gradient g of the cost:
 
@@ -58,8 +59,9 @@ class TrainingStep:
     largest batch so far, and two δ, each as wide as a layer. They are made at the first batch,
     and again at a larger one.
 
-    Two threads must not call it at once. What is changed in the network's structure later, hooks
-    included, it does not see; of parameters it does (see `__call__`).
+    Two threads must not call it at once. Modules and parameters that are replaced, moved, cast,
+    loaded or frozen between two steps are seen; hooks that are registered later are not, and do
+    not run.
 
     Raises:
         TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
@@ -80,14 +82,22 @@ class TrainingStep:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
-        _net.require_cost(cost)
-        self.net, self.cost, self.lr = net, cost, lr
+        self._net, self._cost, self.lr = net, cost, lr
         self._descent = Descent(
             _not_negative("momentum", momentum), _not_negative("weight_decay", weight_decay)
         )
         self._velocities: dict[str, Tensor] = {}
-        self._forget()
         self._read()
+
+    @property
+    def net(self) -> nn.Sequential:
+        """What is trained."""
+        return self._net
+
+    @property
+    def cost(self) -> Cost:
+        """What is to become smaller."""
+        return self._cost
 
     @property
     def lr(self) -> float:
@@ -124,24 +134,15 @@ class TrainingStep:
             TypeError, ValueError: x or y does not fit; nothing has been updated then.
             RuntimeError: autocast is on.
         """
-        for parameters, name, parameter, learns, address in self._held:
-            if (
-                parameters.get(name) is not parameter
-                or parameter.requires_grad is not learns
-                or parameter.data_ptr() != address
-            ):
-                self._forget()
-                break
+        if not self._snapshot.is_as_it_was():
+            self._read()
         if any_autocast_is_on():
-            raise RuntimeError(
-                "a TrainingStep must be called outside of autocast; it trains in the dtype of its "
-                "parameters"
-            )
+            _refuse_autocast()
         run = self._passes.get(x.shape) if self._fits(x) else None
         if run is None:
             run = self._prepare(x)
         with self._guard():
-            return run(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), y, self._lr)
+            return run(x if x.ndim == 2 else _rows(x), y, self._lr)
 
     def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
         """The step captured for batches of one shape: all its kernels in one launch.
@@ -152,16 +153,36 @@ class TrainingStep:
 
         Returns:
             What is called as this is. It updates the same parameters and velocities, by the `lr`
-            that this has at the time. Parameters must stay where they are, frozen or not.
+            that this has at the time, as long as nothing else of this and its network changes.
 
         Raises:
-            TypeError, ValueError: x or y does not fit, or is not on a CUDA device.
+            TypeError, ValueError: x or y does not fit, or is not on a CUDA device; or the
+                parameters are of float16.
+            RuntimeError: autocast is on.
         """
-        _check(x, self._read()[1][0])
+        if not self._snapshot.is_as_it_was():
+            self._read()
+        if any_autocast_is_on():
+            _refuse_autocast()
+        self._check(x)
+        _require.tensor("y", y)
         if x.device.type != "cuda":
             raise ValueError(f"x must be on a CUDA device to be captured; got {x.device}")
-        run = self._make_pass(x.shape[:-1], _fresh(x))
+        _refuse_float16("captured", x.dtype)
+        return self._capture(x, y)
+
+    def _capture(self, x: Tensor, y: Tensor) -> CapturedStep:
+        run = self._new_pass(x.shape[:-1], fresh_buffers(x), rate_is_tensor=True)
         return CapturedStep(self, run, x, y)
+
+    def _is_what_was_captured(self, captured: tuple[object, ...]) -> bool:
+        """Whether nothing has changed since `_what_is_captured` gave this."""
+        return self._snapshot.is_as_it_was() and all(
+            one is other for one, other in zip(captured, self._what_is_captured(), strict=True)
+        )
+
+    def _what_is_captured(self) -> tuple[object, ...]:
+        return self._snapshot, self._descent, self._velocities
 
     def export(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
         """Write the step as a `torch.export` program, which needs neither this nor its network.
@@ -169,10 +190,10 @@ class TrainingStep:
             program = torch.export.load(path).module()
             cost, parameters = program(x, y, lr, parameters)
 
-        with x (N, in) of any N, lr a tensor of shape () in the parameters' dtype, and parameters a
-        dict by the names of `net.state_dict()`. With momentum, a dict of velocities, at first all
-        0, goes in and comes out last. Nothing is changed in place. Which parameters are frozen is
-        settled here.
+        with x (N, in) of any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
+        parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities
+        of the parameters that learn, at first all 0, goes in and comes out last. Nothing is
+        changed in place. Which parameters are frozen is settled here.
 
         Args:
             path: Where to; a file that is there is replaced, once the new one is whole.
@@ -180,18 +201,19 @@ class TrainingStep:
                 shape and dtype, as with class indices.
 
         Raises:
-            TypeError, ValueError: y does not suit the cost.
-            FileNotFoundError: path leads into no folder.
+            TypeError, ValueError: y does not suit the cost, or the parameters are of float16.
+            OSError: path leads into no folder, or to one.
         """
-        _export.require_folder(path)
+        _export.require_path(path)
         _export.save_program(self._program(y), path)
 
     def export_onnx(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
         """Write the step as an ONNX model, with which an inference runtime can train.
 
         Inputs are x, y, lr, and each parameter by its name in `net.state_dict()`; outputs are
-        cost, and the new value of each as new.<name>. With momentum, velocity.<name> goes in as
-        well, at first all 0, and new.velocity.<name> comes out. Shapes are as for `export`.
+        cost, and the new value of each as new.<name>. With momentum, velocity.<name> of each that
+        learns goes in as well, at first all 0, and new.velocity.<name> comes out. Shapes are as
+        for `export`.
 
         Needs the extra `onnx`.
 
@@ -200,14 +222,13 @@ class TrainingStep:
             y: A target like those to come: see `export`.
 
         Raises:
-            TypeError, ValueError: y does not suit the cost.
-            FileNotFoundError: path leads into no folder.
+            TypeError, ValueError, OSError: See `export`.
             ImportError: What the extra installs is missing.
         """
-        _export.require_folder(path)
+        _export.require_path(path)
         program = self._program(y)
-        velocities = self._velocities if self.momentum else {}
-        names = [*self._parameters(), *(f"velocity.{name}" for name in velocities)]
+        velocities = self._velocities_or_none or {}
+        names = [*self._parameters, *(f"velocity.{name}" for name in velocities)]
         _export.save_onnx(program, names, path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +252,7 @@ class TrainingStep:
         """
         lr = _not_negative("lr", state["lr"])
         descent = Descent(*(_not_negative(n, state[n]) for n in ("momentum", "weight_decay")))
-        parameters = self._parameters()
+        parameters = self._parameters
         velocities = {}
         for name, velocity in state["velocities"].items():
             if name not in parameters:
@@ -240,51 +261,55 @@ class TrainingStep:
             _require.shape(
                 f"velocities[{name!r}]", velocity, parameters[name].shape, "its parameter's"
             )
-            velocities[name] = velocity.clone()
+            with torch.inference_mode(False):
+                velocities[name] = velocity.detach().clone()
         self.lr, self._descent, self._velocities = lr, descent, velocities
-        self._forget()
+        self._read()
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the buffers: in a copy, their calls would go on writing to those of the original.
-        own = ("net", "cost", "_lr", "_descent", "_velocities")
-        return {name: vars(self)[name] for name in own}
+        return {name: value for name, value in vars(self).items() if name not in _MADE_ANEW}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._read()
 
     def __repr__(self) -> str:
         return (
-            f"TrainingStep(net={self.net!r}, cost={self.cost!r}, lr={self.lr}, "
+            f"{type(self).__name__}(net={self.net!r}, cost={self.cost!r}, lr={self.lr}, "
             f"momentum={self.momentum}, weight_decay={self.weight_decay})"
         )
 
-    def _read(self) -> tuple[list[Activation], list[_net.Layer]]:
-        """The network as it is now, its velocities made; refuse what cannot be trained."""
+    def _read(self) -> None:
+        """Look at network and cost as they are now, and let go of all that was made for them."""
+        _net.require_cost(self.cost)
         input_activations, layers = _net.read(self.net)
         _require_trainable(layers)
-        for name, parameter in _named(layers).items():
-            velocity = self._velocities.get(name)
-            if velocity is not None and velocity.shape == parameter.shape:
-                self._velocities[name] = velocity.to(parameter)  # where the network has moved to
-            elif self.momentum and parameter.requires_grad:
-                self._velocities[name] = torch.zeros_like(parameter, requires_grad=False)
-        return input_activations, layers
+        self._input_activations, self._layers = input_activations, layers
+        self._parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        self._snapshot = Snapshot(self.net, layers, self.cost)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter in self._parameters.items():
+                velocity = self._velocities.get(name)
+                if velocity is not None and velocity.shape == parameter.shape:
+                    self._velocities[name] = velocity.to(
+                        parameter
+                    )  # where the network has moved to
+                elif self.momentum and parameter.requires_grad:
+                    self._velocities[name] = torch.zeros_like(parameter)
+        self._dtype, self._device = layers[0].w.dtype, layers[0].w.device
+        self._widest = max(len(layer.w) for layer in layers)
+        # Of a cost that says no more than forward and gradient, these may ask autograd.
+        self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
+        self._forget()
 
     def _forget(self) -> None:
-        """Let go of all buffers."""
         self._passes: dict[torch.Size, Pass] = {}
         self._memory: dict[str, Tensor] = {}
         self._capacity = 0
-        self._dtype: torch.dtype | None = None
-        self._device: torch.device | None = None
-        self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, int]] = []
-        # A cost of the user's own may ask autograd for its gradient.
-        is_ours = type(self.cost).in_place is not Cost.in_place
-        self._guard: Any = below_autograd if is_ours else torch.no_grad
 
     def _fits(self, x: Any) -> bool:
-        """Whether the passes at hand are for x, but perhaps for its shape."""
+        """Whether x is like the network's parameters."""
         return (
             isinstance(x, Tensor)
             and x.dtype is self._dtype
@@ -293,21 +318,21 @@ class TrainingStep:
             and not x.is_nested
         )
 
+    def _check(self, x: Tensor) -> None:
+        first = self._layers[0]
+        name = f"net[{first.name!r}]"
+        _require.real("x", x)
+        _require.like("x", x, f"{name}.weight", first.w)
+        _require.components("x", x, first.w.shape[1], f"the in_features of {name}")
+
     def _prepare(self, x: Tensor) -> Pass:
         """A pass for x, kept for all batches of its shape."""
-        _, layers = self._read()
-        _check(x, layers[0])
+        self._check(x)
         samples = prod(x.shape[:-1])
-        if not self._fits(x) or samples > self._capacity or len(self._passes) == MOST_PASSES:
+        if samples > self._capacity or len(self._passes) == MOST_PASSES:
             self._forget()
-            self._dtype, self._device, self._capacity = x.dtype, x.device, samples
-        self._held = [
-            (layer.module._parameters, name.rpartition(".")[2], p, p.requires_grad, p.data_ptr())
-            for layer in layers
-            for name, p in layer.parameters.items()
-        ]
-        self._widest = max(len(layer.w) for layer in layers)
-        run = self._make_pass(x.shape[:-1], partial(self._buffer, samples))
+            self._capacity = samples
+        run = self._new_pass(x.shape[:-1], partial(self._buffer, samples))
         self._passes[x.shape] = run
         return run
 
@@ -320,41 +345,71 @@ class TrainingStep:
             )
         return self._memory[name][: samples * columns].view(samples, columns)
 
-    def _make_pass(self, samples: torch.Size, allocate: Allocate) -> Pass:
-        input_activations, layers = self._read()
-        own = with_values(layers, _named(layers), self._velocities if self.momentum else {})
+    def _new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
         with torch.inference_mode(False), torch.no_grad():
-            return Pass(own, input_activations, self.cost, self._descent, samples, allocate)
+            return Pass(
+                with_values(self._layers, self._parameters, self._velocities_or_none or {}),
+                self._input_activations,
+                self.cost,
+                self._descent,
+                samples,
+                allocate,
+                **options,
+            )
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return _named(self._read()[1])
+    @property
+    def _velocities_or_none(self) -> dict[str, Tensor] | None:
+        return self._velocities if self.momentum else None
 
     def _program(self, y: Tensor | None) -> ExportedProgram:
-        function = _export.Function(*self._read(), self.cost, self._descent)
-        velocities = self._velocities if self.momentum else {}
-        return _export.as_program(function, self._parameters(), velocities, y)
+        if not self._snapshot.is_as_it_was():
+            self._read()
+        _refuse_float16("exported", self._dtype)
+        if y is not None:
+            _require.tensor("y", y)
+        parts = (self._input_activations, self._layers, self.cost, self._descent)
+        return _export.as_program(
+            _export.Function(*parts), self._parameters, self._velocities_or_none, y
+        )
 
 
-def _named(layers: Sequence[_net.Layer]) -> dict[str, nn.Parameter]:
-    return {name: p for layer in layers for name, p in layer.parameters.items()}
+# What is made of the rest of a TrainingStep whenever that changes.
+_MADE_ANEW = {
+    "_capacity",
+    "_device",
+    "_dtype",
+    "_guard",
+    "_input_activations",
+    "_layers",
+    "_memory",
+    "_parameters",
+    "_passes",
+    "_snapshot",
+    "_widest",
+}
 
 
-def _fresh(like: Tensor) -> Allocate:
-    """Makes a new buffer each time, for as many samples as there are in x."""
-    samples = prod(like.shape[:-1])
-    return lambda _, columns: like.new_empty(samples, columns)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _check(x: Tensor, first: _net.Layer) -> None:
-    name = f"net[{first.name!r}]"
-    _require.real("x", x)
-    _require.like("x", x, f"{name}.weight", first.w)
-    _require.components("x", x, first.w.shape[1], f"the in_features of {name}")
+def _refuse_autocast() -> NoReturn:
+    raise RuntimeError(
+        "a TrainingStep must be called outside of autocast; it trains in its parameters' own dtype"
+    )
+
+
+def _refuse_float16(what: str, dtype: torch.dtype) -> None:
+    if dtype is torch.float16:
+        raise TypeError(
+            f"a step to be {what} must be of float64, float32 or bfloat16, for it multiplies δ by "
+            f"a rate in a tensor, which float16 has not the range for; got float16"
+        )
 
 
 def _require_trainable(layers: Sequence[_net.Layer]) -> None:
     places: dict[int, str] = {}
-    for name, parameter in _named(layers).items():
+    for name, parameter in ((n, p) for layer in layers for n, p in layer.parameters.items()):
         if type(parameter.data) is not Tensor:
             kind = type(parameter.data).__name__
             raise TypeError(f"{name} of net must be a plain tensor; got {kind}")
@@ -362,6 +417,13 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
             raise TypeError(
                 f"{name} of net must be of float16, bfloat16, float32 or float64; "
                 f"got {parameter.dtype}"
+            )
+        if any(
+            n > 1 and step == 0 for n, step in zip(parameter.shape, parameter.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{name} of net must have memory for each of its elements; got an expanded tensor, "
+                f"strides {parameter.stride()}"
             )
         other = places.setdefault(parameter.data_ptr(), name)
         if other != name and parameter.numel() and not parameter.is_meta:
@@ -376,4 +438,6 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
 def _not_negative(name: str, value: object) -> float:
     number = _require.number(name, value)
     _require.at_least(name, number, 0)
+    if number == math.inf:
+        raise ValueError(f"{name} must be finite; got {value}")
     return number

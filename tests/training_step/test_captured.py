@@ -1,34 +1,95 @@
-"""The step in a CUDA graph. What it runs is tested on the CPU too: a rate in a tensor."""
+"""The step in a CUDA graph; on the CPU, in something that records and replays as one does."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from manual_bp import Cost, QuadraticCost, SoftmaxCrossEntropyCost, TrainingStep
+from manual_bp import CapturedStep, Cost, QuadraticCost, SoftmaxCrossEntropyCost, TrainingStep
 from tests.training_step.networks import COSTS, Reference, assert_follows, batch, network, values
-from tests.training_step.test_training_step import every_activation, every_descent
+from tests.training_step.test_training_step import Autograd, every_activation, every_descent
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-
-
-def test_the_cpu_has_no_graphs() -> None:
-    net = network()
-    step = TrainingStep(net, QuadraticCost(), 0.1)
-    before = values(net)
-    with pytest.raises(ValueError, match="x must be on a CUDA device to be captured; got cpu"):
-        step.cuda_graph(*batch(net, step.cost, 4))
-    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+Capture = Callable[[TrainingStep, Tensor, Tensor], CapturedStep]
 
 
-@cuda
+class Recorded:
+    """Stands for a CUDA graph: the kernels that ran, and the tensors that they ran on."""
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        for kernel, args, kwargs, output in self.kernels:
+            found = kernel(*args, **kwargs)
+            for old, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
+                if isinstance(old, Tensor) and new is not old:
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """Stands for a capture. Nothing runs in one; here it must, and is undone by the caller."""
+
+    def __init__(self, graph: Recorded, **_: Any) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.graph.kernels.append((func, args, kwargs or {}, output))
+        return output
+
+
+class Stream:
+    """Stands for a stream, where everything happens in order anyway."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, _: "Stream") -> None:
+        pass
+
+
+@pytest.fixture
+def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
+    if device.type == "cuda":
+        return lambda step, x, y: step.cuda_graph(x, y)
+    for name, stand_in in {
+        "CUDAGraph": Recorded,
+        "graph": Recording,
+        "Stream": Stream,
+        "stream": lambda _: nullcontext(),
+        "current_stream": Stream,
+        "device": lambda _: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def recorded(step: TrainingStep, x: Tensor, y: Tensor) -> CapturedStep:
+        state = [*step.net.parameters(), *step._velocities.values()]
+        before = [t.detach().clone() for t in state]
+        captured = step._capture(x, y)
+        with torch.no_grad():
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        return captured
+
+    return recorded
+
+
 @every_descent
-@pytest.mark.parametrize("cost", COSTS, ids=repr)
-def test_as_autograd_and_sgd(cost: Cost, descent: dict[str, float]) -> None:
-    net = network(device="cuda")
+@pytest.mark.parametrize("cost", [*COSTS, Autograd()], ids=repr)
+def test_as_autograd_and_sgd(
+    cost: Cost, descent: dict[str, float], device: torch.device, capture: Capture
+) -> None:
+    net = network(device=device)
     indices = isinstance(cost, SoftmaxCrossEntropyCost)
     step, reference = TrainingStep(net, cost, 0.1, **descent), Reference(net, cost, 0.1, **descent)
     before = values(net)
-    captured = step.cuda_graph(*batch(net, cost, 4, indices=indices))
+    captured = capture(step, *batch(net, cost, 4, indices=indices))
     assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
     for number in range(10):
         step.lr = 0.1 / (1 + number // 4)
@@ -39,22 +100,29 @@ def test_as_autograd_and_sgd(cost: Cost, descent: dict[str, float]) -> None:
     assert_follows(net, reference.net)
 
 
-@cuda
 @every_activation
-def test_every_activation(activation: nn.Module) -> None:
-    net, cost = network(activation, device="cuda"), QuadraticCost()
+def test_every_activation(activation: nn.Module, device: torch.device, capture: Capture) -> None:
+    net, cost = network(activation, device=device), QuadraticCost()
     step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
-    captured = step.cuda_graph(*batch(net, cost, 2, 3))
+    x, y = batch(net, cost, 2, 3)
+    captured = capture(step, x.transpose(0, 1), y.transpose(0, 1))
     for _ in range(5):
-        x, y = batch(net, cost, 2, 3)
+        x, y = batch(net, cost, 3, 2)
         torch.testing.assert_close(captured(x, y), reference(x, y))
     assert_follows(net, reference.net)
 
 
-@cuda
-def test_what_does_not_fit_changes_nothing() -> None:
-    net, cost = network(device="cuda"), QuadraticCost()
-    captured = TrainingStep(net, cost, 0.1).cuda_graph(*batch(net, cost, 4))
+def test_each_cost_is_a_tensor_of_its_own(device: torch.device, capture: Capture) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    captured = capture(TrainingStep(net, cost, 0.5), *(pair := batch(net, cost, 4)))
+    first = captured(*pair)
+    value = first.item()
+    assert captured(*pair).item() < value == first.item()
+
+
+def test_what_does_not_fit_changes_nothing(device: torch.device, capture: Capture) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    captured = capture(TrainingStep(net, cost, 0.1), *batch(net, cost, 4))
     before = values(net)
     x, y = batch(net, cost, 3)
     with pytest.raises(ValueError, match=r"x must have shape \(4, 7\), that of the one captured"):
@@ -62,21 +130,75 @@ def test_what_does_not_fit_changes_nothing() -> None:
     with pytest.raises(TypeError, match="x must have the dtype of the captured x"):
         captured(x.float(), y)
     with pytest.raises(ValueError, match="x must be on the device of the captured x"):
-        captured(x.cpu(), y)
+        captured(x.to("meta"), y)
     assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
 
 
-@cuda
-def test_a_net_that_has_moved_is_not_trained_where_it_was() -> None:
-    net, cost = network(device="cuda"), QuadraticCost()
-    captured = TrainingStep(net, cost, 0.1).cuda_graph(*(pair := batch(net, cost, 4)))
-    w = net.get_parameter("0.weight")
+def moved(step: TrainingStep) -> None:
+    w = step.net.get_parameter("0.weight")
     w.data = w.data.clone()
-    with pytest.raises(RuntimeError, match="must stay where they were captured"):
-        captured(*pair)
 
 
-@cuda
+def replaced(step: TrainingStep) -> None:
+    step.net[2].weight = nn.Parameter(step.net.get_parameter("2.weight").detach().clone())
+
+
+def frozen(step: TrainingStep) -> None:
+    step.net.get_parameter("4.bias").requires_grad_(False)
+
+
+def loaded(step: TrainingStep) -> None:
+    step.load_state_dict(step.state_dict())
+
+
+def shortened(step: TrainingStep) -> None:
+    del step.net[5]
+
+
+@pytest.mark.parametrize("change", [moved, replaced, frozen, loaded, shortened])
+def test_what_has_changed_is_not_trained_as_it_was(
+    change: Any, device: torch.device, capture: Capture
+) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    step = TrainingStep(net, cost, 0.1, momentum=0.9)
+    captured = capture(step, *(pair := batch(net, cost, 4)))
+    captured(*pair)
+    change(step)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="must be what was captured; got others: capture"):
+            captured(*pair)
+        step(*pair)  # which sees it, and goes on
+
+
+def test_captured_in_inference_mode(device: torch.device, capture: Capture) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    with torch.inference_mode():
+        captured = capture(TrainingStep(net, cost, 0.1, momentum=0.9), *batch(net, cost, 4))
+    captured(*batch(net, cost, 4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "y", "error", "message"),
+    [
+        (torch.float64, None, ValueError, "x must be on a CUDA device to be captured; got cpu"),
+        (torch.float64, [1.0], TypeError, "y must be a torch.Tensor; got list"),
+    ],
+)
+def test_what_cannot_be_captured(
+    dtype: torch.dtype, y: Any, error: type[Exception], message: str
+) -> None:
+    net = network(dtype=dtype)
+    step = TrainingStep(net, QuadraticCost(), 0.1)
+    x, target = batch(net, step.cost, 4)
+    before = values(net)
+    with pytest.raises(error, match=message):
+        step.cuda_graph(x, target if y is None else y)
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="outside of autocast"):
+        step.cuda_graph(x, target)
+    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 def test_a_step_waits_for_nothing() -> None:
     """Neither the eager step nor the captured one synchronises."""
     net = network(device="cuda", dtype=torch.float32)
@@ -90,3 +212,11 @@ def test_a_step_waits_for_nothing() -> None:
         captured(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_float16_cannot_be_captured() -> None:
+    net = network(device="cuda", dtype=torch.float16)
+    step = TrainingStep(net, QuadraticCost(), 0.1)
+    with pytest.raises(TypeError, match="a step to be captured must be of float64, float32 or bf"):
+        step.cuda_graph(*batch(net, step.cost, 4))

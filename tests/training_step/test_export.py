@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manual_bp import (
     Cost,
+    LeakyReLU,
     LinearSigmoid,
     QuadraticCost,
     SigmoidCrossEntropyCost,
@@ -142,6 +143,22 @@ def test_frozen_parameters_come_out_as_they_went_in(tmp_path: Path) -> None:
     train(step, exported(step, tmp_path), 4)
 
 
+def test_a_program_of_momentum_alone(tmp_path: Path) -> None:
+    """With all parameters frozen there are no velocities, and still a place for them."""
+    net = network().requires_grad_(False)
+    TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9).export(tmp_path / "step.pt2")
+    program = torch.export.load(tmp_path / "step.pt2").module()
+    x, y = batch(net, QuadraticCost(), 3)
+    _, new, velocities = program(x, y, torch.tensor(0.1, dtype=x.dtype), state_of(net), {})
+    assert_close(new, net, rtol=0, atol=0)
+    assert velocities == {}
+
+
+def test_float64_in_onnxruntime(tmp_path: Path) -> None:
+    step = TrainingStep(network(LeakyReLU(0.1)), QuadraticCost(), 0.1)
+    train(step, exported(step, tmp_path), 4)
+
+
 def test_a_linear_sigmoid_and_an_input_activation(tmp_path: Path) -> None:
     net = nn.Sequential(nn.ReLU(inplace=True), LinearSigmoid(4, 3), Tanh(), nn.Linear(3, 2, False))
     step = TrainingStep(net, QuadraticCost(), 0.1)
@@ -156,7 +173,9 @@ def test_the_model_is_the_products_and_little_else(tmp_path: Path) -> None:
     model = onnx.load(tmp_path / "step.onnx")
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"Where", "Slice", "ScatterND", "Less", "Gather"}, kinds
-    assert sum(n.op_type in ("Gemm", "MatMul") for n in model.graph.node) == 3 * 3 - 1 + 3 + 1
+    assert (
+        sum(n.op_type in ("Gemm", "MatMul") for n in model.graph.node) == 3 * 3 - 1 + 3 + 1
+    )  # and the cost
     assert [i.name for i in model.graph.input][:4] == ["x", "y", "lr", "0.weight"]
     assert [o.name for o in model.graph.output][:2] == ["cost", "new.0.weight"]
     dims = model.graph.input[0].type.tensor_type.shape.dim
@@ -167,6 +186,12 @@ def test_targets_that_do_not_suit_the_cost_are_refused(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1)
     with pytest.raises(TypeError, match="y must have the dtype of a"):
         step.export(tmp_path / "step.pt2", y=torch.tensor([1]))
+    wrong: Any = [1.0]
+    with pytest.raises(TypeError, match=r"y must be a torch\.Tensor; got list"):
+        step.export(tmp_path / "step.pt2", y=wrong)
+    half = TrainingStep(network(dtype=torch.float16), QuadraticCost(), 0.1)
+    with pytest.raises(TypeError, match="a step to be exported must be of float64, float32 or bf"):
+        half.export(tmp_path / "step.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,6 +216,8 @@ def test_a_path_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1)
     with pytest.raises(FileNotFoundError, match="path must lead into a folder that is there"):
         step.export(tmp_path / "nowhere" / "step.pt2")
+    with pytest.raises(IsADirectoryError, match="path must lead to a file; got a folder"):
+        step.export_onnx(tmp_path)
 
 
 def test_without_onnxscript_the_extra_is_named(
