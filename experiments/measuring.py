@@ -48,7 +48,7 @@ def seconds(contenders: Mapping[str, Timed], rounds: int, device: str) -> dict[s
         for name, timed in contenders.items():
             time.sleep(PAUSE)
             if numbers[name] > 1:
-                turn(timed, 1 + numbers[name] // 2)
+                turn(timed, numbers[name])
             taken[name].append(turn(timed, numbers[name]) / (numbers[name] * timed.each))
     return taken
 

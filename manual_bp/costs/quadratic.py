@@ -1,5 +1,6 @@
 """The quadratic cost: C_x = ½‖y − a‖², with its ∇_a C for BP1."""
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -139,6 +140,7 @@ class QuadraticCost(Cost):
         weight = share(a, self.reduction)
         half = delta.new_full((), weight / 2)
         components = delta.view(-1)
+        rows = delta.view(math.prod(a.shape[:-1]), 1, a.shape[-1])
         shape, dtype, device = a.shape, a.dtype, a.device
         # Not of 16 bits, for which a sum of squares is soon too large; nor of very many, which it
         # would add up one by one; nor the mean of none, which is no number.
@@ -157,6 +159,8 @@ class QuadraticCost(Cost):
             ):
                 checked_pair("a", a, y)
             torch.sub(a, y, out=delta)  # BP1: ∇_a C_x = a − y
-            return components.dot(components).mul_(half) if is_plain else self(a, y).detach()
+            if is_plain:
+                return components.dot(components).mul_(half)
+            return reduce_losses(torch.bmm(rows, rows.mT) / 2, self.reduction)
 
         return error_, weight

@@ -1,0 +1,37 @@
+"""What docs/training_step.md says is so."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training_step.md").read_text("utf-8")
+RESULTS = [file.read_text("utf-8") for file in (ROOT / "experiments" / "results").rglob("*.md")]
+
+
+def test_the_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/training_step.md", "exec"), names)
+    assert names["cost"].shape == ()
+    assert names["step"].lr == 3.0 * 0.9**3
+
+
+def test_each_measured_row_is_one_of_the_results() -> None:
+    """Figures are copied from a run whose command, versions and date stand beside them there."""
+    measured = re.findall(r"^\| +(?:\d|ours|torch|bare).*\|$", PAGE, flags=re.MULTILINE)
+    assert len(measured) > 40
+    kept = {line for page in RESULTS for line in page.splitlines()}
+    assert not [row for row in measured if row not in kept]
+
+
+def test_every_result_says_how_it_was_got() -> None:
+    assert RESULTS
+    for page in RESULTS:
+        for said in (
+            "command: python -m experiments.benchmark",
+            "machine: ",
+            "versions: ",
+            "date: ",
+        ):
+            assert f"\n- {said}" in page
