@@ -6,6 +6,7 @@ exports the training step of the main job's 64-30-10 network, and trains it on t
 the same order, in a loop that a device could run which has an inference runtime and nothing else.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def prepare(config: Config) -> tuple[Data, dict[str, Array]]:
     from experiments.train import batches, build_net
     from manual_bp import QuadraticCost, TrainingStep
 
+    # Which of PyTorch's own extensions it does without is nothing to anybody here.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     digits = load("digits")
     torch.manual_seed(config.seed)
     sizes = (digits.features, *config.hidden, digits.classes)

@@ -157,7 +157,7 @@ class QuadraticCost(Cost):
                 and y.device == device
                 and y.layout is strided
             ):
-                checked_pair("a", a, y)
+                checked_pair("the output", a, y)
             torch.sub(a, y, out=delta)  # BP1: ∇_a C_x = a − y
             if is_plain:
                 return components.dot(components).mul_(half)

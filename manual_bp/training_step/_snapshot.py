@@ -3,22 +3,32 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from manual_bp import _net
 from manual_bp.costs._cost import Cost
 
+# What a module or a cost can have that changes what it computes.
+_METHODS = ("forward", "gradient")
+_SETTINGS = ("reduction", "negative_slope", "beta", "threshold", *_METHODS)
+
 
 class Snapshot:
-    """The modules of a network, its parameters, where they lie and which learn; and the cost.
+    """Modules, their settings, parameters, where and how these lie, and which learn; and the cost.
 
     Not hooks, for which every step would have to look into every module.
     """
 
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
         self._modules, self._there = net._modules, tuple(net._modules.values())
-        self._cost, self._reduction = cost, cost.reduction
-        self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, int]] = []
+        settings = [vars(cost), *(vars(module) for module in self._there)]
+        self._settings = [
+            (values, name, values.get(name))
+            for values in settings
+            for name in _SETTINGS
+            if name in values or (values is vars(cost) and name in _METHODS)
+        ]
+        self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, Tensor]] = []
         self._absent: list[dict[str, Any]] = []
         for layer in layers:
             parameters = layer.module._parameters
@@ -26,19 +36,21 @@ class Snapshot:
                 if p is None:
                     self._absent.append(parameters)
                 else:
-                    self._held.append((parameters, name, p, p.requires_grad, p.data_ptr()))
+                    self._held.append((parameters, name, p, p.requires_grad, p.detach()))
 
     def is_as_it_was(self) -> bool:
         """Whether nothing of it has changed."""
-        for parameters, name, parameter, learns, address in self._held:
+        for parameters, name, parameter, learns, memory in self._held:
             if (
                 parameters.get(name) is not parameter
                 or parameter.requires_grad is not learns
-                or parameter.data_ptr() != address
+                or not parameter.is_set_to(memory)
             ):
                 return False
-        return (
-            tuple(self._modules.values()) == self._there
-            and self._cost.reduction is self._reduction
-            and not any(parameters["bias"] is not None for parameters in self._absent)
-        )
+        for values, name, value in self._settings:
+            if values.get(name) != value:
+                return False
+        for parameters in self._absent:
+            if parameters.get("bias") is not None:
+                return False
+        return tuple(self._modules.values()) == self._there

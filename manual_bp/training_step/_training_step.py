@@ -26,7 +26,7 @@ MOST_PASSES = 100
 
 
 class TrainingStep:
-    """Backpropagation and gradient descent in one, in place, at the speed of the products in it.
+    """Backpropagation and gradient descent in one, in place, close to the speed of its products.
 
         step = TrainingStep(net, QuadraticCost(), lr=3.0)
         for x, y in batches:
@@ -60,8 +60,8 @@ class TrainingStep:
     and again at a larger one.
 
     Two threads must not call it at once. Modules and parameters that are replaced, moved, cast,
-    loaded or frozen between two steps are seen; hooks that are registered later are not, and do
-    not run.
+    loaded, frozen or set otherwise between two steps are seen (what takes a parameter's place, and
+    has its shape, takes its velocity); hooks that are registered later are not, and do not run.
 
     Raises:
         TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
@@ -227,7 +227,7 @@ class TrainingStep:
         """
         _export.require_path(path)
         program = self._program(y)
-        velocities = self._velocities_or_none or {}
+        velocities = self._exported_velocities or {}
         names = [*self._parameters, *(f"velocity.{name}" for name in velocities)]
         _export.save_onnx(program, names, path)
 
@@ -288,6 +288,8 @@ class TrainingStep:
         self._input_activations, self._layers = input_activations, layers
         self._parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         self._snapshot = Snapshot(self.net, layers, self.cost)
+        for name in self._velocities.keys() - self._parameters.keys():
+            del self._velocities[name]
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in self._parameters.items():
                 velocity = self._velocities.get(name)
@@ -348,7 +350,9 @@ class TrainingStep:
     def _new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
         with torch.inference_mode(False), torch.no_grad():
             return Pass(
-                with_values(self._layers, self._parameters, self._velocities_or_none or {}),
+                with_values(
+                    self._layers, self._parameters, self._velocities if self.momentum else {}
+                ),
                 self._input_activations,
                 self.cost,
                 self._descent,
@@ -356,10 +360,6 @@ class TrainingStep:
                 allocate,
                 **options,
             )
-
-    @property
-    def _velocities_or_none(self) -> dict[str, Tensor] | None:
-        return self._velocities if self.momentum else None
 
     def _program(self, y: Tensor | None) -> ExportedProgram:
         if not self._snapshot.is_as_it_was():
@@ -369,8 +369,15 @@ class TrainingStep:
             _require.tensor("y", y)
         parts = (self._input_activations, self._layers, self.cost, self._descent)
         return _export.as_program(
-            _export.Function(*parts), self._parameters, self._velocities_or_none, y
+            _export.Function(*parts), self._parameters, self._exported_velocities, y
         )
+
+    @property
+    def _exported_velocities(self) -> dict[str, Tensor] | None:
+        if not self.momentum:
+            return None
+        learned = [name for name, p in self._parameters.items() if p.requires_grad]
+        return {name: self._velocities[name] for name in learned}
 
 
 # What is made of the rest of a TrainingStep whenever that changes.

@@ -154,6 +154,20 @@ def test_a_program_of_momentum_alone(tmp_path: Path) -> None:
     assert velocities == {}
 
 
+def test_velocities_are_asked_for_of_what_learns(tmp_path: Path) -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
+    x, y = batch(step.net, step.cost, 3)
+    step(x, y)
+    step.net.get_parameter("0.weight").requires_grad_(False)
+    step.export(tmp_path / "step.pt2")
+    program = torch.export.load(tmp_path / "step.pt2").module()
+    names = [name for name, p in step.net.named_parameters() if p.requires_grad]
+    state = state_of(step.net)
+    zeros = {name: torch.zeros_like(state[name]) for name in names}
+    _, _, velocities = program(x, y, torch.tensor(0.1, dtype=x.dtype), state, zeros)
+    assert list(velocities) == names
+
+
 def test_float64_in_onnxruntime(tmp_path: Path) -> None:
     step = TrainingStep(network(LeakyReLU(0.1)), QuadraticCost(), 0.1)
     train(step, exported(step, tmp_path), 4)
@@ -184,7 +198,7 @@ def test_the_model_is_the_products_and_little_else(tmp_path: Path) -> None:
 
 def test_targets_that_do_not_suit_the_cost_are_refused(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1)
-    with pytest.raises(TypeError, match="y must have the dtype of a"):
+    with pytest.raises(TypeError, match="y must have the dtype of the output"):
         step.export(tmp_path / "step.pt2", y=torch.tensor([1]))
     wrong: Any = [1.0]
     with pytest.raises(TypeError, match=r"y must be a torch\.Tensor; got list"):
