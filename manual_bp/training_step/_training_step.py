@@ -432,8 +432,10 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
                 f"{name} of net must have memory for each of its elements; got an expanded tensor, "
                 f"strides {parameter.stride()}"
             )
+        if parameter.is_meta:
+            raise ValueError(f"{name} of net must have values to train; got a meta tensor")
         other = places.setdefault(parameter.data_ptr(), name)
-        if other != name and parameter.numel() and not parameter.is_meta:
+        if other != name and parameter.numel():
             raise ValueError(
                 f"{name} of net must be in no other place, for the update in one place would come "
                 f"before BP2 has read it in the other; got the parameter that is {other} as well"

@@ -798,6 +798,11 @@ NO_COST: Any = nn.MSELoss()
             "beta must not be 0; got 0.0",
         ),
         (
+            lambda: TrainingStep(sequential(Linear(3, 2, device="meta")), QuadraticCost(), 0.1),
+            ValueError,
+            "0.weight of net must have values to train; got a meta tensor",
+        ),
+        (
             lambda: TrainingStep(expanded(), QuadraticCost(), 0.1),
             ValueError,
             "0.weight of net must have memory for each of its elements; got an expanded tensor",
@@ -954,9 +959,3 @@ def test_the_learning_rate_is_checked_when_set_anew() -> None:
     with pytest.raises(ValueError, match="lr must be at least 0; got -2"):
         step.lr = -2
     assert step.lr == 0.1
-
-
-def test_on_the_meta_device_shapes_are_followed() -> None:
-    net = network(device="meta")
-    x, y = batch(net, QuadraticCost(), 4)
-    assert TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9)(x, y).is_meta
