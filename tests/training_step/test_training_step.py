@@ -211,10 +211,11 @@ def error(found: Tensor, right: Tensor) -> float:
     return difference
 
 
-def test_many_losses_in_half_precision_do_not_overflow(device: torch.device) -> None:
+@pytest.mark.parametrize("samples", [600, 3000])
+def test_many_losses_in_half_precision_do_not_overflow(samples: int, device: torch.device) -> None:
     net = network(sizes=(2, 100), dtype=torch.float16, device=device)
-    x = torch.zeros(3000, 2, dtype=torch.float16, device=device)
-    y = torch.full((3000, 100), 2.0, dtype=torch.float16, device=device)
+    x = torch.zeros(samples, 2, dtype=torch.float16, device=device)
+    y = torch.full((samples, 100), 2.0, dtype=torch.float16, device=device)
     expected = (net(x) - y).double().square().sum(-1).mean() / 2
     found = TrainingStep(net, QuadraticCost(), 0.0)(x, y)
     torch.testing.assert_close(found.double(), expected.detach(), rtol=2e-3, atol=0)
