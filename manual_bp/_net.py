@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from manual_bp import _require
+from manual_bp._function import autocast
 from manual_bp.costs._cost import Cost
 from manual_bp.layers import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
@@ -118,6 +119,15 @@ def _refuse_hooks(place: str, module: nn.Module) -> None:
             f"{place} must have no hooks, which would not run; "
             f"got a {type(module).__name__} with hooks"
         )
+
+
+def require_input(x: Tensor, first: Layer) -> None:
+    """Refuse an x that the first layer does not take."""
+    name = f"net[{first.name!r}]"
+    _require.real("x", x)
+    x, w = autocast(x, first.w)
+    _require.like("x", x, f"{name}.weight", w)
+    _require.components("x", x, w.shape[1], f"the in_features of {name}")
 
 
 def require_cost(cost: object) -> None:

@@ -18,9 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from manual_bp import _require
-from manual_bp._function import autocast
-from manual_bp._net import Layer, read, require_cost
+from manual_bp._net import read, require_cost, require_input
 from manual_bp.costs._cost import Cost, checked_gradient
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
@@ -54,7 +52,8 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
             or the cost is not reduced.
     """
     input_activations, layers = read(net)
-    _check(x, layers[0], cost)
+    require_input(x, layers[0])
+    require_cost(cost)
 
     last = len(layers)
     layer = dict(enumerate(layers, start=1))
@@ -128,11 +127,3 @@ def _sigma_prime(activations: Sequence[Activation], z: Tensor, a: Tensor) -> Ten
 def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor | None:
     # Under autocast the products come in a lower dtype, and `.grad` must be in the parameter's.
     return None if parameter is None or grad is None else grad.to(parameter.dtype)
-
-
-def _check(x: Tensor, first: Layer, cost: Cost) -> None:
-    _require.real("x", x)
-    x, w = autocast(x, first.w)
-    _require.like("x", x, f"net[{first.name!r}].weight", w)
-    _require.components("x", x, w.shape[1], f"the in_features of net[{first.name!r}]")
-    require_cost(cost)

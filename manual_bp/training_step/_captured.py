@@ -1,6 +1,5 @@
 """A training step in a CUDA graph: captured once, launched as one."""
 
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ class CapturedStep:
 
     def __init__(self, step: "TrainingStep", run: Pass, x: Tensor, y: Tensor) -> None:
         self._step, self._run = step, run
-        self._captured = step._what_is_captured()
+        self._snapshot = step._snapshot
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
             self._x, self._y = (
                 t.detach().clone(memory_format=torch.contiguous_format) for t in (x, y)
@@ -38,11 +37,7 @@ class CapturedStep:
             self._warm_up(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=stream):
-                self._cost = run(self._rows, self._y, self._lr)
-
-    @property
-    def _rows(self) -> Tensor:
-        return self._x.view(prod(self._x.shape[:-1]), self._x.shape[-1])
+                self._cost = run(self._x, self._y, self._lr)
 
     def _warm_up(self, stream: Any) -> None:
         """Let libraries make what they need at a first call, which must not happen in a capture."""
@@ -50,7 +45,7 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self._run(self._rows, self._y, self._lr)
+                self._run(self._x, self._y, self._lr)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(self._run.state, before, strict=True):
             tensor.copy_(value)
@@ -71,7 +66,7 @@ class CapturedStep:
         for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
             _require.like(name, value, f"the captured {name}", captured)
             _require.shape(name, value, captured.shape, "that of the one captured")
-        if not self._step._is_what_was_captured(self._captured):
+        if self._step._snapshot is not self._snapshot or not self._snapshot.is_as_it_was():
             raise RuntimeError(
                 "network, cost and velocities must be what was captured; got others: capture again"
             )

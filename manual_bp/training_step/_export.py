@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from manual_bp import _net
-from manual_bp.costs._cost import Cost
-from manual_bp.layers import Activation
-from manual_bp.training_step._pass import Descent, Pass, fresh_buffers, with_values
+from manual_bp.training_step._pass import Pass, Plan, fresh_buffers
 
 State = dict[str, Tensor]
 
@@ -21,29 +18,21 @@ State = dict[str, Tensor]
 class Function(nn.Module):
     """The step as a function: it changes nothing, and gives the new values back."""
 
-    def __init__(
-        self,
-        input_activations: Sequence[Activation],
-        layers: Sequence[_net.Layer],
-        cost: Cost,
-        descent: Descent,
-    ) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
         # Behind a lambda, lest the network's parameters become this module's own.
-        self._parts: Any = lambda: (input_activations, layers, cost, descent)
+        self._plan: Any = lambda: plan
 
     def forward(
         self, x: Tensor, y: Tensor, lr: Tensor, parameters: State, velocities: State | None = None
     ) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
         """The cost before the step, the new parameters and, if there are any, velocities."""
-        input_activations, layers, cost, descent = self._parts()
         parameters = {name: value.clone() for name, value in parameters.items()}
         new_velocities = {name: value.clone() for name, value in (velocities or {}).items()}
         run = Pass(
-            with_values(layers, parameters, new_velocities),
-            input_activations,
-            cost,
-            descent,
+            self._plan(),
+            parameters,
+            new_velocities,
             x.shape[:-1],
             fresh_buffers(x),
             rate_is_tensor=True,

@@ -66,7 +66,22 @@ class TrainedLayer:
         return [p for p in (self.w, self.b) if p is not None and p.learns]
 
 
-def with_values(
+class Plan(NamedTuple):
+    """What a step is of.
+
+    input_activations: What comes before the first layer, seldom anything.
+    layers: From the input on.
+    cost: What is to become smaller.
+    descent: How the parameters follow their gradients.
+    """
+
+    input_activations: Sequence[Activation]
+    layers: Sequence[_net.Layer]
+    cost: Cost
+    descent: Descent
+
+
+def _with_values(
     layers: Sequence[_net.Layer], values: Mapping[str, Tensor], velocities: Mapping[str, Tensor]
 ) -> list[TrainedLayer]:
     """The layers of a network, with values and velocities by the names of its parameters."""
@@ -93,10 +108,9 @@ class Pass:
     """Forward, backward and update for batches of one size, in buffers of its own.
 
     Args:
-        layers: From the input on.
-        input_activations: What comes before the first of them, seldom anything.
-        cost: What is to become smaller.
-        descent: How the parameters follow their gradients.
+        plan: What it is of.
+        values: The parameters, by their names in the network.
+        velocities: Theirs, under momentum.
         samples: The shape of x without its last dimension.
         allocate: Makes a buffer (N, columns), given a name and the columns. Those of one name are
             never needed at once.
@@ -105,17 +119,16 @@ class Pass:
 
     def __init__(
         self,
-        layers: Sequence[TrainedLayer],
-        input_activations: Sequence[Activation],
-        cost: Cost,
-        descent: Descent,
+        plan: Plan,
+        values: Mapping[str, Tensor],
+        velocities: Mapping[str, Tensor],
         samples: Sequence[int],
         allocate: Allocate,
         *,
         rate_is_tensor: bool = False,
     ) -> None:
-        self._input_activations = input_activations
-        self._descent = descent
+        self._input_activations, self._descent = plan.input_activations, plan.descent
+        layers = _with_values(plan.layers, values, velocities)
         self._places = [_Place(layer, l, allocate) for l, layer in enumerate(layers)]
         for l in range(1, len(layers)):
             self._places[l].a_prev = self._places[l - 1].a
@@ -126,7 +139,7 @@ class Pass:
             place.below = below
         self._top = top = self._places[-1]
         shape = (*samples, top.a.shape[-1])
-        self._error_, self._share = in_place(cost, top.a.view(shape), top.delta.view(shape))
+        self._error_, self._share = in_place(plan.cost, top.a.view(shape), top.delta.view(shape))
         self._rate_is_tensor = rate_is_tensor
         share = 1.0 if rate_is_tensor else self._share
         self._shares = top.delta.new_full((top.delta.shape[0],), share)
@@ -140,9 +153,9 @@ class Pass:
         return [p.value for p in self._learned] + velocities
 
     def __call__(self, x: Tensor, y: Tensor, lr: Any) -> Tensor:
-        """One step of gradient descent from inputs (N, in); returns C as it was before."""
-        # 1. Input.
-        a = x
+        """One step of gradient descent; returns C as it was before."""
+        # 1. Input, a sample a row.
+        a = x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
         for activation in self._input_activations:
             a = activation.forward(a)
         a_first = a

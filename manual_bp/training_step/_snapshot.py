@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from manual_bp import _net
 from manual_bp.costs._cost import Cost
 
-# What a module or a cost can have that changes what it computes.
-_METHODS = ("forward", "gradient")
-_SETTINGS = ("reduction", "negative_slope", "beta", "threshold", *_METHODS)
+# What changes what they compute: of a cost, of an activation.
+_OF_A_COST = ("reduction", "forward", "gradient")
+_OF_AN_ACTIVATION = ("negative_slope", "beta", "threshold")
 
 
 class Snapshot:
@@ -21,13 +21,10 @@ class Snapshot:
 
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
         self._modules, self._there = net._modules, tuple(net._modules.values())
-        settings = [vars(cost), *(vars(module) for module in self._there)]
-        self._settings = [
-            (values, name, values.get(name))
-            for values in settings
-            for name in _SETTINGS
-            if name in values or (values is vars(cost) and name in _METHODS)
-        ]
+        self._settings = [(vars(cost), name, vars(cost).get(name)) for name in _OF_A_COST]
+        for module in self._there:
+            has = vars(module)
+            self._settings += [(has, name, has[name]) for name in _OF_AN_ACTIVATION if name in has]
         self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, Tensor]] = []
         self._absent: list[dict[str, Any]] = []
         for layer in layers:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn, strided
@@ -16,7 +16,7 @@ from manual_bp._function import any_autocast_is_on, below_autograd
 from manual_bp.costs._cost import Cost, has_own_in_place
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
-from manual_bp.training_step._pass import Allocate, Descent, Pass, fresh_buffers, with_values
+from manual_bp.training_step._pass import Allocate, Descent, Pass, Plan, fresh_buffers
 from manual_bp.training_step._snapshot import Snapshot
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -134,15 +134,12 @@ class TrainingStep:
             TypeError, ValueError: x or y does not fit; nothing has been updated then.
             RuntimeError: autocast is on.
         """
-        if not self._snapshot.is_as_it_was():
-            self._read()
-        if any_autocast_is_on():
-            _refuse_autocast()
+        self._look()
         run = self._passes.get(x.shape) if self._fits(x) else None
         if run is None:
             run = self._prepare(x)
         with self._guard():
-            return run(x if x.ndim == 2 else _rows(x), y, self._lr)
+            return run(x, y, self._lr)
 
     def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
         """The step captured for batches of one shape: all its kernels in one launch.
@@ -160,11 +157,8 @@ class TrainingStep:
                 parameters are of float16.
             RuntimeError: autocast is on.
         """
-        if not self._snapshot.is_as_it_was():
-            self._read()
-        if any_autocast_is_on():
-            _refuse_autocast()
-        self._check(x)
+        self._look()
+        _net.require_input(x, self._plan.layers[0])
         _require.tensor("y", y)
         if x.device.type != "cuda":
             raise ValueError(f"x must be on a CUDA device to be captured; got {x.device}")
@@ -174,15 +168,6 @@ class TrainingStep:
     def _capture(self, x: Tensor, y: Tensor) -> CapturedStep:
         run = self._new_pass(x.shape[:-1], fresh_buffers(x), rate_is_tensor=True)
         return CapturedStep(self, run, x, y)
-
-    def _is_what_was_captured(self, captured: tuple[object, ...]) -> bool:
-        """Whether nothing has changed since `_what_is_captured` gave this."""
-        return self._snapshot.is_as_it_was() and all(
-            one is other for one, other in zip(captured, self._what_is_captured(), strict=True)
-        )
-
-    def _what_is_captured(self) -> tuple[object, ...]:
-        return self._snapshot, self._descent, self._velocities
 
     def export(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
         """Write the step as a `torch.export` program, which needs neither this nor its network.
@@ -280,12 +265,25 @@ class TrainingStep:
             f"momentum={self.momentum}, weight_decay={self.weight_decay})"
         )
 
+    def _look(self) -> None:
+        """Before each step: what has changed is read anew."""
+        if not self._snapshot.is_as_it_was():
+            self._read()
+        if any_autocast_is_on():
+            raise RuntimeError(
+                "a TrainingStep must be called outside of autocast; it trains in its parameters' "
+                "own dtype"
+            )
+
     def _read(self) -> None:
-        """Look at network and cost as they are now, and let go of all that was made for them."""
+        """Read network and cost as they are now, and let go of all that was made for them.
+
+        There is a new snapshot each time.
+        """
         _net.require_cost(self.cost)
         input_activations, layers = _net.read(self.net)
         _require_trainable(layers)
-        self._input_activations, self._layers = input_activations, layers
+        self._plan = Plan(input_activations, layers, self.cost, self._descent)
         self._parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
         self._snapshot = Snapshot(self.net, layers, self.cost)
         for name in self._velocities.keys() - self._parameters.keys():
@@ -294,13 +292,11 @@ class TrainingStep:
             for name, parameter in self._parameters.items():
                 velocity = self._velocities.get(name)
                 if velocity is not None and velocity.shape == parameter.shape:
-                    self._velocities[name] = velocity.to(
-                        parameter
-                    )  # where the network has moved to
+                    # The network may have moved, or been cast.
+                    self._velocities[name] = velocity.to(parameter)
                 elif self.momentum and parameter.requires_grad:
                     self._velocities[name] = torch.zeros_like(parameter)
         self._dtype, self._device = layers[0].w.dtype, layers[0].w.device
-        self._widest = max(len(layer.w) for layer in layers)
         # Of a cost that says no more than forward and gradient, these may ask autograd.
         self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
         self._forget()
@@ -320,16 +316,9 @@ class TrainingStep:
             and not x.is_nested
         )
 
-    def _check(self, x: Tensor) -> None:
-        first = self._layers[0]
-        name = f"net[{first.name!r}]"
-        _require.real("x", x)
-        _require.like("x", x, f"{name}.weight", first.w)
-        _require.components("x", x, first.w.shape[1], f"the in_features of {name}")
-
     def _prepare(self, x: Tensor) -> Pass:
         """A pass for x, kept for all batches of its shape."""
-        self._check(x)
+        _net.require_input(x, self._plan.layers[0])
         samples = prod(x.shape[:-1])
         if samples > self._capacity or len(self._passes) == MOST_PASSES:
             self._forget()
@@ -341,7 +330,8 @@ class TrainingStep:
     def _buffer(self, samples: int, name: str, columns: int) -> Tensor:
         """The first rows of a buffer that the largest batch fits into."""
         if name not in self._memory:
-            most = self._widest if name.startswith("delta") else columns
+            widest = max(len(layer.w) for layer in self._plan.layers)
+            most = widest if name.startswith("delta") else columns
             self._memory[name] = torch.empty(
                 self._capacity * most, dtype=self._dtype, device=self._device
             )
@@ -349,17 +339,8 @@ class TrainingStep:
 
     def _new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
         with torch.inference_mode(False), torch.no_grad():
-            return Pass(
-                with_values(
-                    self._layers, self._parameters, self._velocities if self.momentum else {}
-                ),
-                self._input_activations,
-                self.cost,
-                self._descent,
-                samples,
-                allocate,
-                **options,
-            )
+            velocities = self._velocities if self.momentum else {}
+            return Pass(self._plan, self._parameters, velocities, samples, allocate, **options)
 
     def _program(self, y: Tensor | None) -> ExportedProgram:
         if not self._snapshot.is_as_it_was():
@@ -367,10 +348,8 @@ class TrainingStep:
         _refuse_float16("exported", self._dtype)
         if y is not None:
             _require.tensor("y", y)
-        parts = (self._input_activations, self._layers, self.cost, self._descent)
-        return _export.as_program(
-            _export.Function(*parts), self._parameters, self._exported_velocities, y
-        )
+        function = _export.Function(self._plan)
+        return _export.as_program(function, self._parameters, self._exported_velocities, y)
 
     @property
     def _exported_velocities(self) -> dict[str, Tensor] | None:
@@ -386,24 +365,12 @@ _MADE_ANEW = {
     "_device",
     "_dtype",
     "_guard",
-    "_input_activations",
-    "_layers",
     "_memory",
     "_parameters",
     "_passes",
+    "_plan",
     "_snapshot",
-    "_widest",
 }
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
-
-
-def _refuse_autocast() -> NoReturn:
-    raise RuntimeError(
-        "a TrainingStep must be called outside of autocast; it trains in its parameters' own dtype"
-    )
 
 
 def _refuse_float16(what: str, dtype: torch.dtype) -> None:
