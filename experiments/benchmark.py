@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import manual_bp
 from experiments import per_sample, steps
-from experiments.command_line import parse, refuse, run
+from experiments.command_line import parse, require_counts, run
+from experiments.contending import sigmoid_network
 from experiments.measuring import Timed, limited_to, peak_bytes, quartiles, ratios, seconds
 from experiments.report import Row, Table, heading, save
+from experiments.run_folder import can_be_made
 
 PROGRAM = "python -m experiments.benchmark"
 
@@ -81,33 +82,32 @@ class Config:
     """Where <question>.md, .csv and .png go; what is there of these names is replaced."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
+        require_counts(self, "rounds", "threads")
         if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
             raise ValueError(f"--device must be cpu, or cuda where there is one; got {self.device}")
+        if not can_be_made(self.folder):
+            raise ValueError(f"--folder must be a place to write to; got {str(self.folder)!r}")
 
 
 def compare_training_steps(config: Config) -> Iterator[Table]:
     """What a step of training takes; a table for each network."""
     for sizes, batch in NETS:
         task = steps.problem(sizes, batch, config.device, config.threads)
-        with per_sample.quiet():
-            contenders = steps.contenders(task)
+        contenders = steps.contenders(task)
         steps.require_same(task, contenders, _rtol(config))
         taken = seconds({n: c.timed for n, c in contenders.items()}, config.rounds, config.device)
         rows: list[Row] = []
         for name, times in taken.items():
-            lower, _, upper = ratios(times, taken["ours"])
+            lower, ratio, upper = ratios(times, taken["ours"])
             rows.append(
                 {
                     "net": _name(sizes),
                     "batch": str(batch),
                     "contender": name,
                     "µs": f"{1e6 * statistics.median(times):.1f}",
-                    "times ours": f"{ratios(times, taken['ours'])[1]:.3f}",
+                    "times ours": f"{ratio:.3f}",
                     "quartiles": f"{lower:.3f} to {upper:.3f}",
-                    "times the products": f"{ratios(times, taken['bare products'])[1]:.3f}",
+                    "times the products": _ratio(taken, name, "bare products"),
                 }
             )
         yield Table(f"A step of {_name(sizes)}, batch {batch}", rows, "times ours", "contender")
@@ -239,8 +239,7 @@ def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
 
 def networks(sizes: Sequence[int], device: str) -> dict[str, nn.Sequential]:
     """PyTorch's network; ours, of two layers to its two; and ours with the two in one."""
-    pairs = [(nn.Linear(*size), nn.Sigmoid()) for size in pairwise(sizes)]
-    theirs = nn.Sequential(*[module for pair in pairs for module in pair]).to(device)
+    theirs = sigmoid_network(sizes, device)
     ours, fused = copy.deepcopy(theirs), copy.deepcopy(theirs)
     manual_bp.convert(ours)
     manual_bp.convert(fused, fuse=True)
@@ -365,10 +364,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = _MISSING[config.question](config.device) if config.question in _MISSING else []
     if missing:
         lines.append(f"left out, for it is not there: {', '.join(missing)}")
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(PROGRAM, f"--folder must be a place to write to; got {error}")
     print("\n".join(lines), flush=True)
     torch.manual_seed(0)
     precision = torch.get_float32_matmul_precision()

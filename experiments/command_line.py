@@ -35,6 +35,30 @@ def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -
         refuse(program, _reason(said.getvalue(), config))
 
 
+def require_counts(config: object, *names: str) -> None:
+    """Refuse options that are below 1.
+
+    Raises:
+        ValueError: One is; this and the next two are for a dataclass's `__post_init__`.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
+def require_sizes(sizes: Sequence[int]) -> None:
+    """Refuse hidden layers without neurons."""
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"--hidden must be sizes of at least 1; got {sizes}")
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that PyTorch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {seed}")
+
+
 def refuse(program: str, reason: object) -> NoReturn:
     """Say in one line what is wrong, and end with exit code 2."""
     print(f"{program}: {' '.join(str(reason).split())}", file=sys.stderr)

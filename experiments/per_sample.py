@@ -10,13 +10,11 @@ library knows, under one and the same cost: the mean over samples. They are aske
 """
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import manual_bp
+from experiments.contending import is_installed, sigmoid_network
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class Contender:
 
 def problem(sizes: Sequence[int], batch: Sequence[int], device: str) -> Problem:
     """A network of these sizes, for so many samples, or so many samples of so many rows."""
-    pairs = [(nn.Linear(*size), nn.Sigmoid()) for size in pairwise(sizes)]
-    net = nn.Sequential(*[module for pair in pairs for module in pair]).to(device)
+    net = sigmoid_network(sizes, device)
     x = torch.randn(*batch, sizes[0], device=device)
     y = torch.rand(*batch, sizes[-1], device=device)
     gradients = _sample_by_sample(net, x, y)
@@ -91,11 +89,6 @@ def contenders(task: Problem) -> list[Contender]:
             found += of_peer(task)
     order = list(task.expected)
     return sorted(found, key=lambda contender: order.index(contender.what))
-
-
-def is_installed(name: str) -> bool:
-    """Whether a library can be imported."""
-    return importlib.util.find_spec(name) is not None
 
 
 def left_out() -> list[str]:

@@ -6,13 +6,14 @@ import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
+
+from experiments.run_folder import versions
 
 Row = dict[str, str]
 
@@ -42,7 +43,6 @@ class Table:
     def draw(self, axes: Any) -> None:
         """The picture: as many times as much is as far, wherever on the scale."""
         axes.set_title(self.title, fontsize="medium", loc="left")
-        names = list(dict.fromkeys(row[self.by] for row in self.rows))
         if self.over is None:
             values = [float(row[self.shows]) for row in self.rows]
             axes.barh([row[self.by] for row in self.rows], values)
@@ -51,7 +51,7 @@ class Table:
             axes.set_xlabel(self.shows)
             axes.margins(x=0.15)
             return
-        for name in names:
+        for name in dict.fromkeys(row[self.by] for row in self.rows):
             rows = [row for row in self.rows if row[self.by] == name]
             points = [(float(row[self.over]), float(row[self.shows])) for row in rows]
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -61,11 +61,12 @@ class Table:
 
 def heading(command: Sequence[str], device: str) -> list[str]:
     """What the figures were taken with: command, machine, versions, date."""
-    versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES if _is_installed(name)]
+    found = versions(LIBRARIES)
+    installed = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     return [
         f"command: {shlex.join(command)}",
         f"machine: {machine(device)}",
-        f"versions: Python {platform.python_version()}, {', '.join(versions)}",
+        f"versions: {installed}",
         f"date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
     ]
 
@@ -79,14 +80,6 @@ def machine(device: str) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{models[0] if models else platform.processor()}, {capability}"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def save(folder: Path, name: str, lines: Sequence[str], tables: Sequence[Table]) -> list[Path]:

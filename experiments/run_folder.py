@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +53,7 @@ class RunFolder:
             "config": self.config,
             "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": _versions(),
+            "versions": {"manual_bp": manual_bp.__version__} | versions(_PACKAGES),
             "git": _git(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
         }
@@ -84,17 +84,15 @@ def _make(path: Path) -> Path:
             return candidate
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "manual_bp": manual_bp.__version__,
-    }
-    for package in _PACKAGES:
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Which versions of Python and of some packages are installed; None for one that is not."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found
 
 
 def _git() -> dict[str, Any]:

@@ -4,15 +4,14 @@ All of them train a copy of one network of linear layers and sigmoids by the qua
 the same data, numbers and learning rate, in float32; and give the cost of the batch as well.
 """
 
+import copy
 import importlib
-import importlib.util
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.contending import is_installed, sigmoid_network
 from experiments.measuring import Timed
-from manual_bp import Linear, QuadraticCost, Sigmoid, TrainingStep
+from manual_bp import QuadraticCost, TrainingStep
 
 LEARNING_RATE = 0.1
 
@@ -31,30 +31,26 @@ Parameters = list[np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, by its weights and biases from the input on, and a batch for it."""
+    """A network of PyTorch's, of which each contender trains a copy, and a batch for it."""
 
-    sizes: tuple[int, ...]
-    w: list[Tensor]
-    b: list[Tensor]
+    net: nn.Sequential
     x: Tensor
     y: Tensor
     threads: int = 1
 
     @property
-    def rate(self) -> float:
-        """What the sum of all samples' gradients is multiplied by."""
-        return LEARNING_RATE / len(self.x)
+    def w(self) -> list[Tensor]:
+        """The weights, from the input on."""
+        return [layer.weight.detach() for layer in self._linear_layers]
 
-    def net(self, linear: type[nn.Linear], activation: type[nn.Module]) -> nn.Sequential:
-        """The network, of such layers."""
-        modules: list[nn.Module] = []
-        for w, b in zip(self.w, self.b, strict=True):
-            layer = linear(w.shape[1], w.shape[0], dtype=w.dtype, device=w.device)
-            with torch.no_grad():
-                layer.weight.copy_(w)
-                layer.bias.copy_(b)
-            modules += [layer, activation()]
-        return nn.Sequential(*modules)
+    @property
+    def b(self) -> list[Tensor]:
+        """The biases, from the input on."""
+        return [layer.bias.detach() for layer in self._linear_layers]
+
+    @property
+    def _linear_layers(self) -> list[nn.Linear]:
+        return [module for module in self.net if isinstance(module, nn.Linear)]
 
 
 @dataclass(frozen=True)
@@ -69,16 +65,10 @@ class Contender:
 
 
 def problem(sizes: Sequence[int], batch: int, device: str, threads: int = 1) -> Problem:
-    """A network of these sizes, as PyTorch draws it, and random data."""
-    layers = [nn.Linear(*size) for size in pairwise(sizes)]
-    return Problem(
-        tuple(sizes),
-        [layer.weight.detach().to(device) for layer in layers],
-        [layer.bias.detach().to(device) for layer in layers],
-        torch.rand(batch, sizes[0]).to(device),
-        torch.rand(batch, sizes[-1]).to(device),
-        threads,
-    )
+    """A network of these sizes, and random data."""
+    net = sigmoid_network(sizes, device)
+    x, y = torch.rand(batch, sizes[0]), torch.rand(batch, sizes[-1])
+    return Problem(net, x.to(device), y.to(device), threads)
 
 
 def torch_contenders(task: Problem) -> dict[str, Contender]:
@@ -96,7 +86,7 @@ def memory_contenders(task: Problem) -> dict[str, Callable[[], object]]:
     def ours() -> object:
         return TrainingStep(net, QuadraticCost(), LEARNING_RATE)(task.x, task.y)
 
-    net = task.net(Linear, Sigmoid)
+    net = copy.deepcopy(task.net)
     autograd = _autograd(task).timed.call
     autograd()
     return {"ours": ours, "torch, SGD": autograd}
@@ -116,7 +106,7 @@ class Passes:
 
 def passes(task: Problem) -> Passes:
     """Forward and backward of one network, the input wanting no gradient."""
-    net = task.net(nn.Linear, nn.Sigmoid)
+    net = copy.deepcopy(task.net)
     parameters = list(net.parameters())
     graph = _cost(net, task.x, task.y)
 
@@ -140,7 +130,7 @@ def contenders(task: Problem) -> dict[str, Contender]:
     """Ours first, and the bare matrix products last; between, all peers that are there."""
     found = {"ours": _ours(task)}
     if task.x.is_cuda:
-        found["ours, captured"] = _captured(task)
+        found["ours, captured"] = _ours(task, captured=True)
     found |= {
         "torch, SGD": _autograd(task),
         "torch, fused SGD": _autograd(task, fused=True),
@@ -161,7 +151,7 @@ def _is_there(needs: str, device: str) -> bool:
         return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
     if device != "cpu":
         return False
-    return all(importlib.util.find_spec(name) is not None for name in needs.split(" and "))
+    return all(is_installed(name) for name in needs.split(" and "))
 
 
 def require_same(task: Problem, all_of_them: dict[str, Contender], rtol: float = 1e-4) -> None:
@@ -186,7 +176,7 @@ def require_same(task: Problem, all_of_them: dict[str, Contender], rtol: float =
 
 
 def _expected(task: Problem, steps: int) -> Parameters:
-    net = task.net(nn.Linear, nn.Sigmoid).double()
+    net = copy.deepcopy(task.net).double()
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -204,20 +194,16 @@ def _values(net: nn.Module) -> Parameters:
     return [p.detach().cpu().numpy().copy() for p in net.parameters()]
 
 
-def _ours(task: Problem) -> Contender:
-    net = task.net(Linear, Sigmoid)
-    step = TrainingStep(net, QuadraticCost(), LEARNING_RATE)
-    return Contender(Timed(partial(step, task.x, task.y)), partial(_values, net))
-
-
-def _captured(task: Problem) -> Contender:
-    net = task.net(Linear, Sigmoid)
-    step = TrainingStep(net, QuadraticCost(), LEARNING_RATE).cuda_graph(task.x, task.y)
+def _ours(task: Problem, *, captured: bool = False) -> Contender:
+    net = copy.deepcopy(task.net)
+    step: Any = TrainingStep(net, QuadraticCost(), LEARNING_RATE)
+    if captured:
+        step = step.cuda_graph(task.x, task.y)
     return Contender(Timed(partial(step, task.x, task.y)), partial(_values, net))
 
 
 def _autograd(task: Problem, *, fused: bool = False) -> Contender:
-    net = task.net(nn.Linear, nn.Sigmoid)
+    net = copy.deepcopy(task.net)
     return _by_autograd(task, net, partial(_cost, net), fused)
 
 
@@ -237,7 +223,7 @@ def _by_autograd(
 
 
 def _compiled(task: Problem) -> dict[str, Contender]:
-    net = task.net(nn.Linear, nn.Sigmoid)
+    net = copy.deepcopy(task.net)
     cost = torch.compile(partial(_cost, net), dynamic=False)
     return {"torch.compile, fused SGD": _by_autograd(task, net, cost, True)}
 
@@ -255,7 +241,7 @@ def bare_products(task: Problem) -> Contender:
 
 def _products(task: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
     w, b = ([t.clone() for t in tensors] for tensors in (task.w, task.b))
-    a = [task.x, *(task.x.new_empty(len(task.x), size) for size in task.sizes[1:])]
+    a = [task.x, *(task.x.new_empty(len(task.x), size) for size in map(len, w))]
     delta = [torch.randn_like(each) for each in a[1:]]
     forth = [(b[l], a[l], w[l].mT, a[l + 1]) for l in range(len(w))]
     back = [(delta[l], w[l], delta[l - 1]) for l in range(len(w) - 1, 0, -1)]
@@ -278,10 +264,10 @@ def _of_numpy(task: Problem) -> dict[str, Contender]:
     # copy(), for NumPy would write to the memory of the task's own tensors.
     x, y = task.x.numpy(), task.y.numpy()
     w, b = ([t.numpy().copy() for t in tensors] for tensors in (task.w, task.b))
-    a = [x, *(np.empty((len(x), size), np.float32) for size in task.sizes[1:])]
+    a = [x, *(np.empty((len(x), size), np.float32) for size in map(len, w))]
     delta, slope = ([np.empty_like(each) for each in a[1:]] for _ in range(2))
     grad_w = [np.empty_like(each) for each in w]
-    rate, half, one = np.float32(task.rate), np.float32(0.5 / len(x)), np.float32(1)
+    rate, half, one = map(np.float32, (LEARNING_RATE / len(x), 0.5 / len(x), 1))
 
     def error_(l: int) -> None:
         np.subtract(one, a[l + 1], out=slope[l])
@@ -376,7 +362,7 @@ def _steps_in_a_scan(task: Problem) -> int:
 
 def _of_onnxruntime(task: Problem) -> dict[str, Contender]:
     onnxruntime: Any = importlib.import_module("onnxruntime")
-    step = TrainingStep(task.net(Linear, Sigmoid), QuadraticCost(), LEARNING_RATE)
+    step = TrainingStep(copy.deepcopy(task.net), QuadraticCost(), LEARNING_RATE)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task.threads
     # Between two runs its threads shall leave the cores to others.

@@ -24,7 +24,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from experiments.board import Board
-from experiments.command_line import parse, refuse, run
+from experiments.command_line import (
+    parse,
+    refuse,
+    require_counts,
+    require_seed,
+    require_sizes,
+    run,
+)
 from experiments.data import Data, Dataset, load
 from experiments.run_folder import RunFolder, can_be_made, run_path
 from manual_bp import (
@@ -92,19 +99,14 @@ class Config:
     nothing."""
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.hidden):
-            raise ValueError(f"--hidden must be sizes of at least 1; got {self.hidden}")
+        require_sizes(self.hidden)
         most = torch.finfo(torch.float32).max
         if not 0 < self.learning_rate <= most:
             raise ValueError(
                 f"--learning-rate must be above 0 and at most {most:.1e}; got {self.learning_rate}"
             )
-        for name in ("batch_size", "epochs", "log_every"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} must be at least 1; got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {self.seed}")
+        require_counts(self, "batch_size", "epochs", "log_every")
+        require_seed(self.seed)
         if not can_be_made(self.run_folder):
             raise ValueError(
                 f"--run-folder must be a place to make folders in; got {str(self.run_folder)!r}"

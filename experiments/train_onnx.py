@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.command_line import parse, refuse, run
+from experiments.command_line import (
+    parse,
+    refuse,
+    require_counts,
+    require_seed,
+    require_sizes,
+    run,
+)
 
 PROGRAM = "python -m experiments.train_onnx"
 
@@ -40,16 +47,11 @@ class Config:
     """Where the exported step is written; a file that is there is replaced."""
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.hidden):
-            raise ValueError(f"--hidden must be sizes of at least 1; got {self.hidden}")
+        require_sizes(self.hidden)
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning-rate must be above 0; got {self.learning_rate}")
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} must be at least 1; got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {self.seed}")
+        require_counts(self, "batch_size", "epochs")
+        require_seed(self.seed)
         if not self.model.parent.is_dir():
             raise ValueError(
                 f"--model must lead into a folder that is there; got {str(self.model)!r}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.autograd import Function, gradcheck, gradgradcheck
@@ -228,3 +229,12 @@ def logged_in(folder: Path) -> Any:
     accumulator = EventAccumulator(str(folder), size_guidance=everything)
     accumulator.Reload()
     return accumulator
+
+
+def refusal(main: Callable[[Sequence[str]], int], arguments: Sequence[str], capsys: Any) -> str:
+    """What a program says on stderr of options that it refuses, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said: str = capsys.readouterr().err
+    return said

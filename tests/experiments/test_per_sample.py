@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments import per_sample
+from experiments.contending import is_installed
 from experiments.per_sample import (
     PEERS,
     Contender,
@@ -161,17 +162,13 @@ def test_wrong_ordinary_gradients_are_refused() -> None:
 def test_a_library_that_is_not_installed_is_left_out(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_there = per_sample.is_installed
-    monkeypatch.setattr(per_sample, "is_installed", lambda name: name != missing and is_there(name))
+    monkeypatch.setattr(
+        per_sample, "is_installed", lambda name: name != missing and is_installed(name)
+    )
     assert missing in left_out()
     found = {contender.name for contender in contenders(problem(SIZES, (7,), "cpu"))}
     assert {"plain", "ours", "torch.func"} <= found
     assert not {name for name in found if PEER_OF.get(name) == missing}
-
-
-def test_is_installed() -> None:
-    assert per_sample.is_installed("torch")
-    assert not per_sample.is_installed("no_such_library")
 
 
 def test_all_answers_to_one_question_stand_together() -> None:

@@ -10,6 +10,7 @@ import torch
 from experiments import train, train_onnx
 from experiments.data import load
 from experiments.train_onnx import Config, accuracy, learn, main, prepare
+from tests.helpers import refusal
 
 pytestmark = [
     # The exporter's own, of packages that it uses.
@@ -103,7 +104,4 @@ def prepare_nothing() -> tuple[dict[str, train_onnx.Array], train_onnx.Array, tr
 def test_bad_options(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(main, arguments, capsys)
