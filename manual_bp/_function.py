@@ -6,10 +6,12 @@ PyTorch has several callers, and each wants another form of a Function:
 - Eager code takes that form too, but then binds the signature by `inspect` at every call: some
   16 µs, against 6 µs for a Function whose `forward` takes `ctx`. `Function.apply` then takes care
   of transforms, another 1.3 µs, where there are none: its base's `apply` does without.
-- `torch.compile` refuses any Function that defines `jvp`.
-- `torch.jit.trace` cannot save a Function, nor trace one that works in place; and a second forward
-  mode within a first loses the derivatives of any Function. Both are given the bare forward, whose
-  derivatives are PyTorch's.
+- `torch.compile` refuses any Function that defines `jvp`. And what a Function saves there follows
+  later changes in place, without an error: the gradients would be silently wrong. So that form
+  saves copies. They cost nothing: inductor leaves out each copy of what does not change.
+- `torch.jit.trace` cannot save a Function, nor trace one that works in place; a second forward mode
+  within a first loses the derivatives of any Function; and `torch.func.functionalize` refuses all
+  of them. All three are given the bare forward, whose derivatives are PyTorch's.
 - `torch.func` inside a compiled region tells a Function the wrong `needs_input_grad` (gradients
   are then silently zero) and can neither batch it nor push it forward. `torch.export` cuts it out
   of the graph that autograd sees. Both are given the bare forward, likewise.
@@ -18,7 +20,7 @@ So each Function here is written once, in the first form; `as_callable` derives 
 same reason every forward must be differentiable everywhere by PyTorch too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
@@ -45,7 +47,8 @@ _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
 below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
 )
-# Should these two go, what they serve goes with them: nested forward mode, and torch.jit.trace.
+# Should these two go, what they serve goes with them: nested forward mode and functionalize, and
+# torch.jit.trace.
 _transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
@@ -61,7 +64,7 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     an attribute of a Function class.
     """
     eager = _with_ctx_in_forward(function)
-    compiled = _without_jvp(function)
+    compiled = _with_copies_saved(function)
     apply_eager = super(Function, eager).apply
 
     def call(*args: object) -> Any:
@@ -70,7 +73,7 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
                 return function.forward(*args)
             return compiled.apply(*_apart(args))
         if transforms_are_active():
-            return function.forward(*args) if _jvp_is_nested() else function.apply(*args)
+            return function.forward(*args) if _no_function_can_pass() else function.apply(*args)
         if _is_tracing():
             return function.forward(*args)
         return apply_eager(*args)
@@ -78,10 +81,14 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     return call
 
 
-def _jvp_is_nested() -> bool:
-    """Whether forward mode runs within forward mode, as in jacfwd(jacfwd(f))."""
+def _no_function_can_pass() -> bool:
+    """Whether a transform is active that no Function gets through.
+
+    These are forward mode within forward mode, as in jacfwd(jacfwd(f)), and functionalize.
+    """
     kinds = [interpreter.key() for interpreter in _transforms() or ()]
-    return len(kinds) > 1 and kinds.count(torch._C._functorch.TransformType.Jvp) > 1
+    known = torch._C._functorch.TransformType
+    return kinds.count(known.Jvp) > 1 or known.Functionalize in kinds
 
 
 def _apart(args: tuple[Any, ...]) -> list[Any]:
@@ -110,14 +117,35 @@ def _with_ctx_in_forward(function: Any) -> Any:
     return type(function.__name__, (function,), form)
 
 
-def _without_jvp(function: Any) -> Any:
-    return type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp)})
+def _with_copies_saved(function: Any) -> Any:
+    function_forward, setup_context = function.forward, function.setup_context
+
+    def forward(ctx: Any, *args: object) -> Any:
+        output = function_forward(*args)
+        setup_context(ctx, tuple(_copy(arg) for arg in args), _copy(output))
+        return output
+
+    form: dict[str, Any] = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(Function.setup_context),
+        "jvp": staticmethod(Function.jvp),
+    }
+    return type(function.__name__, (function,), form)
 
 
-def save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_forward`, but only where forward-mode AD may ask for it: it takes 0.3 µs."""
-    if getattr(forward_ad, "_current_level", 0) >= 0:
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def save(ctx: Any, tensors: Sequence[Tensor], is_needed: Sequence[bool]) -> None:
+    """Save tensors: for the backward those that it needs, for forward mode all of them."""
+    if _forward_ad_may_be_on():
+        # The same for both: under vmap PyTorch keeps one list of batch dimensions for the two.
+        ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+    else:
+        needed = [t if yes else None for t, yes in zip(tensors, is_needed, strict=True)]
+        ctx.save_for_backward(*needed)
 
 
 def _forward_ad_may_be_on() -> bool:
@@ -132,6 +160,14 @@ def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
     """
     result: Tensor = handle_torch_function(function, args, *args)
     return result
+
+
+def is_nested(value: object) -> bool:
+    """Whether it is a nested tensor, asked so that no `__torch_function__` hears of it."""
+    if not isinstance(value, Tensor):
+        return False
+    with torch._C.DisableTorchFunction():
+        return value.is_nested
 
 
 def is_watched() -> bool:
@@ -173,7 +209,12 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
 
 def values_are_at_hand(value: Tensor) -> bool:
     """Whether a tensor has values to look at: it is neither traced, transformed nor a subclass."""
-    return type(value) in (Tensor, Parameter) and not is_compiling() and not transforms_are_active()
+    return (
+        type(value) in (Tensor, Parameter)
+        and not is_compiling()
+        and not transforms_are_active()
+        and not is_watched()
+    )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -95,8 +95,12 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a number below the least."""
-    if not value >= least:
+    """Refuse a number below the least, and what cannot be compared with it."""
+    try:
+        is_met = value >= least
+    except TypeError:
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}") from None
+    if not is_met:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 

@@ -17,6 +17,8 @@ ROW = torch.ones(1, 3)
         ("ordered", ("a", ROW + 1j), TypeError, "a must have a real or integer dtype; got"),
         ("at_least", ("s", -0.1, 0), ValueError, "s must be at least 0; got -0.1"),
         ("at_least", ("s", float("nan"), 0), ValueError, "s must be at least 0; got nan"),
+        ("at_least", ("s", None, 0), TypeError, "s must be a number; got NoneType"),
+        ("at_least", ("s", 1j, 0), TypeError, "s must be a number; got complex"),
         ("not_zero", ("beta", 0.0), ValueError, "beta must not be 0; got 0.0"),
         (
             "real",

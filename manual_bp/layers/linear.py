@@ -11,7 +11,8 @@ from manual_bp._function import (
     as_callable,
     autocast,
     hand_over,
-    save_for_forward,
+    is_nested,
+    save,
 )
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
@@ -55,8 +56,7 @@ class LinearFunction(Function):
         a, w, _ = inputs
         needs_a, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a if needs_w else None, w if needs_a else None)
-        save_for_forward(ctx, a, w)
+        save(ctx, (a, w), (needs_w, needs_a))
 
     @staticmethod
     def backward(
@@ -103,7 +103,7 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _checked_linear(a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]) -> Tensor:
-    if has_torch_function_variadic(a, w, b):
+    if has_torch_function_variadic(a, w, b) and not is_nested(a):
         return hand_over(linear, a, w, b)
     if any_autocast_is_on():
         a, w, b = autocast(a, w, b)

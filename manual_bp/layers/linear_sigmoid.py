@@ -13,10 +13,11 @@ from manual_bp._function import (
     as_callable,
     autocast,
     hand_over,
+    is_nested,
     is_watched,
     may_write_over_what_was_made_of,
     release_saved,
-    save_for_forward,
+    save,
 )
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
@@ -73,8 +74,7 @@ class LinearSigmoidFunction(Function):
         a_prev, w, _ = inputs
         needs_a_prev, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(a_prev if needs_w else None, w if needs_a_prev else None, output)
-        save_for_forward(ctx, a_prev, w, output)
+        save(ctx, (a_prev, w, output), (needs_w, needs_a_prev, True))
 
     @staticmethod
     def backward(
@@ -137,7 +137,7 @@ def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def _checked_linear_sigmoid(
     a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]
 ) -> Tensor:
-    if has_torch_function_variadic(a, w, b):
+    if has_torch_function_variadic(a, w, b) and not is_nested(a):
         return hand_over(linear_sigmoid, a, w, b)
     if any_autocast_is_on():
         a, w, b = autocast(a, w, b)

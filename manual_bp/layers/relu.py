@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, in_place
+from manual_bp._function import as_callable, hand_over, in_place, is_nested
 
 
 def relu_prime(a: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def relu(z: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _checked_relu(z: Tensor, inplace: bool, name: str) -> Tensor:
-    if has_torch_function_unary(z):
+    if has_torch_function_unary(z) and not is_nested(z):
         return hand_over(relu, z, inplace)
     _require.ordered(name, z)
     return in_place(_relu, z) if inplace else _relu(z, False)

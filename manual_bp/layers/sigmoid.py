@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over
+from manual_bp._function import as_callable, hand_over, is_nested
 
 
 def sigmoid_prime(a: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def sigmoid(z: Tensor) -> Tensor:
 
 
 def _checked_sigmoid(z: Tensor, name: str) -> Tensor:
-    if has_torch_function_unary(z):
+    if has_torch_function_unary(z) and not is_nested(z):
         return hand_over(sigmoid, z)
     _require.tensor(name, z)
     return _sigmoid(z)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from tests.compatibility.subjects import (
@@ -84,6 +84,32 @@ def test_forward_over_reverse_in_eager_code(
             return product.detach()  # type: ignore[no-any-return]
 
     assert_same([hessian_vector_product(subject.ours)], [hessian_vector_product(subject.theirs)])
+
+
+OVER_VMAP: dict[str, Callable[[Callable[..., Tensor], tuple[int, ...]], Callable[..., Any]]] = {
+    "forward_over_reverse": lambda cost, wanted: hessian(cost, wanted),
+    "reverse_over_reverse": lambda cost, wanted: jacrev(jacrev(cost, wanted), wanted),
+    "functionalize": lambda cost, wanted: functionalize(grad(cost, wanted)),
+    "vmap": lambda cost, wanted: (
+        lambda *a: vmap(lambda _: hessian(cost, wanted)(*a))(torch.ones(2))
+    ),
+}
+
+
+@every_subject
+@pytest.mark.parametrize("name", OVER_VMAP)
+def test_transforms_over_vmap(subject: Subject, name: str, device: torch.device) -> None:
+    arguments = subject.arguments(device=device)
+    wanted = tuple(i for i, t in enumerate(arguments) if t.is_floating_point())
+    dims = moved(subject)
+
+    def over_vmap(call: Callable[..., Tensor]) -> list[Tensor]:
+        def cost(*arguments: Tensor) -> Tensor:
+            return vmap(call, dims)(*arguments).pow(2).sum()
+
+        return tree_leaves(OVER_VMAP[name](cost, wanted)(*arguments))
+
+    assert_same(over_vmap(subject.ours), over_vmap(subject.theirs))
 
 
 @every_layer_with_weights

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from manual_bp import SoftmaxCrossEntropyCost, softmax_cross_entropy_cost
 from tests.helpers import assert_matches, assert_same, gradients, leaf
@@ -82,3 +84,13 @@ def test_bad_targets(y: torch.Tensor, error: type[Exception], message: str) -> N
         softmax_cross_entropy_cost(z, y)
     with pytest.raises(error, match=message):
         SoftmaxCrossEntropyCost().gradient(z, y)
+
+
+def test_class_indices_of_a_traced_gradient() -> None:
+    y = torch.tensor([1, 0])
+
+    def gradient(z: Tensor) -> Tensor:
+        return torch.autograd.grad(softmax_cross_entropy_cost(z, y), z)[0]
+
+    z, other = (leaf(torch.randn(2, 3, dtype=torch.float64)) for _ in range(2))
+    assert_same([make_fx(gradient)(z)(other)], [gradient(other)])
