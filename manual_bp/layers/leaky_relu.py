@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, in_place
+from manual_bp._function import as_callable, hand_over, in_place, is_nested
 
 
 def leaky_relu_prime(a: Tensor, negative_slope: float) -> Tensor:
@@ -24,7 +24,7 @@ class LeakyReLUFunction(Function):
 
     Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
 
-        ∂C/∂z = grad_a * (1 where a > 0, else s)
+        ∂C/∂z = grad_a * (1 where z > 0, else s)
 
     This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
     linear layer above gave grad_a = wᵀδ.
@@ -33,7 +33,8 @@ class LeakyReLUFunction(Function):
 
     Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
     Units: element by element; nothing is summed or averaged.
-    Saves: a alone, since for s ≥ 0 a > 0 just where z > 0. So z may be overwritten with a.
+    Saves: z, as PyTorch does, so that a may be changed in place afterwards; in place, where z is
+    gone, a: for s ≥ 0, a > 0 just where z > 0.
     Errors: none of its own; `leaky_relu` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Maas, Hannun and Ng,
     Rectifier Nonlinearities Improve Neural Network Acoustic Models, for the slope below 0.
@@ -48,29 +49,29 @@ class LeakyReLUFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        """Save a, which is enough for σ'(z)."""
+        """Save z, or a in its place: the sign of either tells σ'(z)."""
         z, ctx.negative_slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(z)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        ctx.save_for_backward(output if inplace else z)
+        ctx.save_for_forward(output if inplace else z)
 
     @staticmethod
     def backward(ctx: Any, grad_a: Tensor | None) -> tuple[Tensor | None, None, None]:
         """From grad_a = ∂C/∂a to ∂C/∂z."""
         if grad_a is None:
             return None, None, None
-        (a,) = ctx.saved_tensors
-        # Not grad_a * leaky_relu_prime(a, s): of a low dtype, that would round s first.
-        grad_z = torch.where(a > 0, grad_a, grad_a * ctx.negative_slope)  # BP1, BP2: ⊙ σ'(z)
+        (z,) = ctx.saved_tensors
+        # Not grad_a * leaky_relu_prime(z, s): of a low dtype, that would round s first.
+        grad_z = torch.where(z > 0, grad_a, grad_a * ctx.negative_slope)  # BP1, BP2: ⊙ σ'(z)
         return grad_z, None, None
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
-        (a,) = ctx.saved_tensors
-        return torch.where(a > 0, dz, dz * ctx.negative_slope)
+        (z,) = ctx.saved_tensors
+        return torch.where(z > 0, dz, dz * ctx.negative_slope)
 
 
 _leaky_relu = as_callable(LeakyReLUFunction)
@@ -81,15 +82,15 @@ def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
     Args:
         z: Weighted inputs, of any shape.
-        negative_slope: s, the slope where z < 0; not below 0, for there the sign of a would no
-            longer tell the sign of z.
+        negative_slope: s, the slope where z < 0; not below 0, for then the sign of a would no
+            longer tell the sign of z, which σ' in terms of a needs.
         inplace: Whether a takes the place of z, in its memory.
 
     Returns:
         a, the activations, shaped as z; z itself if in place.
 
     Raises:
-        TypeError: z is no dense tensor of a real floating dtype.
+        TypeError: z is no dense tensor of a real floating dtype, or negative_slope is no number.
         ValueError: negative_slope is below 0.
 
     See `LeakyReLUFunction` for the gradient.
@@ -98,7 +99,7 @@ def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
 
 def _checked_leaky_relu(z: Tensor, negative_slope: float, inplace: bool, name: str) -> Tensor:
-    if has_torch_function_unary(z):
+    if has_torch_function_unary(z) and not is_nested(z):
         return hand_over(leaky_relu, z, negative_slope, inplace)
     _require.real(name, z)
     _require.at_least("negative_slope", negative_slope, 0)
@@ -115,6 +116,7 @@ class LeakyReLU(nn.LeakyReLU):
         inplace: Whether the output takes the place of the input, in its memory.
 
     Raises:
+        TypeError: negative_slope is no number.
         ValueError: negative_slope is below 0.
 
     Input and output are of the same, any shape. See `leaky_relu` for the errors raised and

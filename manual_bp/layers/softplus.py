@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over
+from manual_bp._function import as_callable, hand_over, is_nested
 
 # From a threshold of 20 on, ln(1 + e^t) above it is t but for 2e-9, so that a tells on which side
 # of it z was. Below, one and the same a comes from either side.
@@ -23,7 +23,7 @@ def softplus_prime(a: Tensor, beta: float, threshold: float) -> Tensor:
 
 
 def softplus_prime_of_z(z: Tensor, beta: float, threshold: float) -> Tensor:
-    """σ'(z) for a threshold too low to show in a: 1 / (1 + e^(−β z)), and 1 where a = z."""
+    """σ'(z) = 1 / (1 + e^(−β z)), and 1 where a = z. Shape as z."""
     t = beta * z.to(torch.promote_types(z.dtype, torch.float32))  # as PyTorch compares it
     return torch.where(t > threshold, 1, torch.sigmoid(t)).to(z.dtype)
 
@@ -33,15 +33,15 @@ class SoftplusFunction(Function):
 
     Backward, from grad_a = ∂C/∂a, the gradient that reaches the activations:
 
-        ∂C/∂z = grad_a * (1 - exp(-β a))        and grad_a where β z > threshold
+        ∂C/∂z = grad_a / (1 + exp(-β z))        and grad_a where β z > threshold
 
-    since σ'(z) = e^(βz) / (1 + e^(βz)) = 1 − e^(−β a), which loses no digits however small a is.
+    since σ'(z) = e^(βz) / (1 + e^(βz)) = 1 / (1 + e^(−βz)), the sigmoid of β z.
     This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
     linear layer above gave grad_a = wᵀδ.
 
     Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
     Units: element by element; nothing is summed or averaged.
-    Saves: a alone; for a threshold below 20 z instead, since then only z tells where a = z.
+    Saves: z, as PyTorch does, so that a may be changed in place afterwards.
     Errors: none of its own; `softplus` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Dugas et al.,
     Incorporating Second-Order Functional Knowledge for Better Option Pricing, for softplus.
@@ -55,32 +55,28 @@ class SoftplusFunction(Function):
         return F.softplus(z, beta, threshold)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
-        """Save a, which is enough for σ'(z), or z where it is not."""
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Any) -> None:
+        """Save z."""
+        del output
         z, ctx.beta, ctx.threshold = inputs
-        ctx.a_tells = ctx.threshold >= TELLING_THRESHOLD
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output if ctx.a_tells else z)
-        ctx.save_for_forward(output if ctx.a_tells else z)
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
 
     @staticmethod
     def backward(ctx: Any, grad_a: Tensor | None) -> tuple[Tensor | None, None, None]:
         """From grad_a = ∂C/∂a to ∂C/∂z."""
         if grad_a is None:
             return None, None, None
-        return grad_a * _sigma_prime(ctx), None, None  # BP1, BP2: the factor ⊙ σ'(z)
+        (z,) = ctx.saved_tensors
+        prime = softplus_prime_of_z(z, ctx.beta, ctx.threshold)
+        return grad_a * prime, None, None  # BP1, BP2: the factor ⊙ σ'(z)
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
-        return dz * _sigma_prime(ctx)
-
-
-def _sigma_prime(ctx: Any) -> Tensor:
-    """σ'(z) from whichever of a and z was saved."""
-    (saved,) = ctx.saved_tensors
-    prime = softplus_prime if ctx.a_tells else softplus_prime_of_z
-    return prime(saved, ctx.beta, ctx.threshold)
+        (z,) = ctx.saved_tensors
+        return dz * softplus_prime_of_z(z, ctx.beta, ctx.threshold)
 
 
 _softplus = as_callable(SoftplusFunction)
@@ -107,7 +103,7 @@ def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
 
 def _checked_softplus(z: Tensor, beta: float, threshold: float, name: str) -> Tensor:
-    if has_torch_function_unary(z):
+    if has_torch_function_unary(z) and not is_nested(z):
         return hand_over(softplus, z, beta, threshold)
     _require.real(name, z)
     _require.not_zero("beta", beta)

@@ -1,8 +1,9 @@
 """torch.compile as it is used: inductor, shapes that change, autocast; and what it refuses."""
 
+import copy
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -99,6 +100,30 @@ def test_inductor_trains_a_converted_model(fuse: bool) -> None:
     net, theirs = network(), network()
     convert(net, fuse=fuse)
     assert_same(steps(torch.compile(net, fullgraph=True, dynamic=True), net), steps(theirs, theirs))
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_options_that_differ_and_change(dynamic: bool | None) -> None:
+    """The compiler may take a float for a variable, within a Function too."""
+
+    theirs = nn.Sequential(
+        nn.Softplus(0.3),
+        nn.LeakyReLU(0.3),
+        nn.Softplus(2.5, 31.0),
+        nn.Softplus(1.0, 0.7),
+        nn.LeakyReLU(1.7),
+        nn.Softplus(),
+    ).double()
+    ours = copy.deepcopy(theirs)
+    convert(ours)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows, change in ((5, 1.0), (7, 1.5), (2, 0.4)):
+        for net in (ours, theirs):
+            softplus, leaky_relu = cast("nn.Softplus", net[0]), cast("nn.LeakyReLU", net[1])
+            softplus.beta *= change
+            leaky_relu.negative_slope *= change
+        x = torch.randn(rows, 3, dtype=torch.float64)
+        assert_same(run(compiled, (x,)), run(theirs, (x,)))
 
 
 def test_conversion_after_compilation_is_noticed() -> None:

@@ -172,3 +172,10 @@ def test_what_goes_by_the_exact_class_passes_ours_over() -> None:
     restore(net)
     quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
     assert not isinstance(quantized[0], nn.Linear)
+
+
+@every_layer
+def test_a_nested_input_is_refused_as_the_modules_input(subject: Subject) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"^input must be a dense tensor; got a nested tensor"):
+        subject.make()(nested)

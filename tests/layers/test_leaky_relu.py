@@ -49,6 +49,9 @@ def test_a_slope_below_0_is_refused(call: Any) -> None:
     for slope in (-0.1, float("nan")):
         with pytest.raises(ValueError, match=f"negative_slope must be at least 0; got {slope}"):
             call(slope)
+    for no_number in (None, "0.1"):
+        with pytest.raises(TypeError, match="negative_slope must be a number; got"):
+            call(no_number)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

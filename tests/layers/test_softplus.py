@@ -13,9 +13,7 @@ from tests.helpers import (
     assert_gradchecks,
     assert_matches,
     gradients,
-    is_same_memory,
     leaf,
-    saved_tensors,
 )
 
 
@@ -56,27 +54,15 @@ def test_any_beta_and_threshold(beta: float, threshold: float, device: torch.dev
     def theirs(z: Tensor) -> Tensor:
         return F.softplus(z, beta, threshold)
 
-    # Just above a threshold of 20 a itself says no more than 1 in 1e9 about the slope.
-    upstream = torch.randn_like(z)
-    found = gradients(ours, [leaf(z)], upstream)[1][0]
-    expected = gradients(theirs, [leaf(z)], upstream)[1][0]
-    torch.testing.assert_close(found, expected, rtol=3e-9, atol=0)
     torch.testing.assert_close(ours(z), theirs(z), rtol=0, atol=0)
-    if threshold != 20:
-        assert_matches(ours, theirs, [z])
-        assert_gradchecks(ours, [torch.randn(5, dtype=torch.float64, device=device)])
+    assert_matches(ours, theirs, [z])
+    assert_gradchecks(ours, [torch.randn(5, dtype=torch.float64, device=device)])
 
 
 def test_small_slopes_lose_no_digits(device: torch.device) -> None:
     z = torch.tensor([-700.0, -100, -40, -20, -5], dtype=torch.float64, device=device)
     _, (found,) = gradients(softplus, [leaf(z)], torch.ones_like(z))
     torch.testing.assert_close(found, torch.sigmoid(z), rtol=1e-12, atol=0)
-
-
-def test_a_low_threshold_keeps_only_z(device: torch.device) -> None:
-    z = leaf(torch.randn(5, 3, device=device))
-    (kept,) = saved_tensors(bent, [z])
-    assert is_same_memory(kept, z)
 
 
 def test_a_low_threshold_leaves_the_slope_unknown_from_a() -> None:
