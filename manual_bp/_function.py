@@ -226,10 +226,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    # Asked once for each graph, since the compiler of PyTorch 2.11 cannot trace it.
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     """A region in which the products of such tensors are what their dtype says."""
     device_type = t.device.type
-    if any_autocast_is_on() and torch.amp.is_autocast_available(device_type):
+    if any_autocast_is_on() and _has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -254,6 +260,6 @@ def _is_castable(tensor: object) -> TypeGuard[Tensor]:
         isinstance(tensor, Tensor)
         and tensor.is_floating_point()
         and tensor.dtype is not torch.float64
-        and torch.amp.is_autocast_available(tensor.device.type)
+        and _has_autocast(tensor.device.type)
         and torch.is_autocast_enabled(tensor.device.type)
     )
