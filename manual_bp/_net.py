@@ -21,13 +21,16 @@ class Layer(NamedTuple):
 
     name: str
     module: nn.Module
-    w: nn.Parameter
-    b: nn.Parameter | None
+    w: Tensor
+    b: Tensor | None
     activations: list[Activation]
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """w, and b if there is one, by their names in the network's state_dict."""
+    def parameters(self) -> dict[str, Tensor]:
+        """w, and b if there is one, by their names in the network's state_dict.
+
+        A frozen one may be a buffer of the module.
+        """
         named = {f"{self.name}.weight": self.w, f"{self.name}.bias": self.b}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
@@ -68,8 +71,8 @@ def read(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
 
 
 def _linear_layer(place: str, name: str, module: Any, below: Sequence[Layer]) -> Layer:
-    w = _parameter(f"{place}.weight", module.weight)
-    b = None if module.bias is None else _parameter(f"{place}.bias", module.bias)
+    w = _parameter(f"{place}.weight", module.weight, module)
+    b = None if module.bias is None else _parameter(f"{place}.bias", module.bias, module)
     if b is not None:
         _require.like(f"{place}.bias", b, f"{place}.weight", w)
     if below:
@@ -82,10 +85,13 @@ def _linear_layer(place: str, name: str, module: Any, below: Sequence[Layer]) ->
     return Layer(name, module, w, b, [])
 
 
-def _parameter(place: str, value: Tensor) -> nn.Parameter:
+def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
     if is_lazy(value):
         raise TypeError(f"{place} must be initialised; got a lazy one that has seen no input yet")
-    if not isinstance(value, nn.Parameter):
+    is_buffer = any(value is buffer for buffer in module._buffers.values())
+    if is_buffer and value.requires_grad:
+        raise TypeError(f"{place} must be a parameter if it is to learn; got a buffer")
+    if not (is_buffer or isinstance(value, nn.Parameter)):
         raise TypeError(
             f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
             f"weight norm), which has no gradient of its own"

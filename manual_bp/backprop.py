@@ -124,6 +124,6 @@ def _sigma_prime(activations: Sequence[Activation], z: Tensor, a: Tensor) -> Ten
     return outer.prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
 
 
-def _in_dtype_of(parameter: nn.Parameter | None, grad: Tensor | None) -> Tensor | None:
+def _in_dtype_of(parameter: Tensor | None, grad: Tensor | None) -> Tensor | None:
     # Under autocast the products come in a lower dtype, and `.grad` must be in the parameter's.
     return None if parameter is None or grad is None else grad.to(parameter.dtype)

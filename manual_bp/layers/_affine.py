@@ -32,12 +32,15 @@ def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, T
     """`module.weight, module.bias`, mostly past `nn.Module.__getattr__`: it takes 1.4 µs for both.
 
     Where it may have something else to say, it is asked after all: for subclasses of the kind, and
-    for weights that are not the module's own parameters (pruned, a replica's).
+    for weights that are not the module's own parameters (pruned, a replica's, buffers).
     """
     attributes = vars(module)
     if type(module) is kind and "weight" not in attributes and "bias" not in attributes:
         own = attributes["_parameters"]
-        return own["weight"], own["bias"]
+        try:
+            return own["weight"], own["bias"]
+        except KeyError:
+            pass  # one of them is a buffer
     return cast("Tensor", module.weight), cast("Tensor | None", module.bias)
 
 

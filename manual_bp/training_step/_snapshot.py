@@ -25,15 +25,17 @@ class Snapshot:
         for module in self._there:
             has = vars(module)
             self._settings += [(has, name, has[name]) for name in _OF_AN_ACTIVATION if name in has]
-        self._held: list[tuple[dict[str, Any], str, nn.Parameter, bool, Tensor]] = []
+        self._held: list[tuple[dict[str, Any], str, Tensor, bool, Tensor]] = []
         self._absent: list[dict[str, Any]] = []
         for layer in layers:
-            parameters = layer.module._parameters
+            parameters: dict[str, Any] = layer.module._parameters
+            buffers: dict[str, Any] = layer.module._buffers
             for name, p in (("weight", layer.w), ("bias", layer.b)):
                 if p is None:
-                    self._absent.append(parameters)
+                    self._absent += [parameters, buffers]
                 else:
-                    self._held.append((parameters, name, p, p.requires_grad, p.detach()))
+                    holder = parameters if name in parameters else buffers
+                    self._held.append((holder, name, p, p.requires_grad, p.detach()))
 
     def is_as_it_was(self) -> bool:
         """Whether nothing of it has changed."""
