@@ -11,9 +11,10 @@ the two calls the gradient goes through.
 
 import math
 import sys
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -74,18 +76,7 @@ def record(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     _require.one_of("reduction", reduction, ("mean", "sum"))
-    return _recording(_Recorder(model, reduction, layers))
-
-
-@contextmanager
-def _recording(recorder: "_Recorder") -> Iterator[Trace]:
-    try:
-        recorder.add_hooks()
-        with recorder:
-            yield recorder.trace
-        recorder.require_filled()
-    finally:
-        recorder.remove_hooks()
+    return _Recorder(model, reduction, layers)
 
 
 class _Pending:
@@ -182,6 +173,65 @@ class _Kept:
         return version(self.detached) != self.version
 
 
+class _Hook:
+    """A forward hook that is in a module for the length of a block, and in no copy of the module.
+
+    Copies and pickles are made of a module's state, which leaves it out. Where a class copies its
+    modules in another way, what is copied of a hook does nothing.
+    """
+
+    def __init__(self, see: Callable[..., None] | None) -> None:
+        self.see = see
+
+    def __call__(self, *call: Any) -> None:
+        if self.see is not None and not is_compiling():
+            self.see(*call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+    def add(self, module: nn.Module, prepend: bool) -> Callable[[], None]:
+        """Put it into a module; what is returned takes it out again."""
+        handle = module.register_forward_hook(self, prepend=prepend, with_kwargs=True)
+        own = vars(module)
+        # copy and pickle look for both on the object before its class. A class that has the second
+        # (parametrized modules do) is not asked for its state.
+        own["__getstate__"] = partial(_state, module)
+        if hasattr(type(module), "__deepcopy__"):
+            own["__deepcopy__"] = partial(_deepcopy, module)
+
+        def remove() -> None:
+            handle.remove()
+            if not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+                own.pop("__getstate__", None)
+                own.pop("__deepcopy__", None)
+
+        return remove
+
+
+def _state(module: Any) -> Any:
+    kind: Any = type(module)
+    state = kind.__getstate__(module)
+    return _without_hooks(state) if isinstance(state, dict) else state
+
+
+def _deepcopy(module: Any, memo: Any) -> Any:
+    copied = type(module).__deepcopy__(module, memo)
+    if copied is not module and isinstance(copied, nn.Module):
+        copied.__dict__ = _without_hooks(vars(copied))
+    return copied
+
+
+def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module, as they are outside of the block."""
+    kept = {k: v for k, v in state.items() if k not in ("__getstate__", "__deepcopy__")}
+    hooks = state.get("_forward_hooks", {})
+    ours = {key for key, hook in hooks.items() if isinstance(hook, _Hook)}
+    for name in kept.keys() & {"_forward_hooks", "_forward_hooks_with_kwargs"}:
+        kept[name] = OrderedDict((k, v) for k, v in state[name].items() if k not in ours)
+    return kept
+
+
 class _Recorder(TorchFunctionMode):
     """Sees every call of a function of PyTorch's, and of ours, while it is entered."""
 
@@ -194,15 +244,35 @@ class _Recorder(TorchFunctionMode):
         self.names = _choose(self.modules, layers)
         self.pending: dict[nn.Module, list[_Pending]] = {}
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
-        self.last_product: tuple[Any, ...] = ()
+        self.last_product: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
         self.unseen: set[nn.Module] = set()
         self.output: Any = None
         self.has_trained = False
         self.sees_modules = False
         self.count = 0
         self.is_in_backward = False
-        self.handles: list[Any] = []
+        self.removers: list[Callable[[], None]] = []
+        self.thread: int | None = None
         self.trace = Trace.__new__(Trace)  # empty until backward() has run
+
+    def __enter__(self) -> Trace:
+        if self.thread is not None:
+            raise RuntimeError(
+                "what record returns must be entered once, since it records one backward pass; "
+                "it was entered before: call record again for another block"
+            )
+        self.thread = threading.get_ident()
+        self.add_hooks()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self.trace
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        try:
+            if kind is None:
+                self.require_filled()
+        finally:
+            self.remove_hooks()
 
     @property
     def is_filled(self) -> bool:
@@ -214,39 +284,66 @@ class _Recorder(TorchFunctionMode):
         return [pending for calls in self.pending.values() for pending in calls]
 
     def add_hooks(self) -> None:
-        for module in self.names:
-            hook = module.register_forward_hook(self._see_layer, prepend=True, with_kwargs=True)
-            self.handles.append(hook)
-        self.handles.append(self.model.register_forward_hook(self._see_output))
+        try:
+            for module in self.names:
+                self._add_hook(module, self._see_layer)
+            self._add_hook(self.model, self._see_output, prepend=False)
+        except BaseException:
+            self.remove_hooks()
+            raise
+
+    def _add_hook(
+        self, module: nn.Module, see: Callable[..., None], *, prepend: bool = True
+    ) -> None:
+        def see_if_of_block(called: nn.Module, *call: Any) -> None:
+            if called is module and self._is_of_block():
+                see(called, *call)
+
+        self.removers.append(_Hook(see_if_of_block).add(module, prepend))
+
+    def _is_of_block(self) -> bool:
+        """Whether what runs now is of the block, and not of another thread that uses the model.
+
+        Backward may run in threads of autograd's, which Python knows nothing of.
+        """
+        return threading.get_ident() == self.thread or (
+            self.is_in_backward and isinstance(threading.current_thread(), threading._DummyThread)
+        )
 
     def _add_hooks_on_activations(self) -> None:
         self.sees_modules = True
         for module in self.modules.values():
             kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
             if kind is not None:
-                hook = module.register_forward_hook(partial(self._see_module, kind), prepend=True)
-                self.handles.append(hook)
+                self._add_hook(module, partial(self._see_module, kind))
 
     def remove_hooks(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        for remove in self.removers:
+            remove()
         for pending in self.all_pending:
             pending.hook.remove()
-        self.handles, self.pending, self.leads_on, self.last_product = [], {}, {}, ()
+        self.removers, self.pending, self.leads_on, self.last_product = [], {}, {}, None
 
     def require_filled(self) -> None:
         """Refuse to leave the block with an empty trace."""
         if self.is_filled:
             return
         if any(self.pending.values()):
-            raise RuntimeError("backward() must run within the block of record; it did not")
+            raise RuntimeError(
+                "backward() must run within the block of record, in its thread; it did not"
+            )
+        if self.unseen:
+            raise RuntimeError(
+                "a linear layer of the model must give out its product w a + b; none did: the "
+                "outputs were replaced, by a hook or by a forward of the layer's own"
+            )
         raise RuntimeError(
-            "a linear layer of the model must run within the block of record, with gradients on; "
-            "none did: call the model there, forward and backward (one that is compiled does not "
-            "show its layers: record the model that it was made of)"
+            "a linear layer of the model must run within the block of record, in its thread, with "
+            "gradients on; none did: call the model there, forward and backward (one that is "
+            "compiled does not show its layers: record the model that it was made of)"
         )
 
-    def _see_output(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _see_output(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             is_tensor = isinstance(output, Tensor)
             self.output = (
@@ -255,37 +352,47 @@ class _Recorder(TorchFunctionMode):
 
     def _see_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls = self.pending.setdefault(layer, [])
-        if not output.requires_grad:  # not now; a checkpoint may run it again in backward
-            return
-        parameters = self._parameters(layer, output)
-        if parameters is None:
+        if not getattr(output, "requires_grad", False):
+            return  # not now; a checkpoint may run it again in backward
+        product = self._product(layer, args, kwargs, output)
+        if product is None:
             self.unseen.add(layer)
             return
-        a_prev = args[0] if args else kwargs["input"]
-        pending = _Pending(isinstance(layer, LinearSigmoid), a_prev, *parameters, output)
+        a_prev, w, b, is_fused = product
+        place = f"of layer {self.names[layer]!r}"
+        if a_prev.layout is not torch.strided and not a_prev.is_nested:
+            a_prev = a_prev.detach().to_dense()  # a trace is made of rows
+        _require.tensor(f"the input {place}", a_prev)
+        _require.tensor(f"the weight {place}", w)
+        pending = _Pending(is_fused, a_prev, w, b, output)
         pending.number = self.count = self.count + 1
         calls.append(pending)
         self.leads_on[id(output)] = pending
 
-    def _parameters(self, layer: nn.Module, output: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The w and b of a call, as it was seen; None where its output is not that of the product.
+    def _product(
+        self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, bool] | None:
+        """The a, w and b of a call, and whether σ follows; None where a product gave no output.
 
-        Not by `layer.weight`, which may compute it anew (weight norm; spectral norm takes a step
-        each time). Within backward, calls of functions are not seen; there, a layer's own
-        parameters will do.
+        As it was seen. Not by `layer.weight`, which may compute it anew (weight norm; spectral norm
+        takes a step each time). Within backward, calls of functions are not seen; there, what a
+        layer is made of will do, if it has no forward of its own.
         """
-        product, self.last_product = self.last_product, ()
-        if product and product[0] is output:
-            _, w, b = (*product[1], None)[:3]
-            return w, b
-        w, b = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if self.is_in_backward and w is not None and "bias" in layer._parameters:
-            return w, b
+        product, self.last_product = self.last_product, None
+        if product is not None and product[0] is output:
+            _, func, given, named = product
+            a, w, b = _PRODUCTS[func]
+            operands = dict(zip((a, w, b), given, strict=False)) | named
+            return operands[a], operands[w], operands.get(b), func is linear_sigmoid
+        own = layer._buffers | layer._parameters
+        if self.is_in_backward and _has_linear_forward(layer) and own.keys() >= {"weight", "bias"}:
+            a = args[0] if args else kwargs["input"]
+            return a, cast("Tensor", own["weight"]), own["bias"], isinstance(layer, LinearSigmoid)
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return func(*args, **kwargs)
         if func in _BACKWARDS and not self.is_in_backward:
             return self._watch_pass(func, args, kwargs)
@@ -293,7 +400,7 @@ class _Recorder(TorchFunctionMode):
             return self._see_function(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in _PRODUCTS:
-            self.last_product = result, args
+            self.last_product = result, func, args, kwargs
         return result
 
     def _see_function(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -306,7 +413,7 @@ class _Recorder(TorchFunctionMode):
         self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
         return a
 
-    def _see_module(self, kind: Any, module: nn.Module, args: Any, a: Tensor) -> None:
+    def _see_module(self, kind: Any, module: nn.Module, args: Any, _: Any, a: Tensor) -> None:
         # Elsewhere its function is seen; but functions do not show that backward calls, which
         # a reentrant checkpoint does.
         if self.is_in_backward and args:
@@ -493,7 +600,7 @@ def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.
                 f"{type(module).__name__} {name!r}: record the model that it was made of, or "
                 f"compile it later"
             )
-        if _is_linear_layer(module):
+        if isinstance(module, nn.Linear | LinearSigmoid):
             linear_layers[module] = name
     if not linear_layers:
         raise ValueError(
@@ -517,7 +624,7 @@ def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.
     return {module: name for module, name in linear_layers.items() if module in chosen}
 
 
-def _is_linear_layer(module: nn.Module) -> bool:
+def _has_linear_forward(module: nn.Module) -> bool:
     return is_kind_of(Linear, module) or has_formula_of(LinearSigmoid, module)
 
 
@@ -557,7 +664,11 @@ def _functions_of(kind: Any) -> Iterator[Any]:
 
 
 _BACKWARDS = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
-_PRODUCTS = {F.linear, linear, linear_sigmoid}
+_PRODUCTS = {
+    F.linear: ("input", "weight", "bias"),
+    linear: ("a", "w", "b"),
+    linear_sigmoid: ("a", "w", "b"),
+}
 _ACTIVATION_OF = {function: kind for kind in ACTIVATIONS for function in _functions_of(kind)}
 
 
