@@ -47,6 +47,10 @@ _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
 below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
 )
+# Of all modules, as register_module_forward_hook registers them.
+has_global_hooks: Callable[[], bool] = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)
 # Should these two go, what they serve goes with them: nested forward mode and functionalize, and
 # torch.jit.trace.
 _transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)

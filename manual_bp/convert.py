@@ -13,10 +13,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from manual_bp import _require
+from manual_bp._function import has_global_hooks
 from manual_bp.layers import ACTIVATIONS
 from manual_bp.layers.leaky_relu import LeakyReLU
 from manual_bp.layers.linear import Linear
@@ -133,7 +135,9 @@ def restore(model: nn.Module) -> ConversionReport:
         before = vars(module).get(BEFORE)
         if before is None:
             continue
-        if _was_given(module):
+        if "forward" in vars(module):
+            left[module] = "its forward was replaced on the object"
+        elif _was_given(module):
             changes[module] = before
         elif _class_of(module) is not before:
             left[module] = "its class has changed since"
@@ -221,11 +225,33 @@ def _counterpart(module: nn.Module) -> Class | str | None:
         return "its class has a __call__ of its own"
     if any("__init_subclass__" in vars(c) for c in kind.__mro__ if c is not object):
         return "its class keeps watch over its subclasses"
+    if ours is Linear and (reason := _reason_against_weights(module)):
+        return reason
     if ours is LeakyReLU and not module.negative_slope >= 0:  # type: ignore[operator]
         return "its negative_slope is below 0"
     if ours is Softplus and module.beta == 0:
         return "its beta is 0"
     return ours if kind is theirs else _joined(ours, kind)
+
+
+def _held(module: nn.Module) -> dict[str, Tensor | None]:
+    """Its parameters and buffers as they are, where to ask for a weight might compute it anew."""
+    return module._buffers | module._parameters
+
+
+def _reason_against_weights(linear: nn.Module) -> str | None:
+    held = _held(linear)
+    for name in ("weight", "bias"):
+        value = held.get(name)
+        if value is None:
+            continue
+        if not _require.is_dense(value):
+            return f"its {name} is no dense tensor"
+        # A method, unless it is switched off: then PyTorch's functions get by without it.
+        call = getattr(type(value).__torch_function__, "__func__", None)
+        if call not in (None, Tensor.__torch_function__.__func__):  # type: ignore[attr-defined]
+            return f"its {name} is a {type(value).__name__}, which may multiply in a way of its own"
+    return None
 
 
 def _never_called(model: nn.Module) -> Iterator[nn.Module]:
@@ -312,13 +338,15 @@ def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]
 
 
 def _reason_against(pair: _Pair) -> str:
+    if has_global_hooks():
+        return "there are global hooks, which would miss z"
     if any(m._forward_hooks or m._forward_pre_hooks for m in pair):
         return "there are hooks, which would miss z"
     if any(m._backward_hooks or m._backward_pre_hooks for m in pair):
         return "there are hooks, which would miss delta"
     if any("forward" in vars(m) for m in pair):
         return "a forward was replaced on the object"
-    weight = pair.linear.weight
-    if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
+    weight = _held(pair.linear).get("weight")
+    if weight is None or not weight.is_floating_point():
         return "its weight is computed from others, or not of real numbers"
     return ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -239,6 +240,115 @@ def test_a_forward_replaced_on_the_object_is_left_alone() -> None:
     module.forward = lambda input: input  # type: ignore[method-assign]  # noqa: A006
     (left,) = convert(module).left
     assert left.reason == "its forward was replaced on the object"
+
+
+class Packed(Tensor):
+    """Stands for twice its values, as PyTorch's linear alone is told."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            plain = [2 * a.as_subclass(Tensor) if isinstance(a, Packed) else a for a in args]
+            return F.linear(*plain, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Tagged(Tensor):
+    """Leaves its functions to PyTorch."""
+
+
+class Silent(Tensor):
+    """Has no say in functions, as a DTensor has not."""
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+
+def with_parameter(name: str, made: Callable[[Tensor], Tensor]) -> nn.Linear:
+    layer = nn.Linear(3, 4)
+    layer._parameters[name] = made(layer.get_parameter(name).detach()).requires_grad_()  # type: ignore[assignment]
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta state")
+@pytest.mark.parametrize(
+    ("name", "made", "reason"),
+    [
+        ("weight", Tensor.to_sparse_csr, "its weight is no dense tensor"),
+        ("weight", lambda t: t.as_subclass(Packed), "its weight is a Packed, which may multiply"),
+        ("bias", lambda t: t.as_subclass(Packed), "its bias is a Packed, which may multiply"),
+    ],
+)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_weights_that_ours_cannot_use_are_left_to_pytorch(
+    name: str, made: Callable[[Tensor], Tensor], reason: str, fuse: bool
+) -> None:
+    model = nn.Sequential(with_parameter(name, made), nn.Sigmoid())
+    x = torch.randn(2, 3)
+    expected = model(x)
+    report = convert(model, fuse=fuse)
+    assert [(left.name, left.reason[: len(reason)]) for left in report.left] == [("0", reason)]
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Tagged, Silent])
+def test_other_subclasses_of_tensor_are_no_hindrance(kind: Any) -> None:
+    layer = with_parameter("weight", lambda t: t.as_subclass(kind))
+    x = torch.randn(2, 3)
+    expected = layer(x)
+    assert convert(layer).left == ()
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_weights_and_biases_that_are_buffers(name: str, fuse: bool) -> None:
+    theirs = sigmoid_net()
+    value = theirs[0].get_parameter(name).detach()
+    delattr(theirs[0], name)
+    theirs[0].register_buffer(name, value)
+    model = copy.deepcopy(theirs)
+    before = everything(model)
+    convert(model, fuse=fuse)
+    assert type(model[0]) is (LinearSigmoid if fuse else manual_bp.Linear)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(train(one), train(copy.deepcopy(theirs)))
+        assert torch.equal(getattr(one[0], name), value)
+    assert restore(model).left == ()
+    assert classes(model) == classes(theirs)
+    assert list(everything(model)) == list(before)
+
+
+def test_to_convert_computes_no_weight() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Sigmoid())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = convert(model, fuse=True)
+    assert any(left.reason.startswith("not fused: its weight is comp") for left in report.left)
+    for key, value in model.state_dict().items():  # spectral norm takes a step when it is asked
+        assert torch.equal(value, before[key])
+
+
+def test_forwards_that_are_replaced_after_converting() -> None:
+    """As accelerate does, to move weights between devices: what it wraps is our forward."""
+    model = sigmoid_net()
+    x = torch.randn(2, 5)
+    expected = model(x)
+    convert(model, fuse=True)
+    inner = model[0].forward
+    model[0].forward = lambda *args: inner(*args)
+    assert torch.equal(model(x), expected)
+    report = restore(model)
+    assert [(left.name, left.reason) for left in report.left] == [
+        ("0", "its forward was replaced on the object"),
+        ("1", "it was fused with one that cannot be restored"),
+    ]
+    assert torch.equal(model(x), expected)
+    del model[0].forward
+    assert restore(model).left == ()
+    assert classes(model) == classes(sigmoid_net())
+    assert torch.equal(model(x), expected)
 
 
 def test_a_lazy_linear_that_has_seen_its_input_is_converted() -> None:
@@ -485,6 +595,25 @@ def test_what_is_not_fused(model: Any, reason: str) -> None:
     assert len(reasons) == 1
     assert reasons[0].endswith(reason)
     assert manual_bp.Linear in classes(model).values()
+
+
+def test_pairs_are_not_fused_behind_the_back_of_global_hooks() -> None:
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, __: seen.append(type(module).__name__)
+    )
+    model: Any = sigmoid_net()
+    try:
+        report = convert(model, fuse=True)
+        model(torch.randn(2, 5))
+    finally:
+        handle.remove()
+    reasons = {left.reason for left in report.left}
+    assert reasons == {"not fused: there are global hooks, which would miss z"}
+    assert seen == ["Linear", "Sigmoid", "Linear", "Sigmoid", "Sequential", "Linear", "Sequential"]
+    assert [type(module) for module in model[:2]] == [manual_bp.Linear, manual_bp.Sigmoid]
+    convert(model, fuse=True)
+    assert [type(module) for module in model[:2]] == [LinearSigmoid, nn.Identity]
 
 
 @pytest.mark.parametrize(
