@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,15 @@ def record(
         trace["encoder.fc1"].delta
 
     The trace is filled when `backward()` has run. Weights, gradients and random numbers are what
-    they would be without; the hooks are gone when the block is left, however it is left. What the
-    trace holds is a and δ of every recorded layer, until it is let go of.
+    they would be without; the hooks are gone when the block is left, however it is left, and copies
+    and pickles of the model have none. What the trace holds is a and δ of every recorded layer,
+    until it is let go of. Other threads may use the model meanwhile: what they do is not recorded.
 
     Args:
         model: Any module with linear layers within: `nn.Linear`, ours, `LinearSigmoid`. They may
             see inputs of any number of dimensions, run several times, share their weights, be
             frozen, or be within checkpoints. A sample is an index of the input's first dimension.
+            A sparse input is kept as a dense one.
         reduction: How the cost is made of the costs C_x of its samples: their "mean" or "sum". It
             gives per-sample results their unit, that of C_x.
         layers: Which linear layers to record, by name (as "encoder.fc1", or a pattern with * and
@@ -67,11 +69,12 @@ def record(
         A context manager, which gives the Trace.
 
     Raises:
-        TypeError: model is no nn.Module, or layers are neither names nor types.
+        TypeError: model is no nn.Module, or layers are neither names nor types; or, from the
+            forward pass, the input of a layer is nested, or its weight is no dense tensor.
         ValueError: reduction is neither; model has no linear layer, or none that is chosen; or,
             from backward(), the cost is plainly reduced in the other way.
-        RuntimeError: From backward(), a second call of it within one block. On leaving the block:
-            no backward pass reached a layer.
+        RuntimeError: From backward(), a second call of it within one block. On entering a block
+            that was entered before. On leaving it: no backward pass reached a layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -173,6 +176,16 @@ class _Kept:
         return version(self.detached) != self.version
 
 
+class _Product(NamedTuple):
+    """A call of one of the functions that compute w a + b, and how often z was changed by then."""
+
+    z: Tensor
+    version: int
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class _Hook:
     """A forward hook that is in a module for the length of a block, and in no copy of the module.
 
@@ -244,7 +257,7 @@ class _Recorder(TorchFunctionMode):
         self.names = _choose(self.modules, layers)
         self.pending: dict[nn.Module, list[_Pending]] = {}
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
-        self.last_product: tuple[Any, Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.last_product: _Product | None = None
         self.unseen: set[nn.Module] = set()
         self.output: Any = None
         self.has_trained = False
@@ -379,11 +392,10 @@ class _Recorder(TorchFunctionMode):
         layer is made of will do, if it has no forward of its own.
         """
         product, self.last_product = self.last_product, None
-        if product is not None and product[0] is output:
-            _, func, given, named = product
-            a, w, b = _PRODUCTS[func]
-            operands = dict(zip((a, w, b), given, strict=False)) | named
-            return operands[a], operands[w], operands.get(b), func is linear_sigmoid
+        if product is not None and product.z is output and product.version == version(output):
+            a, w, b = names = _PRODUCTS[product.func]
+            operands = dict(zip(names, product.args, strict=False)) | product.kwargs
+            return operands[a], operands[w], operands.get(b), product.func is linear_sigmoid
         own = layer._buffers | layer._parameters
         if self.is_in_backward and _has_linear_forward(layer) and own.keys() >= {"weight", "bias"}:
             a = args[0] if args else kwargs["input"]
@@ -399,8 +411,8 @@ class _Recorder(TorchFunctionMode):
         if func in _ACTIVATION_OF:
             return self._see_function(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _PRODUCTS:
-            self.last_product = result, func, args, kwargs
+        if func in _PRODUCTS and isinstance(result, Tensor):
+            self.last_product = _Product(result, version(result), func, args, kwargs)
         return result
 
     def _see_function(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -482,6 +482,28 @@ class TestForwardsOfTheirOwn:
         assert trace.missed == {"0": "it ran, but what came out was not the product that was seen"}
         assert trace.elsewhere == ("0.weight", "0.bias")
 
+    @pytest.mark.parametrize("changes", [Tensor.relu_, lambda z: z.mul_(2), lambda z: z.add_(1)])
+    def test_whose_product_is_changed_in_place(self, changes: Callable[[Tensor], Tensor]) -> None:
+        class Changed(nn.Linear):
+            def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+                return changes(super().forward(input))
+
+        trace = recorded(two(Changed(4, 3)), samples())
+        assert trace.missed == {"0": "it ran, but what came out was not the product that was seen"}
+        assert trace.elsewhere == ("0.weight", "0.bias")
+
+        net = two(nn.Linear(4, 3))
+
+        def change(module: nn.Module, _: Any, z: Tensor) -> None:
+            if module is net[0]:
+                changes(z)
+
+        handle = nn.modules.module.register_module_forward_hook(change)
+        try:
+            assert recorded(net, samples()).missed == trace.missed
+        finally:
+            handle.remove()
+
     def test_within_a_reentrant_checkpoint_no_product_is_seen(self) -> None:
         net = two(OfTanh(4, 3))
         x = samples().requires_grad_()
