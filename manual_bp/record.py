@@ -189,8 +189,8 @@ class _Product(NamedTuple):
 class _Hook:
     """A forward hook that is in a module for the length of a block, and in no copy of the module.
 
-    Copies and pickles are made of a module's state, which leaves it out. Where a class copies its
-    modules in another way, what is copied of a hook does nothing.
+    Copies and pickles are made of a module's state; while the hook is there, that leaves it out.
+    Where a class has its modules copied in another way, the copy of a hook does nothing.
     """
 
     def __init__(self, see: Callable[..., None] | None) -> None:
@@ -317,7 +317,7 @@ class _Recorder(TorchFunctionMode):
     def _is_of_block(self) -> bool:
         """Whether what runs now is of the block, and not of another thread that uses the model.
 
-        Backward may run in threads of autograd's, which Python knows nothing of.
+        Backward may run in threads of autograd's, which are none of Python's own.
         """
         return threading.get_ident() == self.thread or (
             self.is_in_backward and isinstance(threading.current_thread(), threading._DummyThread)
@@ -385,11 +385,11 @@ class _Recorder(TorchFunctionMode):
     def _product(
         self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, bool] | None:
-        """The a, w and b of a call, and whether σ follows; None where a product gave no output.
+        """The a, w and b of a layer's call, and whether σ is in it; None if no product was seen.
 
-        As it was seen. Not by `layer.weight`, which may compute it anew (weight norm; spectral norm
-        takes a step each time). Within backward, calls of functions are not seen; there, what a
-        layer is made of will do, if it has no forward of its own.
+        w is the one that was seen, not `layer.weight`, which may compute it anew (weight norm;
+        spectral norm takes a step each time). Within backward, calls of functions are not seen;
+        there, what a layer holds will do, if it has no forward of its own.
         """
         product, self.last_product = self.last_product, None
         if product is not None and product.z is output and product.version == version(output):
