@@ -13,6 +13,7 @@ map: the extra `board`. Nothing else of this package does.
 """
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 # The last bin of a TensorBoard histogram ends at 1e20; what lies beyond is as good as infinite.
 HISTOGRAM_LIMIT = 1e20
+
+# How many letters of a layer's name stand beside the heat map, which has to have some room, too.
+LABEL_LENGTH = 60
 
 
 class TraceBoard:
@@ -89,7 +93,7 @@ class TraceBoard:
                 }
                 for kind, value in numbers.items():
                     if value is not None:
-                        self._writer.add_scalar(f"{kind}/{layer.name}", value, step)
+                        self._writer.add_scalar(_tag(kind, layer.name), value, step)
             self._history[step] = {layer.name: layer.delta_norm for layer in found.layers}
 
     def log_histograms(self, trace: Trace, step: int) -> None:
@@ -103,11 +107,11 @@ class TraceBoard:
             layer.require_as_it_was()
         with self._timed():
             for layer in trace.layers:
-                self._histogram(f"weights/{layer.name}", [layer.w], step)
+                self._histogram(_tag("weights", layer.name), [layer.w], step)
                 if layer.b is not None:
-                    self._histogram(f"biases/{layer.name}", [layer.b], step)
-                self._histogram(f"activations/{layer.name}", [c.a for c in layer.calls], step)
-                self._histogram(f"errors/{layer.name}", [c.delta for c in layer.calls], step)
+                    self._histogram(_tag("biases", layer.name), [layer.b], step)
+                self._histogram(_tag("activations", layer.name), [c.a for c in layer.calls], step)
+                self._histogram(_tag("errors", layer.name), [c.delta for c in layer.calls], step)
 
     def log_heat_map(self, step: int) -> None:
         """All ‖δ‖ that were logged so far as one picture: layers upwards, steps to the right.
@@ -126,11 +130,13 @@ class TraceBoard:
         names = list(dict.fromkeys(name for norms in self._history.values() for name in norms))
         steps = sorted(self._history)
         logs = [[_log(self._history[s].get(name)) for s in steps] for name in names]
-        figure = Figure(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+        labels = [_label(name) for name in names]
+        size = (8 + 0.1 * max(map(len, labels)), 1.5 + 0.3 * len(names))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="layer", title="log₁₀ ‖δ‖")
         axes.set_facecolor("lightgrey")  # where there is none, or it is 0 or not finite
         figure.colorbar(axes.pcolormesh(steps, range(len(names)), logs, shading="nearest"))
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), labels, parse_math=False, usetex=False)
         return figure
 
     def _histogram(self, tag: str, tensors: list[Tensor], step: int) -> None:
@@ -154,6 +160,29 @@ class TraceBoard:
 def _require_trace(value: object) -> None:
     if not isinstance(value, Trace):
         raise TypeError(f"trace must be a Trace; got {type(value).__name__}")
+
+
+def _tag(kind: str, name: str) -> str:
+    """A tag of a layer's own, whatever its name.
+
+    TensorBoard replaces each character that is neither a letter nor one of - / . by _, so that "a$"
+    and "a_" would share one tag. Here such a character is replaced by its code: "a$" is "a-x24-".
+    """
+    return f"{kind}/" + re.sub(
+        r"[^-/\w.]|-(?=x[0-9a-f]+-)", lambda found: f"-x{ord(found[0]):x}-", name
+    )
+
+
+def _label(name: str) -> str:
+    """A name in the letters that the font has, and no longer than there is room for."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    label = "".join(
+        c if c.isprintable() and font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in name
+    )
+    half = (LABEL_LENGTH - 1) // 2
+    return label if len(label) <= LABEL_LENGTH else f"{label[:half]}…{label[-half:]}"
 
 
 def _log(norm: float | None) -> float:

@@ -139,6 +139,45 @@ class TestHeatMap:
         assert len(logged_in(tmp_path).Images("error_of_every_layer")) == 1
 
 
+NAMES = [
+    "a$", "a_", "a$b$", "a b", "x^2", "\\frac{", "$\\frac{$", "{", "}", "%s", "_x", "<b>", "/",
+    "//a", " ", "-x24-", "$", "größe", "层", "😀", "é\u0301", "\n", "\x00", "\ud800", "W" * 5000,
+]  # fmt: skip
+
+
+def test_every_name_that_a_module_can_have(tmp_path: Path) -> None:
+    """Each is logged under a tag of its own, and drawn, without a warning."""
+    net = nn.Sequential()
+    for name in NAMES:
+        net.add_module(name, Linear(2, 2))
+    trace = backprop(net, torch.randn(5, 2), torch.rand(5, 2), QuadraticCost())
+    with SummaryWriter(str(tmp_path)) as writer:
+        board = TraceBoard(writer)
+        board.log(trace, 1, learning_rate=0.1)
+        board.log_histograms(trace, 1)
+        board.log_heat_map(1)
+        (axes, _) = board._heat_map().axes
+    logged = logged_in(tmp_path)
+    found = {
+        tag.split("/", 1)[1]: logged.Scalars(tag)[0].value
+        for tag in logged.Tags()["scalars"]
+        if tag.startswith("delta/")
+    }
+    norms = [layer.delta_norm for layer in trace.diagnostics().layers]
+    assert sorted(found.values()) == pytest.approx(sorted(norms))
+    assert {"a-x24-", "a_", "größe", "-x2d-x24-", "-x24-"} < set(found)
+    for kind in ("weights", "biases", "activations", "errors"):
+        assert set(logged.Tags()["histograms"]) >= {f"{kind}/{name}" for name in found}
+    assert len(logged.Images("error_of_every_layer")) == 1
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    shown = dict(zip(NAMES, labels, strict=True))
+    assert len(set(labels)) == len(NAMES)
+    assert max(map(len, labels)) <= 60
+    assert all(shown[name] == name for name in ("a$b$", "\\frac{", "x^2", "größe"))
+    assert (shown["\n"], shown["\ud800"], shown["层"]) == ("\\n", "\\ud800", "\\u5c42")
+    assert shown["W" * 5000] == f"{29 * 'W'}…{29 * 'W'}"
+
+
 def test_what_observing_costs_is_measured(
     tmp_path: Path, net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
