@@ -19,6 +19,7 @@ from manual_bp._function import without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace._layer import Call, LayerTrace, wide
+from manual_bp.trace._per_sample import norm_of
 
 # A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.
 SATURATED = 0.05
@@ -171,16 +172,16 @@ def _numbers(
 ) -> LayerDiagnostics:
     _require.real(f"the output of layer {layer.name!r}", layer.calls[0].z)
     a_prev, z, a, delta = (_rows(layer, name) for name in ("a_prev", "z", "a", "delta"))
-    delta_norm = _norm(delta)
+    delta_norm = norm_of(delta)
     z_is_known = all(call.z_is_known for call in layer.calls)
     slope = _slope(layer) if z_is_known else None
     reader = _reader(layer, later)
     grad_a = None if reader is None else _grad_a(reader, layer, delta, slope)
     zeros = _zeros(delta, slope, grad_a)
     above = reader or (later[0] if later else None)
-    above_norm = None if above is None else _norm(_rows(above, "delta"))
-    grad_a_norm = None if grad_a is None else _norm(grad_a)
-    grad_norm = None if layer.grad_w is None else _norm(layer.grad_w)
+    above_norm = None if above is None else norm_of(_rows(above, "delta"))
+    grad_a_norm = None if grad_a is None else norm_of(grad_a)
+    grad_norm = None if layer.grad_w is None else norm_of(layer.grad_w)
     update = None if learning_rate is None or grad_norm is None else learning_rate * grad_norm
     return LayerDiagnostics(
         name=layer.name,
@@ -199,7 +200,7 @@ def _numbers(
             {"w": layer.w} | ({"z": z, "a": a} if z_is_known else {}) | {"δ": delta}
         ),
         grad_norm=grad_norm,
-        update=_over(update, _norm(layer.w)),
+        update=_over(update, norm_of(layer.w)),
         dead_inputs=None if any(call.changed for call in layer.calls) else _dead(a_prev),
         verdict="",
     )
@@ -302,9 +303,9 @@ def _grad_a(
     dtype = layer.delta.dtype
     share = 0.001 if dtype in (torch.float32, torch.float64) else 0.05
     # σ' in terms of a is exact but for some units of rounding in a.
-    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * _norm(grad_a)
+    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * norm_of(grad_a)
     difference = delta - grad_a * (slope.prime if slope else 1)
-    return grad_a if _norm(difference) <= share * _norm(delta) + rounding else None
+    return grad_a if norm_of(difference) <= share * norm_of(delta) + rounding else None
 
 
 def _nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -315,7 +316,7 @@ def _nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _dead(a_prev: Tensor) -> float:
     if not len(a_prev):
         return 0.0
-    root_mean_square = _norm(a_prev) / math.sqrt(a_prev.numel())
+    root_mean_square = norm_of(a_prev) / math.sqrt(max(1, a_prev.numel()))
     return _mean(a_prev.abs().amax(0) <= DEAD * root_mean_square)
 
 
@@ -330,17 +331,19 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
         return f"is broken: not finite are {counts}"
     if not (trace.learns_w or trace.learns_b) and trace.w.is_leaf:
         return "is frozen"
+    if not trace.w.numel() and not (len(trace.w) and trace.learns_b):
+        return "has no weights"
     if layer.zeros == 1:
         return f"does not learn: {_why_all_zero(layer)}"
-    if layer.grad_norm == 0:
+    if layer.grad_norm == 0 and trace.w.numel():
         return "does not learn: its inputs are 0 wherever an error is"
-    if layer.delta_norm * FAR < last.delta_norm:
-        times = _number(last.delta_norm / layer.delta_norm)
-        fading = f"its error is {times} times smaller than the last layer's"
+    smaller = _over(last.delta_norm, layer.delta_norm) or 0
+    if smaller > FAR:
+        fading = f"its error is {_number(smaller)} times smaller than the last layer's"
         return f"learns slowly: {fading}{_cause(layers, min)}"
-    if layer.delta_norm > FAR * last.delta_norm:
-        times = _number(layer.delta_norm / last.delta_norm)
-        growth = f"its error is {times} times larger than the last layer's"
+    larger = _over(layer.delta_norm, last.delta_norm) or 0
+    if larger > FAR:
+        growth = f"its error is {_number(larger)} times larger than the last layer's"
         return f"is unsteady: {growth}{_cause(layers, max)}"
     if layer.saturated is not None and layer.saturated >= MANY:
         hint = "" if len(layers) > 1 else ", which in the last layer is well if the cost is low"
@@ -371,7 +374,7 @@ def _cause(layers: Sequence[LayerDiagnostics], worst: Callable[..., float]) -> s
     by_sigma = [layer.by_sigma for layer in layers[:-1] if layer.by_sigma]
     if len(by_w) < len(layers) - 1 or len(by_sigma) < len(by_w):
         return ""
-    w, sigma = math.prod(by_w), math.prod(by_sigma)
+    w, sigma = (sum(map(math.log, factors)) for factors in (by_w, by_sigma))
     name = "wᵀ" if worst(w, sigma) == w else "σ'"
     return f", most of it by {name}"
 
@@ -379,12 +382,6 @@ def _cause(layers: Sequence[LayerDiagnostics], worst: Callable[..., float]) -> s
 def _rows(layer: LayerTrace, name: str) -> Tensor:
     """a_prev, z, a or delta of all calls, (rows, components), in at least single precision."""
     return wide(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
-
-
-def _norm(t: Tensor) -> float:
-    # In double precision: the square of a faded error is less than float32 can hold.
-    norm: float = torch.linalg.vector_norm(t.double()).item()
-    return norm
 
 
 def _mean(t: Tensor) -> float:

@@ -13,26 +13,27 @@ and their norms, without making the gradient itself:
 The first is Goodfellow's (Efficient Per-Example Gradient Computations, 2015); the second follows
 from ‖Σ_t δ_t a_tᵀ‖² = Σ_tt' ⟨δ_t a_tᵀ, δ_t' a_t'ᵀ⟩, and ⟨δ aᵀ, δ' a'ᵀ⟩ = (δ·δ')(a·a').
 
-Here a is (N, T, in) and δ (N, T, out). Norms come as float64: their squares would leave the range
-of float32 where errors vanish.
+Here a is (N, T, in) and δ (N, T, out). Norms come as float64. A norm is the root of squares, which
+leave the range of a dtype long before it does: beyond 1e±19 in float32, 1e±154 in float64. Where
+they do, the norm is computed of numbers divided by the largest of them.
 """
 
+import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from manual_bp._function import without_autocast
 
-Norm = Callable[[Tensor, Tensor], Tensor]
+Norm = Callable[..., Tensor]
 
 # How many numbers a norm may hold at any one time, some samples after others: 32 MB in float32.
 CHUNK = 2**23
 # How much smaller than the sum of its terms' magnitudes the sum in Gram's form may be: a hundred
 # times leaves float32 five digits of the norm.
 CANCELLED = 100
-# The norms that are trusted: the squares of much smaller or larger numbers are not float32's.
-SMALL, LARGE = 1e-15, 1e15
 
 
 def grad_w(a: Tensor, delta: Tensor) -> Tensor:
@@ -48,25 +49,45 @@ def grad_b(delta: Tensor) -> Tensor:
 
 def weighted_grad_w(a: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     """Σ_x weight_x ∂C/∂w of sample x, (out, in): one matrix product."""
-    weighted = delta * weights[:, None, None]
+    weights = weights[:, None, None]
+    largest = _largest(delta, 2)
+    if ((largest > 0) & (largest * weights < _least(delta.dtype))).any():
+        # Here weight · δ is too small for the dtype, though a large a may make up for it. So δ is
+        # multiplied by the size of a, which is divided by it, row by row.
+        size = _divisor(_largest(a, 2))
+        a, weights = (a / size).to(a.dtype), weights * size
     with without_autocast(a):
-        return weighted.flatten(0, 1).mT @ a.flatten(0, 1).conj()  # BP4, each sample weighted
+        # BP4, each sample weighted
+        return _weighted(delta, weights).flatten(0, 1).mT @ a.flatten(0, 1).conj()
 
 
 def weighted_grad_b(delta: Tensor, weights: Tensor) -> Tensor:
     """Σ_x weight_x ∂C/∂b of sample x, (out,)."""
-    return (delta * weights[:, None, None]).sum((0, 1))  # BP3, each sample weighted
+    return _weighted(delta, weights[:, None, None]).sum((0, 1))  # BP3, each sample weighted
 
 
-def norms(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """The Euclidean norms over some dimensions."""
-    found: Tensor = torch.linalg.vector_norm(t, dim=dims)
-    return found
+def _weighted(delta: Tensor, weights: Tensor) -> Tensor:
+    if (weights < _least(delta.dtype)).any():  # in float32, they might be rounded to 0
+        return (delta * weights).to(delta.dtype)
+    return delta * weights.to(delta.dtype.to_real())
+
+
+def norm_of(t: Tensor) -> float:
+    """The Euclidean norm of all numbers of a tensor, in double precision."""
+    t = t.double().reshape(1, 1, -1)
+    found = _norm_of_all(t)
+    is_in_range = _least(t.dtype) < found.item() < 1 / _least(t.dtype)
+    return (found if is_in_range or not t.numel() else _scaled(_norm_of_all, t)).item()
+
+
+def _norm_of_all(t: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(t)
+    return found.reshape(1)
 
 
 def norm_b(delta: Tensor) -> Tensor:
     """‖∂C/∂b‖ of every sample, (N,)."""
-    return _in_range(lambda delta, _: norms(grad_b(delta), 1), delta, delta)
+    return _in_range(lambda delta: torch.linalg.vector_norm(grad_b(delta), dim=1), delta)
 
 
 def norm_w(a: Tensor, delta: Tensor, delta_norm: Tensor | None = None) -> Tensor:
@@ -103,7 +124,8 @@ def _gram_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
 
 
 def _direct_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
-    return norms(grad_w(a, delta), (1, 2))
+    found: Tensor = torch.linalg.vector_norm(grad_w(a, delta), dim=(1, 2))
+    return found
 
 
 def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
@@ -113,16 +135,54 @@ def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
     return torch.cat([norm(*part) for part in parts])
 
 
-def _in_range(norm: Norm, a: Tensor, delta: Tensor) -> Tensor:
-    """The norms as float64; computed in it, too, where squares leave the range of float32."""
-    found = norm(a, delta).double()
-    is_out = found.clamp(SMALL, LARGE) != found  # nan is out, too
-    if a.shape[1] > 1:  # of the product of both, one alone may be out of range
-        for t in (a, delta):
-            is_out |= t.abs().amax((1, 2)) < SMALL
+def _in_range(norm: Norm, *factors: Tensor) -> Tensor:
+    """The norms as float64, of scaled numbers where squares leave the range of the dtype.
+
+    norm: A function of the factors, δ alone or a and δ, that is proportional to each of them.
+    """
+    if not all(t.numel() for t in factors):  # the norm of nothing
+        return factors[0].new_zeros(len(factors[0]), dtype=torch.float64)
+    found = norm(*factors).double()
+    least = _least(factors[0].dtype)
+    is_out = found.clamp(least, 1 / least) != found  # nan is out, too
+    if len(factors) > 1:
+        # Their product may be in range where one of them is not. Rows that add nothing don't count.
+        a, delta = (_largest(t, 2)[..., 0] for t in factors)
+        counts = a * delta > torch.finfo(factors[0].dtype).eps * found[:, None]
+        is_out |= (counts & (torch.minimum(a, delta) < least)).any(1)
     if is_out.any():
-        found[is_out] = norm(_double(a[is_out]), _double(delta[is_out]))
+        found[is_out] = _scaled(norm, *(t[is_out] for t in factors))
     return found
+
+
+def _scaled(norm: Norm, *factors: Tensor) -> Tensor:
+    """The norms, with each row of a, and the δ of each sample, divided by its largest number."""
+    *maybe_a, delta = (_double(t) for t in factors)
+    if maybe_a:
+        size = _divisor(_largest(maybe_a[0], 2))
+        maybe_a, delta = [maybe_a[0] / size], delta * size
+    size = _divisor(_largest(delta, (1, 2)))
+    return norm(*maybe_a, delta / size) * size.flatten()
+
+
+def _largest(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """The largest magnitudes over dimensions, which are kept, as float64; of no numbers, 0."""
+    magnitudes = t.abs()  # vector_norm(t, inf) takes 70 times as long on a CPU
+    reduce = magnitudes.amax if t.numel() else magnitudes.sum
+    return reduce(dims, keepdim=True).double()
+
+
+def _divisor(size: Tensor) -> Tensor:
+    """The size, or the nearest number that one can divide by: neither 0 nor infinite."""
+    limits = torch.finfo(size.dtype)
+    return size.clamp(limits.tiny, limits.max)
+
+
+@cache
+def _least(dtype: torch.dtype) -> float:
+    """The least norm whose square is to be trusted; the largest is one over it."""
+    limits = torch.finfo(dtype)
+    return math.sqrt(limits.tiny / limits.eps)
 
 
 def _double(t: Tensor) -> Tensor:

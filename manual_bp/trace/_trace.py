@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -157,7 +158,9 @@ class Trace:
                 f"these, or choose what is to be clipped, as record(model, layers=[...])"
             )
         shares = self._shares()
-        weights = (max_norm / _norms(shares)).clamp(max=1)
+        norms = _norms(shares)
+        # An infinite norm gives no usable weight: 0 would drop the sample silently.
+        weights = (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
         return {share.name: share.weighted(weights) for share in shares}
 
     def split(self, size: int) -> Iterator["Trace"]:
@@ -262,7 +265,6 @@ class _Share(NamedTuple):
 
     def weighted(self, weights: Tensor) -> Tensor:
         a, delta = self.pair
-        weights = weights.to(delta.dtype.to_real())
         if self.is_weight:
             grad = _per_sample.weighted_grad_w(a, delta, weights)
         else:
@@ -273,7 +275,7 @@ class _Share(NamedTuple):
 def _norms(shares: Sequence[_Share]) -> Tensor:
     """The norm of each sample's gradient over all of these parameters, (N,), float64."""
     known: dict[Tensor, Tensor] = {}
-    return _per_sample.norms(torch.stack([share.norms(known) for share in shares], dim=1), 1)
+    return reduce(torch.hypot, (share.norms(known) for share in shares))
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from manual_bp import (
@@ -376,6 +378,116 @@ def test_norms_of_errors_that_have_faded_or_grown(scale: float) -> None:
     found = trace.diagnostics(1.0)[""]
     assert close(found.delta_norm, scale * 15**0.5)
     assert close(found.grad_norm, trace[""].grad_w.double().norm().item())  # type: ignore[union-attr]
+
+
+@given(
+    widths=st.lists(st.integers(0, 3), min_size=2, max_size=4),
+    samples=st.integers(0, 3),
+    rows=st.lists(st.integers(0, 2), max_size=1),
+    exponent=st.integers(-300, 300),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    zeroed=st.integers(0, 4),
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_numbers_of_any_size_and_of_none(
+    widths: list[int], samples: int, rows: list[int], exponent: int, dtype: Any, zeroed: int
+) -> None:
+    """Layers without inputs or neurons, no samples, weights of 0, errors of 1e-300 or 1e300."""
+    net = nn.Sequential(*[nn.Linear(*pair) for pair in pairwise(widths)]).to(dtype)
+    for name, parameter in net.named_parameters():
+        if name == f"{zeroed}.weight":
+            nn.init.zeros_(parameter)
+    x = torch.randn(samples, *rows, widths[0]).to(dtype)
+    scale = 10.0 ** (exponent if dtype is torch.float64 else exponent / 10)
+    with record(net, "sum") as trace:
+        net(x).backward(torch.full((samples, *rows, widths[-1]), scale, dtype=dtype))
+    found = trace.diagnostics(learning_rate=0.1)
+    assert str(found)
+    for layer, numbers in zip(trace.layers, found, strict=True):
+        exact = math.hypot(*layer.delta.flatten().tolist())
+        assert close(numbers.delta_norm / scale, exact / scale)
+        assert (numbers.delta_norm == 0) == (not layer.delta.any())
+        if numbers.update is not None:
+            assert layer.grad_w is not None
+            steps = math.hypot(*(0.1 * layer.grad_w.double() / scale).flatten().tolist())
+            assert close(numbers.update / scale, steps / norm(layer.w))
+        weights = [layer.w, layer.b] if len(layer.w) else []
+        if not layer.delta.shape[:-1].numel():
+            assert numbers.verdict == "has seen no sample"
+        elif not any(p.numel() for p in weights if p is not None):
+            assert numbers.verdict == "has no weights"
+        else:
+            assert numbers.verdict != "has no weights"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_a_layer_without_inputs_learns_its_bias_if_it_has_one() -> None:
+    for bias in (True, False):
+        net = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2, bias=bias))
+        first, last = trace_of(net, torch.randn(9, 3)).diagnostics(0.1)
+        assert first.verdict == "has no weights"
+        assert last.verdict == ("learns" if bias else "has no weights")
+
+
+def test_a_deep_net_in_float64() -> None:
+    """Errors of 1e-226, whose squares are 0, are not taken for 0."""
+    net: Any = nn.Sequential()
+    for _ in range(260):
+        net.extend([nn.Linear(10, 10), nn.Sigmoid()])
+    trace = trace_of(net.double(), torch.randn(4, 10).double())
+    found = trace.diagnostics()
+    exact = [math.hypot(*layer.delta.flatten().tolist()) for layer in trace.layers]
+    assert 0 < exact[0] < 1e-200
+    for layer, delta_norm in zip(found, exact, strict=True):
+        assert layer.delta_norm == pytest.approx(delta_norm)
+    for layer, (this, above) in zip(found, pairwise(exact), strict=False):
+        assert layer.ratio == pytest.approx(this / above)
+        assert layer.by_w is not None
+        assert layer.by_sigma is not None
+        assert layer.by_w * layer.by_sigma == pytest.approx(layer.ratio)
+    times = f"{exact[-1] / exact[0]:.3g} times smaller"
+    assert found["0"].verdict == (
+        f"learns slowly: its error is {times} than the last layer's, most of it by σ'"
+    )
+
+
+def test_factors_whose_product_is_less_than_a_float() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
+    trace = trace_of(net, torch.rand(9, 4))
+    first, last = trace.diagnostics().layers
+    for by_w, by_sigma, cause in ((1e-200, 1e-210, "σ'"), (1e-210, 1e-200, "wᵀ")):
+        faded = replace(first, delta_norm=1e-30, by_w=by_w, by_sigma=by_sigma)
+        verdict = _diagnostics._verdict([faded, faded, last], trace["0"])
+        assert verdict.endswith(f"most of it by {cause}")
+
+
+def test_beside_a_layer_without_an_error() -> None:
+    """The last layer is not always above: of two heads, one may be fit already."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.first(x), self.second(x)])
+
+    model = TwoHeads()
+    with record(model) as trace:
+        (model(torch.randn(9, 4)) * torch.tensor([1.0, 0.0])[:, None, None]).sum().backward()
+    found = trace.diagnostics()
+    assert found["first"].verdict == "learns"
+    assert found["second"].verdict.startswith("does not learn: ")
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e170, 1e300])
+def test_dead_inputs_of_any_size(scale: float) -> None:
+    x = torch.rand(9, 4).double() + 0.5
+    x[:, 1] = 1e-3
+    layer = nn.Linear(4, 3, bias=False).double()
+    with record(layer, "sum") as trace:
+        layer(x * scale).backward(torch.randn(9, 3).double() / scale)
+    assert trace.diagnostics()[""].dead_inputs == 0.25
 
 
 def test_not_finite() -> None:

@@ -1,6 +1,8 @@
 """Every sample's own gradient: against a loop over single samples, and against vmap(grad)."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from manual_bp import Linear, LinearSigmoid, QuadraticCost, Sigmoid, Trace, backprop, record
-from manual_bp.trace import _per_sample
+from manual_bp.trace import Call, LayerTrace, _per_sample
 from tests.helpers import assert_same
 
 Grads = dict[str, Tensor]
@@ -285,6 +287,110 @@ def test_where_one_of_both_is_out_of_range_alone(faded: float, rows: int) -> Non
     assert_same([_per_sample.norm_w(a, delta)], [exact], rtol=1e-5, atol=0)
 
 
+def exact_norms(t: Tensor) -> Tensor:
+    """Over all but the first dimension, whatever the range of the numbers."""
+    norms = [math.hypot(*of_one.flatten().tolist()) for of_one in t]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+# How many powers of ten the rows of a, of δ, and of their products may be away from 1.
+REACH = {torch.float32: (35, 70), torch.float64: (290, 290)}
+
+
+@pytest.mark.parametrize("dtype", REACH, ids=str)
+@pytest.mark.parametrize("form", ["gram", "direct", "chosen", "of b"])
+@given(shape=st.tuples(*[st.integers(1, 4)] * 4), reach=st.floats(0, 1), seed=st.integers(0, 100))
+def test_norms_of_rows_of_any_size(
+    form: str, dtype: torch.dtype, shape: tuple[int, ...], reach: float, seed: int
+) -> None:
+    """a may be as small as δ is large, and in one row the other way round than in the next."""
+    samples, rows, n_in, n_out = shape
+    torch.manual_seed(seed)
+    of_one, of_both = (limit * reach for limit in REACH[dtype])
+    size = of_one * (2 * torch.rand(samples, rows, 1).double() - 1)
+    product = of_both * (2 * torch.rand(samples, rows, 1).double() - 1)
+    a = torch.randn(samples, rows, n_in) * 10**size
+    delta = torch.randn(samples, rows, n_out) * 10 ** (product - size).clamp(-of_one, of_one)
+    a, delta = a.to(dtype), delta.to(dtype)
+    if form == "of b":
+        found, grads = _per_sample.norm_b(delta), _per_sample.grad_b(delta.double())
+    else:
+        forms: dict[str, Callable[..., Tensor]] = {
+            "gram": lambda *pair: _per_sample._in_range(_per_sample._gram_norm, *pair),
+            "direct": lambda *pair: _per_sample._in_range(_per_sample._direct_norm, *pair),
+            "chosen": _per_sample.norm_w,
+        }
+        found, grads = forms[form](a, delta), _per_sample.grad_w(a.double(), delta.double())
+    rtol = 1e-4 if dtype is torch.float32 else 1e-10
+    assert_same([found], [exact_norms(grads)], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("rows", [(), (2,), (40,)], ids=str)
+@pytest.mark.parametrize("scale", [1e-290, 1e-200, 1e-160, 1e-80, 1e80, 1e160, 1e200, 1e290])
+def test_float64_over_all_layers(scale: float, rows: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    x, y = torch.randn(5, *rows, 4).double(), torch.randn(5, *rows, 2).double()
+    with record(net, "sum") as trace:
+        (loss(net(x), y) * scale).sum().mul(1).backward()
+    grads = trace.per_sample_grads()
+    norms = exact_norms(torch.cat([g.flatten(1) for g in grads.values()], 1))
+    assert 1e-3 * scale < norms.min() < norms.max() < 1e6 * scale
+    assert_same([trace.per_sample_norms()], [norms], atol=0)
+    max_norm = norms.median().item()
+    weights = (max_norm / norms).clamp(max=1)
+    expected = {name: torch.einsum("n,n...->...", weights, g / scale) for name, g in grads.items()}
+    clipped = trace.clipped_grads(max_norm)
+    assert_same_grads({name: g / scale for name, g in clipped.items()}, expected)
+
+
+def trace_of_pair(a: Tensor, delta: Tensor) -> Trace:
+    """Of a layer without a bias that saw these, under the sum."""
+    w = nn.Parameter(torch.zeros(delta.shape[-1], a.shape[-1], dtype=a.dtype))
+    layer = LayerTrace("", w, None, (Call(a, delta, delta, delta),))
+    return Trace(torch.tensor(0.0), delta, (layer,), {w: "weight"})
+
+
+@pytest.mark.parametrize("rows", [(), (2,), (9,)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "a_size", "delta_size", "max_norm"),
+    [
+        (torch.float32, 1e25, 1e25, 1.0),  # the factor is less than float32 can hold
+        (torch.float32, 1e37, 1e-5, 1e-12),  # so is the factor times δ
+        (torch.float32, 1e30, 1e-30, 1e-9),
+        (torch.float32, 1e-30, 1e30, 1e-9),
+        (torch.float64, 1e200, 1e90, 1e-20),
+        (torch.float64, 1e300, 1e-10, 1e-35),
+        (torch.float64, 1e-250, 1e100, 1e-160),
+        (torch.bfloat16, 1e30, 1e30, 1.0),
+        (torch.float16, 1e4, 1e4, 1.0),
+    ],
+    ids=str,
+)
+def test_clipping_of_gradients_of_any_size(
+    dtype: torch.dtype, a_size: float, delta_size: float, max_norm: float, rows: tuple[int, ...]
+) -> None:
+    a = (torch.randn(5, *rows, 4).double() * a_size).to(dtype)
+    delta = (torch.randn(5, *rows, 3).double() * delta_size).to(dtype)
+    a[3], delta[4] = 0, 0  # samples that have no gradient
+    (found,) = trace_of_pair(a, delta).clipped_grads(max_norm).values()
+    grads = torch.einsum(
+        "n...i,n...o->noi", a.double().reshape(5, -1, 4), delta.double().reshape(5, -1, 3)
+    )
+    weights = (max_norm / exact_norms(grads)).clamp(max=1)
+    expected = torch.einsum("n,noi->oi", weights, grads)
+    assert found.dtype is dtype
+    rtol = {torch.float32: 1e-4, torch.float64: 1e-10}.get(dtype, 1e-2)
+    assert_same([found.double() / max_norm], [expected / max_norm], rtol=rtol, atol=rtol)
+
+
+def test_a_norm_beyond_all_numbers_is_infinite_and_no_sample_is_left_out() -> None:
+    a, delta = torch.ones(3, 4).double(), torch.ones(3, 2).double()
+    a[1], delta[1] = 1e200, 1e200
+    trace = trace_of_pair(a, delta)
+    assert trace.per_sample_norms().isinf().tolist() == [False, True, False]
+    assert trace.clipped_grads(1.0)["weight"].isnan().all()
+
+
 def test_norms_of_a_model_in_half_precision(device: torch.device) -> None:
     layer = nn.Linear(4, 3, dtype=torch.float16, device=device)
     x = torch.full((2, 4), 300.0, dtype=torch.float16, device=device)
@@ -342,6 +448,38 @@ class TestFewSamples:
         model = Model((3, 4, 2))
         trace = traced(model, torch.randn(2, 0, 3).double(), torch.randn(2, 0, 2).double())
         assert torch.equal(trace.per_sample_norms(), torch.zeros(2, dtype=torch.float64))
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+    @given(
+        widths=st.lists(st.integers(0, 3), min_size=2, max_size=4),
+        samples=st.integers(0, 3),
+        rows=st.lists(st.integers(0, 3), max_size=2),
+        activation=st.sampled_from([nn.Sigmoid, nn.ReLU, nn.GELU]),
+        dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    )
+    def test_none_of_anything(
+        self, widths: list[int], samples: int, rows: list[int], activation: Any, dtype: torch.dtype
+    ) -> None:
+        """Layers without inputs or neurons, samples without rows, no samples."""
+        net = nn.Sequential()
+        for n_in, n_out in pairwise(widths):
+            net.extend([nn.Linear(n_in, n_out), activation()])
+        net.to(dtype)
+        x = torch.randn(samples, *rows, widths[0]).to(dtype)
+        y = torch.randn(samples, *rows, widths[-1]).to(dtype)
+        trace = traced(net, x, y, "sum")
+        grads = trace.per_sample_grads()
+        assert {name: g.shape for name, g in grads.items()} == {
+            name: (samples, *p.shape) for name, p in net.named_parameters()
+        }
+        norms, rtol = norms_of(grads).to(trace.per_sample_norms().dtype), 0.02
+        assert_same([trace.per_sample_norms()], [norms], rtol=rtol)
+        for name, clipped in trace.clipped_grads(1e6).items():
+            assert_same([clipped], [grads[name].sum(0)], rtol=rtol, atol=0.02)
+        for part in trace.split(2):
+            assert len(part.per_sample_norms()) == part.samples
+        assert len(trace.diagnostics(0.1).layers) == len(widths) - 1
+        assert "not in this table" not in str(trace.diagnostics(0.1))
 
     def test_one_without_a_batch(self) -> None:
         model = Model((3, 4, 2))
