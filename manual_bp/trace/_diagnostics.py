@@ -329,7 +329,7 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
     if layer.nonfinite:
         counts = " and ".join(f"{count} of {name}" for name, count in layer.nonfinite.items())
         return f"is broken: not finite are {counts}"
-    if not (trace.learns_w or trace.learns_b) and trace.w.is_leaf:
+    if not (trace.learns_w or trace.learns_b) and trace.w_is_leaf:
         return "is frozen"
     if not trace.w.numel() and not (len(trace.w) and trace.learns_b):
         return "has no weights"

@@ -1,8 +1,9 @@
 """One linear layer as one pass saw it: its parameters, and a pair (a, δ) for each time it ran."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from manual_bp._function import without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace import _per_sample
+
+TENSORS = ("a_prev", "z", "a", "delta")  # of a Call
 
 # a as (N, T, in) and δ as (N, T, out): a sample, its rows, and their components.
 Pair = tuple[Tensor, Tensor]
@@ -40,14 +43,34 @@ class Call:
             object.__setattr__(self, "versions", self._versions_now())
 
     def _versions_now(self) -> tuple[int, ...]:
-        return tuple(version(t) for t in (self.a_prev, self.z, self.a, self.delta))
+        return tuple(version(getattr(self, name)) for name in TENSORS)
+
+    def _writes(self) -> tuple[int, ...]:
+        """How often each of a_prev, z, a and delta was written to since the pass."""
+        pairs = zip(self._versions_now(), self.versions or (), strict=True)
+        return tuple(now - before for now, before in pairs)
+
+    # Versions belong to the tensor objects, and those of a copy start anew. So a copy is given how
+    # often each tensor was written to.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "versions": self._writes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        pairs = zip(self._versions_now(), state["versions"], strict=True)
+        vars(self)["versions"] = tuple(now - writes for now, writes in pairs)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """The same, with other tensors that hold the same numbers."""
+        call = object.__new__(Call)
+        state = self.__getstate__()
+        call.__setstate__(state | {name: change(state[name]) for name in TENSORS})
+        return call
 
     @property
     def changed(self) -> set[str]:
         """Which of a_prev, z, a and delta are no longer what they were, but written over."""
-        names = ("a_prev", "z", "a", "delta")
-        pairs = zip(names, self.versions or (), self._versions_now(), strict=True)
-        return {name for name, before, now in pairs if before != now}
+        return {name for name, writes in zip(TENSORS, self._writes(), strict=True) if writes}
 
     @property
     def samples(self) -> int:
@@ -120,6 +143,7 @@ class LayerTrace:
         more than once, they are to be had from here alone; the gradients are of all of them.
     scale: What a row of delta is multiplied with to be of C_x: N under "mean", 1 under "sum".
     learns_w, learns_b: Whether gradients of them were wanted in this pass; None for what is now.
+    w_is_leaf: Whether w was a leaf, and not computed from others; None for what is now.
     given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
     w_version: What `version(w)` was in the pass; None for what it is now.
     """
@@ -133,14 +157,32 @@ class LayerTrace:
     w_version: int | None = None
     learns_w: bool | None = None
     learns_b: bool | None = None
+    w_is_leaf: bool | None = None
 
     def __post_init__(self) -> None:
         if self.w_version is None:
             object.__setattr__(self, "w_version", version(self.w))
+        if self.w_is_leaf is None:
+            object.__setattr__(self, "w_is_leaf", self.w.is_leaf)
         # As it was then: it may be frozen, or set to learn, before results are asked for.
         if self.learns_w is None or self.learns_b is None:
             object.__setattr__(self, "learns_w", _learns(self.w))
             object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
+
+    def __getstate__(self) -> dict[str, Any]:
+        w, b = (p if p is None or p.is_leaf else p.detach() for p in (self.w, self.b))
+        writes = version(self.w) - (self.w_version or 0)
+        # Graphs cannot be copied, and a copy's w counts its versions anew.
+        return {**vars(self), "w": w, "b": b, "w_version": writes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, w_version=version(state["w"]) - state["w_version"])
+
+    def with_calls(self, calls: tuple[Call, ...]) -> "LayerTrace":
+        """The same, with other calls that hold the same numbers."""
+        layer = object.__new__(LayerTrace)
+        vars(layer).update(vars(self), calls=calls)
+        return layer
 
     def require_as_it_was(self) -> None:
         """Refuse to go on with weights, z, a or δ that are no longer those of the pass.
@@ -281,6 +323,29 @@ def _learns(parameter: Tensor) -> bool:
 def version(t: Tensor) -> int:
     """A number that changes when the tensor is written to in place."""
     return 0 if t.is_inference() else t._version
+
+
+class SharedMemory:
+    """Prepares tensors for being copied together; called with one after the other.
+
+    Tensors that are the same piece of memory become one object. A tensor that shares memory with an
+    earlier one in any other way becomes a tensor with a memory of its own. Their copies would share
+    the memory otherwise, but not the version, which tells that it was written to.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Tensor] = {}
+        self._memories: set[int] = set()
+
+    def __call__(self, t: Tensor) -> Tensor:
+        memory = t.untyped_storage().data_ptr() if type(t) is Tensor else 0
+        if not memory:  # none of its own: it is empty, or of another kind
+            return t
+        key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
+        if key not in self._known:
+            self._known[key] = t.clone() if memory in self._memories else t
+            self._memories.add(memory)
+        return self._known[key]
 
 
 def joined(pairs: Iterator[Pair]) -> Pair:

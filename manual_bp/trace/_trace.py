@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from manual_bp import _require
+from manual_bp._function import values_are_at_hand
 from manual_bp.trace import _per_sample
 from manual_bp.trace._diagnostics import Diagnostics, diagnose
-from manual_bp.trace._layer import LayerTrace, Pair, joined
+from manual_bp.trace._layer import LayerTrace, Pair, SharedMemory, joined
 
 
 @dataclass(eq=False, repr=False)
@@ -38,6 +40,23 @@ class Trace:
     elsewhere: tuple[str, ...] = ()
     chosen: bool = False
     is_assigned: bool = False
+
+    def __copy__(self) -> "Trace":
+        trace = Trace.__new__(Trace)
+        vars(trace).update(vars(self))
+        return trace
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deep copies, pickles and files are made of; these answer as the trace does."""
+        state = dict(vars(self))
+        if self._is_filled:
+            shared = SharedMemory()
+            state["layers"] = tuple(
+                layer.with_calls(tuple(call.with_tensors(shared) for call in layer.calls))
+                for layer in self.layers
+            )
+            state["output"] = tree_map_only(Tensor, shared, self.output)
+        return state
 
     def __iter__(self) -> Iterator[LayerTrace]:
         """The layers."""
@@ -234,10 +253,14 @@ class Trace:
             )
         return shares
 
+    @property
+    def _is_filled(self) -> bool:
+        return "layers" in vars(self)
+
     def __repr__(self) -> str:
-        if "layers" not in vars(self):
+        if not self._is_filled:
             return "Trace(not filled yet)"
-        return f"Trace(cost={self.cost.item():.6g}, layers={list(self.layers)})"
+        return f"Trace(cost={_as_text(self.cost)}, layers={list(self.layers)})"
 
 
 class _Share(NamedTuple):
@@ -276,6 +299,12 @@ def _norms(shares: Sequence[_Share]) -> Tensor:
     """The norm of each sample's gradient over all of these parameters, (N,), float64."""
     known: dict[Tensor, Tensor] = {}
     return reduce(torch.hypot, (share.norms(known) for share in shares))
+
+
+def _as_text(cost: Tensor) -> str:
+    """The number, or where there is none, as on the meta device, what PyTorch shows instead."""
+    is_known = values_are_at_hand(cost) and not cost.is_meta and cost.numel() == 1
+    return f"{cost.item():.6g}" if is_known else repr(cost)
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

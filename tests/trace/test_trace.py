@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
+from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop, record
 
 
 @pytest.fixture
@@ -84,3 +85,43 @@ def test_repr_is_short(trace: Trace) -> None:
         f"Trace(cost={trace.cost.item():.6g}, "
         "layers=[LayerTrace('0', 5 to 4), LayerTrace('2', 4 to 2)])"
     )
+
+
+@pytest.mark.parametrize(
+    ("cost", "shown"),
+    [
+        (torch.tensor(0.25), "0.25"),
+        (torch.tensor(0.25, requires_grad=True), "0.25"),
+        (torch.tensor(torch.nan, dtype=torch.bfloat16), "nan"),
+        (torch.tensor(1 + 2j), "1+2j"),
+        (torch.tensor(3), "3"),
+        (torch.tensor(0.0, device="meta"), "tensor(..., device='meta', size=())"),
+        (torch.tensor([0.5, 0.25]), "tensor([0.5000, 0.2500])"),
+        (torch.zeros(0), "tensor([])"),
+    ],
+)
+def test_repr_of_any_cost(cost: torch.Tensor, shown: str) -> None:
+    assert repr(Trace(cost, None, (), {})) == f"Trace(cost={shown}, layers=[])"
+
+
+def test_repr_where_there_are_no_values(device: torch.device) -> None:
+    """On the meta device, of fake tensors, under a transform; and where there are, elsewhere."""
+    net = nn.Sequential(Linear(5, 4)).to(device)
+    x, y = torch.randn(6, 5, device=device), torch.rand(6, 4, device=device)
+    trace = backprop(net, x, y, QuadraticCost())
+    assert repr(trace).startswith(f"Trace(cost={trace.cost.item():.6g}, layers=[")
+
+    def shown(x: torch.Tensor) -> torch.Tensor:
+        text = repr(Trace(x, None, (), {}))
+        assert text.startswith("Trace(cost=")
+        assert "Tensor(" in text
+        return x
+
+    torch.func.vmap(shown)(torch.randn(3, device=device))
+    with FakeTensorMode():
+        fake = torch.zeros((), device=device)
+    shown(fake)
+    with record(net.to("meta")) as recorded:
+        net(x.to("meta")).square().sum(-1).mean().backward()
+    text = "Trace(cost=tensor(..., device='meta', size=()), layers=[LayerTrace('0', 5 to 4)])"
+    assert repr(recorded) == text
