@@ -27,6 +27,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.compiler import is_compiling, is_exporting
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
@@ -46,6 +47,10 @@ _is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
 # operations of a small step are so short that this is a twentieth of it.
 below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
+# Leaves modes like that of record out of what they need not see, each call of which takes 2 µs.
+below_modes: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "DisableTorchFunction", nullcontext
 )
 # Of all modules, as register_module_forward_hook registers them.
 has_global_hooks: Callable[[], bool] = getattr(
@@ -83,6 +88,25 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
         return apply_eager(*args)
 
     return call
+
+
+def version(t: Tensor) -> int:
+    """A number that changes when the tensor is written to in place."""
+    try:
+        return t._version
+    except RuntimeError:  # inference tensors have none
+        return 0
+
+
+def is_foreign(node: object) -> bool:
+    """Whether a node of autograd's graph is of a Function of somebody else's, written in Python.
+
+    Its backward may do anything, such as run a part of the model again and call backward() there.
+    """
+    function = getattr(type(node), "_forward_cls", Function)
+    return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
+        f"{__package__}."
+    )
 
 
 def _no_function_can_pass() -> bool:
@@ -170,7 +194,7 @@ def is_nested(value: object) -> bool:
     """Whether it is a nested tensor, asked so that no `__torch_function__` hears of it."""
     if not isinstance(value, Tensor):
         return False
-    with torch._C.DisableTorchFunction():
+    with below_modes():
         return value.is_nested
 
 

@@ -1,11 +1,15 @@
-"""What autograd's graph shows of a cost: what it uses, how often, and how it was reduced."""
+"""What autograd shows of a pass: what the cost uses, how it was reduced, which gradients came."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from manual_bp._function import is_foreign, version
 
 # Nodes that hand on a leaf as it is, in another shape or dtype, and may do so to several others:
 # autocast makes its cast once, and double backward uses the transposed weight of forward again.
@@ -17,7 +21,8 @@ class Graph:
 
     nodes: All of its nodes.
     uses: How often it uses each leaf: as it is, transposed, or cast to another dtype.
-    has_hidden_parts: Whether it has a reentrant checkpoint, whose inside is not to be seen.
+    ends: The node of each leaf, which adds to its `.grad`.
+    foreign: The nodes whose backward is Python code of somebody else's.
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
@@ -33,11 +38,14 @@ class Graph:
                 if below not in self.nodes:
                     self.nodes.add(below)
                     queue.append(below)
-        self.uses: Counter[Tensor] = Counter()
+        self.ends: dict[Tensor, Any] = {}
+        self.foreign = []
         for node in self.nodes:
             if node.name() == "torch::autograd::AccumulateGrad":
-                self.uses[node.variable] += self.ways_to(node)
-        self.has_hidden_parts = any("CheckpointFunction" in node.name() for node in self.nodes)
+                self.ends[node.variable] = node
+            elif is_foreign(node):
+                self.foreign.append(node)
+        self.uses = Counter({leaf: self.ways_to(node) for leaf, node in self.ends.items()})
 
     def ways_to(self, node: Any) -> int:
         """How often the output of a node is used, as it is or handed on in another shape."""
@@ -47,6 +55,85 @@ class Graph:
         )
 
 
+class Arrivals:
+    """Counts what arrives in the `.grad` of parameters while it is entered, whoever brings it.
+
+    A pass brings each leaf of its graph one gradient, the sum of all uses. Whatever arrives
+    beyond that comes from a pass within the pass, which no node of the graph has to show: a
+    custom backward may run a part of the model again, and call backward() there.
+
+    counts: How many gradients arrived for each parameter that learns, once it is left. One that
+        was written into `.grad` without autograd counts where it is the first.
+
+    Args:
+        parameters: Those to watch.
+        graph: That of the pass.
+        is_of_pass: Tells whether what arrives now is of the pass, and not of another thread.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], graph: Graph, is_of_pass: Callable[[], bool]
+    ) -> None:
+        self.counts: dict[Tensor, int] = {}
+        self._all = [
+            _Arrival(p, graph.ends.get(p), is_of_pass)
+            for p in parameters
+            if p.requires_grad and p.is_leaf
+        ]
+
+    def __enter__(self) -> "Arrivals":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.counts = {arrival.parameter: arrival.stop() for arrival in self._all}
+
+
+class _Arrival:
+    """Counts what arrives in the `.grad` of one parameter."""
+
+    def __init__(self, parameter: Tensor, node: Any, is_of_pass: Callable[[], bool]) -> None:
+        self.parameter = parameter
+        self.is_of_pass = is_of_pass
+        self.is_written_by_others = False
+        self.count = 0
+        self.before = parameter.grad
+        self.version = None if self.before is None else version(self.before)
+        # Held because a parameter holds its node only weakly, and the hook goes with the node.
+        self.node = node or get_gradient_edge(parameter).node
+        self.hook = self.node.register_prehook(self._see)
+
+    def stop(self) -> int:
+        self.hook.remove()
+        self._see_what_was_written()
+        return self.count
+
+    def _see(self, _: object) -> None:
+        if not self.is_of_pass():
+            self.is_written_by_others = True
+            return
+        self._see_what_was_written()
+        self.count += 1
+
+    def _see_what_was_written(self) -> None:
+        # Not after an arrival: optimisers and reducers then write there as they may.
+        if self.count or self.is_written_by_others:
+            return
+        grad = self.parameter.grad
+        if grad is None:
+            return
+        if grad is not self.before or (
+            version(grad) != self.version and _has_memory_to_itself(grad)
+        ):
+            self.count += 1
+
+
+def _has_memory_to_itself(grad: Tensor) -> bool:
+    """Else its version is that of all that share its memory, as gradients in one bucket do."""
+    if grad.layout is not torch.strided:
+        return True
+    return grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+
+
 # What is between the z of a last layer and a cost that is nothing but a sum over its samples.
 _ELEMENTWISE = (
     "Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "Sigmoid", "Tanh", "Relu", "LeakyRelu",
@@ -54,24 +141,26 @@ _ELEMENTWISE = (
 )  # fmt: skip
 
 
-def reduction_of(node: Any, products: set[Any]) -> str | None:
+def reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> str | None:
     """How a cost was made of those of its samples, where its last step plainly says so.
 
-    That is PyTorch's and our own loss functions; and mean() and sum() of losses of samples that
-    were made of the output of a layer without scaling.
+    That is loss functions, and mean() and sum() of losses of samples, which are given by a loss
+    function, or made of the output of a layer without scaling.
+
+    Args:
+        node: That of the cost.
+        products: Those of the outputs of linear layers.
+        losses: Those that loss functions gave, each with its reduction.
     """
-    while _is_of_one_number(node):
+    while node not in losses and _is_of_one_number(node):
         node = node.next_functions[0][0]
-    reduction = _of_loss(node)
-    if reduction in ("mean", "sum"):
-        return reduction
+    if losses.get(node) in ("mean", "sum"):
+        return losses[node]
     name = {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(node.name())
     if name is None:
         return None
     below = node.next_functions[0][0]
-    if _of_loss(below) == "none":
-        return name
-    while below not in products:
+    while below not in products and losses.get(below) != "none":
         if below is None or not below.name().startswith(_ELEMENTWISE) or _is_over_samples(below):
             return None
         below = below.next_functions[0][0]
@@ -86,14 +175,6 @@ def _is_over_samples(node: Any) -> bool:
     # A negative one is kept as if it were unsigned.
     signed = [d - 2**64 if d >= 2**63 else d for d in ([dims] if isinstance(dims, int) else dims)]
     return any(d % count == 0 for d in signed)
-
-
-def _of_loss(node: Any) -> str | None:
-    """The reduction of a loss function; None for any other node."""
-    of_ours = getattr(node, "reduction", None)
-    if isinstance(of_ours, str):
-        return of_ours
-    return {0: "none", 1: "mean", 2: "sum"}.get(getattr(node, "_saved_reduction", -1))
 
 
 def _is_of_one_number(node: Any) -> bool:

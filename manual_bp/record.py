@@ -7,16 +7,22 @@ activation a z goes through, and when backward begins, and of which cost.
 
 A pair is complete when its δ arrives. So what a checkpoint computes again counts once, whichever of
 the two calls the gradient goes through.
+
+What arrives in `.grad` is counted for each parameter, and passes within the pass are watched as
+well. Whatever neither the graphs nor the pairs account for is said to be elsewhere.
 """
 
 import math
 import sys
 import threading
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
+from inspect import signature
+from types import FunctionType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -24,25 +30,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from manual_bp import _require
-from manual_bp._function import transforms_are_active, without_autocast
-from manual_bp._graph import Graph, reduction_of
+from manual_bp._function import below_modes, transforms_are_active, version, without_autocast
+from manual_bp._graph import Arrivals, Graph, reduction_of
+from manual_bp.costs.quadratic import quadratic_cost
+from manual_bp.costs.sigmoid_cross_entropy import sigmoid_cross_entropy_cost
+from manual_bp.costs.softmax_cross_entropy import softmax_cross_entropy_cost
 from manual_bp.layers import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear, linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid, linear_sigmoid
 from manual_bp.layers.sigmoid import Sigmoid, sigmoid_prime
 from manual_bp.trace import Call, LayerTrace, Trace
-from manual_bp.trace._layer import version
+from manual_bp.trace._layer import learns
 
 Reduction = Literal["mean", "sum"]
 Layers = Iterable[str | type[nn.Module]]
 
 
 def record(
-    model: nn.Module, reduction: Reduction = "mean", layers: Layers | None = None
+    model: nn.Module,
+    reduction: Reduction = "mean",
+    layers: Layers | None = None,
+    no_samples: Layers | None = None,
 ) -> AbstractContextManager[Trace]:
     """Record one backward pass through a model as a Trace, the same that `backprop` returns.
 
@@ -64,22 +76,39 @@ def record(
             gives per-sample results their unit, that of C_x.
         layers: Which linear layers to record, by name (as "encoder.fc1", or a pattern with * and
             ?) or by type; None for all of them.
+        no_samples: Which of them have something else than samples in their input's first
+            dimension, as class prototypes, prompts, positions or the slots of an expert; named in
+            the same way. They are recorded, but have no per-sample results, and their parameters
+            are `elsewhere`. None for those whose input is made of nothing but the model's
+            parameters and buffers; an empty list for none.
 
     Returns:
         A context manager, which gives the Trace.
 
     Raises:
-        TypeError: model is no nn.Module, or layers are neither names nor types; or, from the
-            forward pass, the input of a layer is nested, or its weight is no dense tensor.
+        TypeError: model is no nn.Module, or layers or no_samples are neither names nor types; or,
+            from the forward pass, the input of a layer is nested, or its weight is no dense tensor.
         ValueError: reduction is neither; model has no linear layer, or none that is chosen; or,
             from backward(), the cost is plainly reduced in the other way.
         RuntimeError: From backward(), a second call of it within one block. On entering a block
-            that was entered before. On leaving it: no backward pass reached a layer.
+            that was entered before. On leaving it: no backward pass reached a layer, or none of
+            those that it reached can be recorded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     _require.one_of("reduction", reduction, ("mean", "sum"))
-    return _Recorder(model, reduction, layers)
+    return _Recorder(model, reduction, layers, no_samples)
+
+
+def _below_modes(see: Callable[..., None]) -> Callable[..., None]:
+    """A hook that the mode does not watch."""
+
+    @wraps(see)
+    def see_below(*args: Any) -> None:
+        with below_modes():
+            see(*args)
+
+    return see_below
 
 
 class _Pending:
@@ -248,24 +277,50 @@ def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
 class _Recorder(TorchFunctionMode):
     """Sees every call of a function of PyTorch's, and of ours, while it is entered."""
 
-    def __init__(self, model: nn.Module, reduction: Reduction, layers: Layers | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reduction: Reduction,
+        layers: Layers | None,
+        no_samples: Layers | None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.reduction = reduction
         self.is_chosen = layers is not None
-        self.modules = dict(model.named_modules())
-        self.names = _choose(self.modules, layers)
+        modules = dict(model.named_modules())
+        linear_layers = _linear_layers(modules)
+        self.names = linear_layers
+        if layers is not None:
+            self.names = _choose("layers", layers, linear_layers)
+            if not self.names:
+                raise ValueError(
+                    "layers must choose at least one linear layer, or be None; got none"
+                )
+        self.no_samples = None
+        if no_samples is not None:
+            self.no_samples = _choose("no_samples", no_samples, linear_layers)
+        # From the id of a tensor that is the model's own, or made of nothing else.
+        self.own: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        for module in modules.values():
+            self._note_own(*module._parameters.values(), *module._buffers.values())
         self.pending: dict[nn.Module, list[_Pending]] = {}
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
         self.last_product: _Product | None = None
         self.unseen: set[nn.Module] = set()
+        self.losses: dict[Any, str] = {}  # from the node of what a loss function gave
         self.output: Any = None
-        self.has_trained = False
-        self.sees_modules = False
+        self.batches: set[int | None] = set()
+        self.is_fed = True
         self.count = 0
         self.is_in_backward = False
         self.removers: list[Callable[[], None]] = []
         self.thread: int | None = None
+        self.graphs: list[Graph] = []  # of the pass that runs, and of those within it
+        # Which pass the trace is of: whether of backward(), and whether for parameters.
+        self.rank = (False, False)
+        self.others: set[Tensor] = set()  # what other calls of backward() brought gradients to
+        self.missed: dict[str, str] = {}
         self.trace = Trace.__new__(Trace)  # empty until backward() has run
 
     def __enter__(self) -> Trace:
@@ -323,24 +378,24 @@ class _Recorder(TorchFunctionMode):
             self.is_in_backward and isinstance(threading.current_thread(), threading._DummyThread)
         )
 
-    def _add_hooks_on_activations(self) -> None:
-        self.sees_modules = True
-        for module in self.modules.values():
-            kind = next((ours for ours in ACTIVATIONS if is_kind_of(ours, module)), None)
-            if kind is not None:
-                self._add_hook(module, partial(self._see_module, kind))
-
     def remove_hooks(self) -> None:
         for remove in self.removers:
             remove()
         for pending in self.all_pending:
             pending.hook.remove()
         self.removers, self.pending, self.leads_on, self.last_product = [], {}, {}, None
+        self.graphs, self.losses = [], {}
 
     def require_filled(self) -> None:
         """Refuse to leave the block with an empty trace."""
         if self.is_filled:
             return
+        if self.missed:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in self.missed.items())
+            raise RuntimeError(
+                f"a backward pass must reach a layer that can be recorded; got one through the "
+                f"model's parameters that has none ({reasons})"
+            )
         if any(self.pending.values()):
             raise RuntimeError(
                 "backward() must run within the block of record, in its thread; it did not"
@@ -356,13 +411,18 @@ class _Recorder(TorchFunctionMode):
             "compiled does not show its layers: record the model that it was made of)"
         )
 
-    def _see_output(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
+    @_below_modes
+    def _see_output(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
+            inputs, outputs = _tensors((args, kwargs)), _tensors(output)
+            self.batches.add(_batch_of(inputs, outputs))
+            self.is_fed = bool(inputs)
             is_tensor = isinstance(output, Tensor)
             self.output = (
                 output.detach() if is_tensor else tree_map_only(Tensor, Tensor.detach, output)
             )
 
+    @_below_modes
     def _see_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls = self.pending.setdefault(layer, [])
         if not getattr(output, "requires_grad", False):
@@ -388,8 +448,8 @@ class _Recorder(TorchFunctionMode):
         """The a, w and b of a layer's call, and whether σ is in it; None if no product was seen.
 
         w is the one that was seen, not `layer.weight`, which may compute it anew (weight norm;
-        spectral norm takes a step each time). Within backward, calls of functions are not seen;
-        there, what a layer holds will do, if it has no forward of its own.
+        spectral norm takes a step each time). Within backward, not every call of a function is
+        seen; there, what a layer holds will do, if it has no forward of its own.
         """
         product, self.last_product = self.last_product, None
         if product is not None and product.z is output and product.version == version(output):
@@ -406,14 +466,55 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_compiling():
             return func(*args, **kwargs)
-        if func in _BACKWARDS and not self.is_in_backward:
+        if func in _BACKWARDS:
             return self._watch_pass(func, args, kwargs)
         if func in _ACTIVATION_OF:
-            return self._see_function(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if func in _PRODUCTS and isinstance(result, Tensor):
-            self.last_product = _Product(result, version(result), func, args, kwargs)
+            result = self._see_function(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+            if func in _PRODUCTS and isinstance(result, Tensor):
+                self.last_product = _Product(result, version(result), func, args, kwargs)
+            elif func in _LOSSES:
+                self._see_loss(func, args, kwargs, result)
+        if isinstance(result, Tensor | tuple | list):
+            self._see_whose(func, args, kwargs, result)
         return result
+
+    def _see_loss(self, func: Any, args: Any, kwargs: Any, loss: Tensor) -> None:
+        given = dict(zip(func.__code__.co_varnames, args, strict=False)) | kwargs
+        reduction = given.get("reduction", "mean")
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            return  # which say it in a way of their own
+        if given.get("weight") is not None and reduction != "mean":
+            return  # weights may make a mean of a sum
+        if loss.grad_fn is not None:
+            self.losses[loss.grad_fn] = "mean" if reduction == "batchmean" else reduction
+
+    def _note_own(self, *results: Any) -> None:
+        for t in results:
+            if isinstance(t, Tensor):
+                self.own[id(t)] = weakref.ref(t), version(t)
+
+    def _is_own(self, t: Tensor) -> bool:
+        found = self.own.get(id(t))
+        return found is not None and found[0]() is t and version(t) == found[1]
+
+    def _see_whose(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note a result that is made of nothing but the model's own tensors.
+
+        Its first dimension is then the model's as well, unless it was brought to another size.
+        """
+        if args and isinstance(args[0], Tensor) and not self._is_own(args[0]):
+            return  # as of most calls
+        results = (result,) if isinstance(result, Tensor) else result
+        tensors = _tensors((args, kwargs))
+        own = [t for t in tensors if self._is_own(t)]
+        if func in _JOINING:  # where one has the same rows as the result, so have the others
+            is_own = any(t.ndim == result.ndim and 1 < len(t) == len(result) for t in own)
+        else:
+            is_own = 0 < len(own) == len(tensors) and func not in _RESIZING
+        if is_own:
+            self._note_own(*results)
 
     def _see_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         z, *options = args or (kwargs.get("input"),)
@@ -425,12 +526,6 @@ class _Recorder(TorchFunctionMode):
         self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
         return a
 
-    def _see_module(self, kind: Any, module: nn.Module, args: Any, _: Any, a: Tensor) -> None:
-        # Elsewhere its function is seen; but functions do not show that backward calls, which
-        # a reentrant checkpoint does.
-        if self.is_in_backward and args:
-            self._follow(args[0], lambda: cast("Activation", as_ours(kind, module)), a)
-
     def _follow(self, z: Any, activation: Callable[[], Activation | None], a: Tensor) -> None:
         pending = self.leads_on.get(id(z))
         if pending is not None and a.requires_grad and pending.follow(activation(), z, a):
@@ -439,92 +534,181 @@ class _Recorder(TorchFunctionMode):
     def _watch_pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a backward pass; if it is the model's, fill the trace from it.
 
-        The first call of backward() is the one that counts. One of autograd.grad(), or of
-        backward() for inputs that are none of the model's parameters, does as long as there is
-        none: it may be but a part of the cost, as a penalty on gradients is.
+        The first call of backward() that gets to a layer is the one that counts. One of
+        autograd.grad(), or of backward() for inputs that are none of the parameters, does as long
+        as there is none, for it may be but a part of the cost, as a penalty on gradients is; and
+        of these the last that is for parameters.
         """
+        if transforms_are_active() or kwargs.get("is_grads_batched"):
+            return func(*args, **kwargs)
         roots = _roots(*args, **kwargs)
         graph = Graph(roots)
-        all_pending = self.all_pending
-        is_of_model = any(pending.node in graph.nodes for pending in all_pending)
-        is_training = func is not torch.autograd.grad and self._is_for_parameters(kwargs)
-        if is_of_model and is_training and self.has_trained:
-            raise RuntimeError(
-                "record is of one backward pass, which has run; open another block for another"
-            )
-        is_other = self.has_trained or not (is_of_model or graph.has_hidden_parts)
-        if is_other or transforms_are_active() or kwargs.get("is_grads_batched"):
-            return func(*args, **kwargs)
-        if is_of_model and is_training:
+        if self.is_in_backward:
+            return self._watch_inner_pass(func, args, kwargs, graph)
+        names = self._names_of_parameters(graph)
+        is_backward = func is not torch.autograd.grad
+        inputs = _inputs(func, args, kwargs)
+        is_wanted = inputs is None or any(_is_among(inputs, p) for p in names)
+        rank = (is_backward and is_wanted, is_wanted)
+        has_trained = self.is_filled and self.rank[0]
+        reaches_layers = any(pending.node in graph.nodes for pending in self.all_pending)
+        if reaches_layers and rank[0]:
+            if has_trained:
+                raise RuntimeError(
+                    "record is of one backward pass, which has run; open another block for another"
+                )
             self._check_reduction(roots)
-        for pending in all_pending:
-            pending.gradient = None  # of a pass before, which may have failed
-        if graph.has_hidden_parts and not self.sees_modules:
-            self._add_hooks_on_activations()
-        self.is_in_backward = True
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            self.is_in_backward = False
-        if self._fill(func, roots, kwargs, graph):
-            self.has_trained = is_training
+        arrivals, result = self._run(func, args, kwargs, graph, names)
+        arrived = {p for p, count in arrivals.counts.items() if count}
+        is_of_model = reaches_layers or arrived or not graph.ends.keys().isdisjoint(names)
+        is_filled_now = False
+        if is_of_model and rank >= self.rank and not has_trained:
+            # Even where it cannot be filled: it is not of a pass before.
+            vars(self.trace).clear()
+            self.rank = rank
+            is_filled_now = self._fill(is_backward, _cost(roots, kwargs), arrivals, names)
+        if is_backward and not is_filled_now:
+            self.others |= arrived
+            if has_trained:
+                more = {p for p, name in names.items() if name in self.trace.elsewhere}
+                self.trace.elsewhere = _named(names, self.others | more)
         return result
 
-    def _is_for_parameters(self, kwargs: Any) -> bool:
-        inputs = _inputs(kwargs)
-        return inputs is None or any(_is_among(inputs, p) for p in self.model.parameters())
+    def _watch_inner_pass(self, func: Any, args: Any, kwargs: Any, graph: Graph) -> Any:
+        """Run a pass that backward runs within itself, as a reentrant checkpoint does."""
+        if func is not torch.autograd.grad:
+            self.graphs.append(graph)
+            with self._entered_within(graph):
+                return func(*args, **kwargs)
+        # It brings nothing into `.grad`: what comes to layers on its way is none of the pass.
+        before = [(pending, pending.gradient) for pending in self.all_pending]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for pending, gradient in before:
+                pending.gradient = gradient
+
+    def _run(
+        self, func: Any, args: Any, kwargs: Any, graph: Graph, names: Mapping[Tensor, str]
+    ) -> tuple[Arrivals, Any]:
+        for pending in self.all_pending:
+            pending.gradient = None  # of a pass before, which may have failed
+        # What backward does with z of the forward pass is no activation of it.
+        leads_on, self.leads_on = self.leads_on, {}
+        self.graphs, self.is_in_backward = [graph], True
+        try:
+            arrivals = Arrivals(names, graph, self._is_of_block)
+            with arrivals, self._entered_within(graph):
+                result = func(*args, **kwargs)
+        finally:
+            self.leads_on, self.is_in_backward = leads_on, False
+        return arrivals, result
+
+    @contextmanager
+    def _entered_within(self, graph: Graph) -> Iterator[None]:
+        """Enter the mode wherever a pass runs code of others, which may call what is to be seen.
+
+        By hooks, since it is left while it handles a call, and backward() is one. Where that code
+        fails, autograd itself goes back to the modes that were there before.
+        """
+        handles = []
+        for node in graph.foreign:
+            handles.append(node.register_prehook(self._enter))
+            handles.append(node.register_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, _: object) -> None:
+        super().__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave(self, *_: object) -> None:
+        super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _names_of_parameters(self, graph: Graph) -> dict[Tensor, str]:
+        """The model's parameters, and those that functional_call put in their place."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        for layer, calls in self.pending.items():
+            for pending in calls:
+                for p, name in ((pending.w, "weight"), (pending.b, "bias")):
+                    if p is not None and p in graph.ends:
+                        names.setdefault(p, f"{self.names[layer]}.{name}".lstrip("."))
+        return names
 
     def _check_reduction(self, roots: Sequence[Tensor]) -> None:
         all_pending = self.all_pending
-        shape = all_pending[0].way[0].detached.shape
-        if len(roots) != 1 or len(shape) < 2 or shape[0] == 1:
+        shapes = [pending.way[0].detached.shape for pending in all_pending]
+        if len(roots) != 1 or any(len(shape) < 2 or shape[0] == 1 for shape in shapes):
             return  # of one sample, the mean is the sum
-        found = reduction_of(roots[0].grad_fn, {pending.node for pending in all_pending})
+        products = {pending.node for pending in all_pending}
+        found = reduction_of(roots[0].grad_fn, products, self.losses)
         if found is not None and found != self.reduction:
             raise ValueError(
                 f"reduction must be that of the cost; got {self.reduction!r}, and a cost that is "
                 f"the {found} over samples: record(model, reduction={found!r})"
             )
 
-    def _fill(self, func: Any, roots: Sequence[Tensor], kwargs: Any, graph: Graph) -> bool:
+    def _fill(
+        self, is_backward: bool, cost: Tensor, arrivals: Arrivals, names: dict[Tensor, str]
+    ) -> bool:
         """Fill the trace from the δ that have come; whether there were any."""
+        # What passes within autograd.grad() bring is in `.grad`, and not in what that returns.
+        graphs = self.graphs if is_backward else self.graphs[:1]
         missed = dict.fromkeys(self.names.values(), "it did not run")
         reached: dict[nn.Module, list[_Pending]] = {}
-        for layer, calls in self.pending.items():
-            # Others may come of a pass that somebody's hook ran within this one.
-            of_pass = [x for x in calls if x.node in graph.nodes or graph.has_hidden_parts]
-            come = [pending for pending in of_pass if pending.gradient is not None]
+        of_pass = {
+            layer: [call for call in calls if any(call.node in graph.nodes for graph in graphs)]
+            for layer, calls in self.pending.items()
+        }
+        for layer, calls in of_pass.items():
+            come = [pending for pending in calls if pending.gradient is not None]
             reason = self._reason_to_miss(layer, come)
             if reason is None:
                 reached[layer] = come
                 del missed[self.names[layer]]
             else:
                 missed[self.names[layer]] = reason
+        self.missed = missed
         if not reached:
             return False
-        if not graph.has_hidden_parts:  # which run in another order
+        if len(graphs) == 1:  # others run in another order
             reached = dict(sorted(reached.items(), key=lambda item: item[1][0].number))
-        is_backward = func is not torch.autograd.grad
-        inputs = _inputs(kwargs) if is_backward else None
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         for calls in reached.values():
             for pending in calls:
-                pending.is_forked |= graph.ways_to(pending.node) > 1
-        self.trace.cost = _cost(roots, kwargs)
+                pending.is_forked |= sum(graph.ways_to(pending.node) for graph in graphs) > 1
+        layers = [
+            self._layer_trace(layer, calls, arrivals if is_backward else None)
+            for layer, calls in reached.items()
+        ]
+        without = {layer.name for layer in layers if not layer.has_samples}
+        # Calls that no δ came back from count as well, unless the whole layer is missed for it.
+        seen = [
+            call
+            for layer, calls in of_pass.items()
+            if self.names[layer] not in without
+            and (layer in reached or all(call.gradient is None for call in calls))
+            for call in calls
+        ]
+        elsewhere = _elsewhere(graphs, seen, arrivals, is_backward) | self.others
+        self.trace.cost = cost
         self.trace.output = self.output
         self.trace.parameter_names = names
         self.trace.missed = missed
-        self.trace.elsewhere = _elsewhere(graph, names, reached, self.pending)
+        self.trace.elsewhere = _named(names, elsewhere)
         self.trace.chosen = self.is_chosen
         self.trace.is_assigned = is_backward
-        self.trace.layers = tuple(
-            self._layer_trace(self.names[layer], calls, inputs) for layer, calls in reached.items()
-        )
+        self.trace.batch = next(iter(self.batches)) if len(self.batches) == 1 else None
+        self.trace.layers = tuple(layers)
         return True
 
     def _reason_to_miss(self, layer: nn.Module, come: Sequence[_Pending]) -> str | None:
         if layer in self.unseen:
-            return "it ran, but what came out was not the product that was seen"
+            return (
+                "it ran, but what came out was not its product w a + b: a hook, or a forward of its "
+                "own, made something else of it"
+            )
         if not come:
             return "it ran, but no error came back to it"
         if any(pending.w is not come[0].w or pending.b is not come[0].b for pending in come):
@@ -532,59 +716,81 @@ class _Recorder(TorchFunctionMode):
         return None
 
     def _layer_trace(
-        self, name: str, reached: Sequence[_Pending], inputs: Sequence[Any] | None
+        self, layer: nn.Module, reached: Sequence[_Pending], arrivals: Arrivals | None
     ) -> LayerTrace:
         with without_autocast(reached[0].a_prev.detached):
             calls = tuple(pending.call() for pending in reached)
-        scale = calls[0].samples if self.reduction == "mean" else 1
+        if self.no_samples is not None:
+            has_samples = layer not in self.no_samples
+        else:  # a model that is given nothing makes its samples itself
+            is_own = any(self._is_own(pending.a_prev.tensor) for pending in reached)
+            has_samples = not (is_own and self.is_fed)
         first = reached[0]
-        learns: Sequence[bool | None] = (None, None)
-        if inputs is not None:  # of backward(): gradients of nothing else are wanted
-            learns = [_is_among(inputs, p) for p in (first.w, first.b)]
+
+        def learned(parameter: Tensor | None) -> bool:
+            if parameter is None or arrivals is None or parameter not in arrivals.counts:
+                return parameter is not None and learns(parameter)
+            return arrivals.counts[parameter] > 0
+
         return LayerTrace(
-            name=name,
+            name=self.names[layer],
             w=first.w,
             b=first.b,
             calls=calls,
-            scale=scale,
+            scale=calls[0].samples if self.reduction == "mean" else 1,
             w_version=first.versions[0],
-            learns_w=learns[0],
-            learns_b=learns[1],
+            learns_w=learned(first.w),
+            learns_b=learned(first.b),
+            has_samples=has_samples,
         )
 
 
 def _elsewhere(
-    graph: Graph,
-    names: Mapping[Tensor, str],
-    reached: Mapping[nn.Module, Sequence[_Pending]],
-    pending: Mapping[nn.Module, Sequence[_Pending]],
-) -> tuple[str, ...]:
-    """The parameters that the cost depends on by other ways than the calls that were seen."""
-    seen: Counter[Tensor] = Counter()
-    for layer, calls in pending.items():
-        # Calls that no δ came back from count as well, unless the whole layer is missed for it.
-        if layer in reached or not any(call.gradient is not None for call in calls):
-            for call in calls:
-                if call.node in graph.nodes:
-                    seen.update(p for p in (call.w, call.b) if p is not None)
-    recorded = {p for calls in reached.values() for call in calls for p in (call.w, call.b)}
-    return tuple(
-        name
-        for parameter, name in names.items()
-        if parameter.requires_grad
-        and (
-            graph.uses[parameter] > seen[parameter]
-            or (graph.has_hidden_parts and parameter not in recorded)
-        )
-    )
+    graphs: Sequence[Graph],
+    seen: Iterable[_Pending],
+    arrivals: Arrivals,
+    is_backward: bool,
+) -> set[Tensor]:
+    """The parameters with gradients that the calls that were seen do not account for.
+
+    Which is where the graphs use a parameter more often than calls were seen, or where more
+    gradients arrived than there are graphs to bring them.
+    """
+    uses: Counter[Tensor] = Counter()
+    for graph in graphs:
+        uses += graph.uses
+    for call in seen:
+        uses.subtract(p for p in (call.w, call.b) if p is not None)
+    found = set()
+    for p, count in arrivals.counts.items():
+        brought = sum(p in graph.ends for graph in graphs) if is_backward else 0
+        if count > brought or (uses[p] > 0 and (count or not is_backward)):
+            found.add(p)
+    return found
 
 
-def _inputs(kwargs: Any) -> Sequence[Any] | None:
-    """What backward() was told to find gradients of; None for all."""
+def _named(names: Mapping[Tensor, str], parameters: Collection[Tensor]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for p, name in names.items() if p in parameters))
+
+
+def _inputs(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
+    """What gradients are wanted of; None for all leaves."""
     inputs = kwargs.get("inputs")
+    if func is torch.autograd.grad and inputs is None:
+        inputs = args[1]
     if inputs is None:
         return None
     return [inputs] if isinstance(inputs, Tensor) else list(inputs)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _batch_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int | None:
+    """N, where the first dimensions of all that went in and came out agree on it."""
+    found, found_again = ({t.shape[0] for t in ts if t.ndim > 1} for ts in (inputs, outputs))
+    return found.pop() if len(found) == 1 and found == found_again else None
 
 
 def _is_among(tensors: Sequence[Any], tensor: Tensor | None) -> bool:
@@ -602,8 +808,8 @@ def _cost(roots: Sequence[Tensor], kwargs: Any) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
-def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.Module, str]:
-    """The linear layers of a model's modules that are to be recorded, with their names."""
+def _linear_layers(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """The linear layers of a model's modules, with their names."""
     linear_layers: dict[nn.Module, str] = {}
     for name, module in modules.items():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
@@ -619,18 +825,21 @@ def _choose(modules: Mapping[str, nn.Module], layers: Layers | None) -> dict[nn.
             f"model must have linear layers, nn.Linear or LinearSigmoid; got "
             f"{type(modules['']).__name__}, which has none"
         )
-    if layers is None:
-        return linear_layers
+    return linear_layers
+
+
+def _choose(
+    argument: str, layers: Layers, linear_layers: Mapping[nn.Module, str]
+) -> dict[nn.Module, str]:
+    """Those of the linear layers that an argument chooses."""
     choices = [layers] if isinstance(layers, str | type) else list(layers)
-    if not choices:
-        raise ValueError("layers must choose at least one linear layer, or be None; got none")
     chosen = set()
     for choice in choices:
-        fitting = [m for m, name in linear_layers.items() if _fits(choice, m, name)]
+        fitting = [m for m, name in linear_layers.items() if _fits(argument, choice, m, name)]
         if not fitting:
             names = ", ".join(repr(name) for name in linear_layers.values())
             raise ValueError(
-                f"layers must choose linear layers of the model, {names}; got {choice!r}"
+                f"{argument} must choose linear layers of the model, {names}; got {choice!r}"
             )
         chosen.update(fitting)
     return {module: name for module, name in linear_layers.items() if module in chosen}
@@ -640,12 +849,12 @@ def _has_linear_forward(module: nn.Module) -> bool:
     return is_kind_of(Linear, module) or has_formula_of(LinearSigmoid, module)
 
 
-def _fits(choice: object, module: nn.Module, name: str) -> bool:
+def _fits(argument: str, choice: object, module: nn.Module, name: str) -> bool:
     if isinstance(choice, str):
         return fnmatchcase(name, choice)
     if isinstance(choice, type):
         return isinstance(module, choice)
-    raise TypeError(f"layers must be names or types; got {type(choice).__name__}")
+    raise TypeError(f"{argument} must be names or types; got {type(choice).__name__}")
 
 
 def _activation(kind: Any, options: Sequence[Any], named: Mapping[str, Any]) -> Activation | None:
@@ -682,6 +891,19 @@ _PRODUCTS = {
     linear_sigmoid: ("a", "w", "b"),
 }
 _ACTIVATION_OF = {function: kind for kind in ACTIVATIONS for function in _functions_of(kind)}
+# The functions of PyTorch's that take a reduction, and ours: all of them loss functions.
+_LOSSES = {
+    function
+    for function in vars(F).values()
+    if isinstance(function, FunctionType) and "reduction" in signature(function).parameters
+} | {quadratic_cost, sigmoid_cross_entropy_cost, softmax_cross_entropy_cost}
+_JOINING = {torch.cat, torch.concat, torch.concatenate}
+# What repeats rows, as many times as it is told: for all samples, say.
+_RESIZING = {
+    torch.broadcast_to, torch.tile, torch.repeat_interleave, Tensor.broadcast_to, Tensor.tile,
+    Tensor.repeat_interleave, Tensor.repeat, Tensor.expand, Tensor.expand_as, Tensor.new_empty,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full,
+}  # fmt: skip
 
 
 def _roots(tensors: Any, *_: Any, **__: Any) -> list[Tensor]:

@@ -1464,3 +1464,594 @@ class TestUnusualWays:
         assert found.zeros == 1
         assert found.zeros_off == found.zeros_from_above == found.zeros_rounded == 0
         assert found.verdict.endswith("from above, or an activation that is not known is off")
+
+
+class RunsAgain(torch.autograd.Function):
+    """Keeps its input alone, and runs a block again in backward: for its gradients, or by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Any, how: str, x: Tensor) -> Tensor:
+        ctx.block, ctx.how = block, how
+        ctx.save_for_backward(x.detach())
+        return block(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x)
+        if ctx.how == "backward":
+            torch.autograd.backward(y, grad)
+        elif ctx.how == "method":
+            y.backward(grad)
+        elif ctx.how == "engine":  # which no mode sees
+            options = (False, False, (), True, True)
+            torch.autograd.Variable._execution_engine.run_backward((y,), (grad,), *options)
+        else:
+            parameters = list(ctx.block.parameters())
+            x.grad, *grads = torch.autograd.grad(y, [x, *parameters], grad)
+            for parameter, found in zip(parameters, grads, strict=True):
+                parameter.grad = found if parameter.grad is None else parameter.grad + found
+        return None, None, x.grad
+
+
+class WithHidden(nn.Module):
+    """A block whose gradients come from a backward within backward."""
+
+    def __init__(self, *modules: nn.Module, how: str = "backward") -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.block, self.how = nn.Sequential(*modules), how
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = RunsAgain.apply(self.block, self.how, h) if self.how else self.block(h)
+        return self.head(h)  # type: ignore[no-any-return]
+
+
+def arrived_but_unsaid(model: nn.Module, trace: Trace) -> list[str]:
+    """The parameters that have a `.grad`, which the trace neither has nor says it has not."""
+    recorded_ = {p for layer in trace for p in (layer.w, layer.b)}
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and p not in recorded_ and name not in trace.elsewhere
+    ]
+
+
+class TestGradientsThatBackwardMakesByItself:
+    """Whatever the node is called that runs a pass of its own within the pass."""
+
+    X = torch.randn(5, 4, dtype=torch.float64)
+
+    @pytest.mark.parametrize("how", ["backward", "method"])
+    @pytest.mark.parametrize(
+        "activation", [nn.Tanh(), nn.ReLU(inplace=True), Softplus(), nn.GELU()], ids=str
+    )
+    def test_layers_within_are_recorded(self, how: str, activation: nn.Module) -> None:
+        model = WithHidden(nn.Linear(6, 6), activation, Linear(6, 6), how=how)
+        trace = recorded(model, self.X)
+        assert trace.elsewhere == ()
+        assert trace.missed == {}
+        assert_gradients_are_those_of_autograd(trace)
+        assert_per_sample_follows(trace)
+        model.how = ""
+        expected = recorded(model, self.X)
+        for one, other in zip(trace, expected, strict=True):
+            assert_same(of(one), of(other))
+            assert list(map(repr, one.activations)) == list(map(repr, other.activations))
+        clipped = trace.clipped_grads(0.1)
+        assert_same(list(clipped.values()), list(expected.clipped_grads(0.1).values()))
+
+    @pytest.mark.parametrize("how", ["backward", "engine", "by hand"])
+    @pytest.mark.parametrize("with_grad", [False, True])
+    def test_what_is_not_recorded_is_elsewhere(self, how: str, with_grad: bool) -> None:
+        model = WithHidden(nn.LayerNorm(6), nn.PReLU(), how=how)
+        with record(model) as trace:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter) if with_grad else None
+            model(self.X).square().sum(-1).mean().backward()
+        assert arrived_but_unsaid(model, trace) == []
+        assert trace.elsewhere == ("block.0.weight", "block.0.bias", "block.1.weight")
+        with pytest.raises(ValueError, match="clipped_grads must have the whole gradient"):
+            trace.clipped_grads(1.0)
+
+    @pytest.mark.parametrize("how", ["engine", "by hand"])
+    def test_layers_of_a_pass_that_cannot_be_seen_are_elsewhere(self, how: str) -> None:
+        model = WithHidden(nn.Linear(6, 6), nn.Tanh(), how=how)
+        trace = recorded(model, self.X)
+        assert "block.0" in trace.missed
+        assert trace.elsewhere == ("block.0.weight", "block.0.bias")
+
+    @pytest.mark.parametrize("how", ["backward", "engine"])
+    def test_a_weight_that_is_used_within_and_without(self, how: str) -> None:
+        model = WithHidden(nn.Linear(6, 6), how=how)
+        model.head = model.block[0]  # type: ignore[assignment]
+        trace = recorded(model, self.X)
+        if how == "backward":
+            assert len(trace["head" if "head" in trace else "block.0"].calls) == 2
+            assert trace.elsewhere == ()
+            assert_per_sample_follows(trace)
+        else:
+            with pytest.raises(ValueError, match="a parameter's whole gradient must come from"):
+                trace.per_sample_norms()
+
+    def test_an_optimiser_that_steps_within_backward_hides_nothing(self) -> None:
+        def step(parameter: Tensor) -> None:
+            with torch.no_grad():
+                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+            parameter.grad = None
+
+        model = WithHidden(nn.LayerNorm(6), how="engine")
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        assert recorded(model, self.X).elsewhere == ("block.0.weight", "block.0.bias")
+
+    def test_gradients_that_share_their_memory_are_not_written_by_hand(self) -> None:
+        """As in the buckets of distributed training, where all have one version."""
+        model = WithHidden(nn.Tanh(), how="")
+        flat = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+        for p, part in zip(
+            model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True
+        ):
+            p.grad = part.view_as(p)
+        with record(model) as trace:
+            model(self.X).square().sum(-1).mean().backward()
+        assert trace.elsewhere == ()
+        assert flat.count_nonzero() > 0
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_a_pass_that_a_hook_runs(self) -> None:
+        """It brings gradients of another cost, which are no sample's."""
+        model = WithHidden(nn.Tanh(), how="")
+
+        def penalise(_: Tensor) -> None:
+            with torch.enable_grad():
+                model.head.weight.square().sum().backward()
+
+        with record(model) as trace:
+            h = torch.tanh(model.first(self.X))
+            h.register_hook(penalise)
+            model.head(h).square().sum(-1).mean().backward()
+        assert trace.elsewhere == ("head.weight",)
+
+    def test_one_within_another(self) -> None:
+        inner = WithHidden(nn.Linear(6, 6), nn.Tanh())
+
+        class Outer(WithHidden):
+            def forward(self, x: Tensor) -> Tensor:
+                return RunsAgain.apply(inner, "backward", x)  # type: ignore[no-any-return]
+
+        model = Outer(inner)
+        x = self.X.clone().requires_grad_()
+        trace = recorded(model, x)
+        assert {layer.name for layer in trace} == {
+            "block.0.first",
+            "block.0.block.0",
+            "block.0.head",
+        }
+        assert trace.elsewhere == ()
+        assert_gradients_are_those_of_autograd(trace)
+
+    def test_with_gradients_of_some_inputs_only(self) -> None:
+        model = WithHidden(nn.Linear(6, 6), nn.Tanh())
+        with record(model) as trace:
+            cost = model(self.X).square().sum(-1).mean()
+            cost.backward(inputs=[model.first.weight])
+        assert arrived_but_unsaid(model, trace) == []
+        assert set(trace.per_sample_grads()) == {
+            name for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    def test_within_autograd_grad_it_is_in_grad_already(self) -> None:
+        model = WithHidden(nn.Linear(6, 6), nn.Tanh())
+        with record(model) as trace:
+            cost = model(self.X).square().sum(-1).mean()
+            torch.autograd.grad(
+                cost, list(model.head.parameters()) + list(model.first.parameters())
+            )
+        assert "block.0" not in trace
+        assert trace.elsewhere == ("block.0.weight", "block.0.bias")
+
+    def test_how_often_a_checkpoint_uses_a_weight_is_counted(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x) @ self.fc.weight  # type: ignore[no-any-return]
+
+        model, x = Tied(), torch.randn(5, 4, requires_grad=True)
+        trace = recorded(Checkpointed(nn.Sequential(model, nn.Linear(4, 3)), True), x)
+        assert trace.elsewhere == ("body.0.fc.weight",)
+
+    def test_no_mode_is_left(self) -> None:
+        model = WithHidden(nn.Tanh())
+        x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        with record(model) as trace:
+            with pytest.raises(MemoryError):
+                model(FailsInBackward.apply(x)).square().sum(-1).mean().backward()
+            assert len(torch.overrides._get_current_function_mode_stack()) == 1
+            model.zero_grad()
+            model(x).square().sum(-1).mean().backward()
+        assert not torch.overrides.has_torch_function((x,))
+        assert trace.elsewhere == ()
+
+    def test_parameters_of_functional_call(self) -> None:
+        net = nn.Linear(4, 3)
+        fast = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        with record(net) as trace:
+            z = torch.func.functional_call(net, fast, (torch.randn(5, 4),))
+            (z.square().sum(-1).mean() + fast["weight"].square().sum()).backward()
+        assert trace.elsewhere == ("weight",)
+
+
+class TestAnEarlierGradient:
+    """The trace is of the backward() that trains the model, or there is none."""
+
+    @pytest.fixture
+    def net(self) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    @staticmethod
+    def adapted(net: nn.Module, x: Tensor, create_graph: bool) -> Tensor:
+        """The cost after one step of gradient descent, as in MAML."""
+        parameters: dict[str, Tensor] = dict(net.named_parameters())
+        cost = torch.func.functional_call(net, parameters, (x,)).square().sum(1).mean()
+        grads = torch.autograd.grad(cost, list(parameters.values()), create_graph=create_graph)
+        fast = {
+            name: p - 0.1 * grad for (name, p), grad in zip(parameters.items(), grads, strict=True)
+        }
+        return torch.func.functional_call(net, fast, (x,)).square().sum(1).mean()  # type: ignore[no-any-return]
+
+    @pytest.mark.parametrize("by", ["backward", "grad"])
+    def test_of_second_order(self, net: Any, by: str) -> None:
+        x = torch.randn(6, 2, dtype=torch.float64)
+        message = r"must reach a layer that can be .* several weights"
+        with pytest.raises(RuntimeError, match=message), record(net) as trace:  # noqa: PT012
+            cost = self.adapted(net, x, create_graph=True)
+            if by == "backward":
+                cost.backward()
+            else:
+                torch.autograd.grad(cost, list(net.parameters()))
+        with pytest.raises(AttributeError, match="this trace has no layers yet"):
+            trace.layers  # noqa: B018
+
+    def test_of_first_order(self, net: Any) -> None:
+        with record(net) as trace:
+            cost = self.adapted(net, torch.randn(6, 2, dtype=torch.float64), create_graph=False)
+            cost.backward()
+        assert torch.equal(trace.cost, cost.detach())
+        assert trace.is_assigned
+        assert all(layer.grad_w is None for layer in trace)
+        assert trace.elsewhere == ("0.weight", "0.bias", "2.weight", "2.bias")
+
+    @staticmethod
+    def penalise(activation: nn.Module) -> tuple[Trace, Tensor]:
+        net = nn.Sequential(Linear(2, 8), activation, Linear(8, 1)).double()
+        x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+        with record(net) as trace:
+            (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+            cost = (slope.norm(dim=1) - 1).square().mean()
+            cost.backward()
+        return trace, cost.detach()
+
+    @pytest.mark.parametrize("activation", [nn.Tanh(), Sigmoid()], ids=str)
+    def test_a_penalty_alone(self, activation: Any) -> None:
+        trace, cost = self.penalise(activation)
+        assert torch.equal(trace.cost, cost)
+        with pytest.raises(ValueError, match="used elsewhere as well"):
+            trace.per_sample_norms()
+
+    def test_a_penalty_alone_that_gets_to_no_z(self) -> None:
+        with pytest.raises(RuntimeError, match="must reach a layer that can be recorded"):
+            self.penalise(LeakyReLU())
+
+    def test_of_the_input_after_one_of_the_parameters(self, net: Any) -> None:
+        x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+        with record(net) as trace:
+            cost = net(x).square().sum(1).mean()
+            torch.autograd.grad(cost, list(net.parameters()), retain_graph=True)
+            torch.autograd.grad(net(2 * x).sum(), x)
+        assert torch.equal(trace.cost, cost.detach())
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_a_penalty_on_weights_by_a_backward_of_its_own(self, net: Any, is_first: bool) -> None:
+        x = torch.randn(6, 2, dtype=torch.float64)
+        with record(net) as trace:
+            if is_first:
+                net[2].weight.square().sum().backward()
+            net(x).square().sum(1).mean().backward()
+            if not is_first:
+                net[2].weight.square().sum().backward()
+        assert trace.elsewhere == ("2.weight",)
+        with pytest.raises(ValueError, match=r"got a model where that of '2.weight' comes from"):
+            trace.clipped_grads(1.0)
+
+
+class Towers(nn.Module):
+    """Logits between N samples and C classes that the model describes."""
+
+    def __init__(self, classes: int, kind: str) -> None:
+        super().__init__()
+        self.img, self.txt = nn.Linear(4, 6), nn.Linear(3, 6)
+        self.kind = kind
+        self.register_buffer("described", torch.randn(classes, 2, 3))
+        self.register_buffer("indices", torch.randint(9, (classes,)))
+        self.embed, self.norm = nn.Embedding(9, 3), nn.LayerNorm(3)
+        self.context = nn.Parameter(torch.randn(1, 2, 3))
+        self.double()
+
+    def classes(self) -> Tensor:
+        described: Any = self.described
+        if self.kind == "buffer":
+            return described[:, 0]  # type: ignore[no-any-return]
+        if self.kind == "computed":
+            return self.norm(described.mean(1) / 2)  # type: ignore[no-any-return]
+        if self.kind == "embedded":
+            return F.dropout(self.embed(self.indices), 0.0)
+        shared = self.context.expand(len(described), -1, -1)  # a prompt, learned for all classes
+        return torch.cat([described, shared], dim=1).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.img(x) @ self.txt(self.classes()).mT  # type: ignore[no-any-return]
+
+
+class TestRowsThatAreNoSamples:
+    @staticmethod
+    def run(model: nn.Module, x: Tensor, **options: Any) -> Trace:
+        y = torch.zeros(len(x), dtype=torch.long)
+        return recorded(model, x, lambda z: F.cross_entropy(z, y), **options)
+
+    @pytest.mark.parametrize("kind", ["buffer", "computed", "embedded", "prompt"])
+    @pytest.mark.parametrize("classes", [5, 6])
+    def test_the_models_own(self, kind: str, classes: int) -> None:
+        model, x = Towers(classes, kind), torch.randn(6, 4, dtype=torch.float64)
+        trace = self.run(model, x)
+        assert [layer.has_samples for layer in trace] == [True, False]
+        assert trace.samples == 6
+        assert_gradients_are_those_of_autograd(trace)
+        assert {"txt.weight", "txt.bias"} <= set(trace.elsewhere)
+        assert "txt.weight" not in str(trace.diagnostics())  # as one that is not in the table
+        found = trace.per_sample_grads()
+        assert list(found) == ["img.weight", "img.bias"]
+        for i in range(6):
+            alone = self.run(model, x[i : i + 1])["img"]
+            assert_same([found["img.weight"][i]], [alone.grad_w])  # type: ignore[list-item]
+        assert [len(list(part)) for part in trace.split(4)] == [1, 1]
+        with pytest.raises(ValueError, match=r"got a model where that of .*txt.weight"):
+            trace.clipped_grads(1.0)
+        with pytest.raises(ValueError, match="layer 'txt' must have samples in its input's first"):
+            trace["txt"].per_sample_grad_w()
+        assert list(self.run(model, x, layers="img").clipped_grads(1.0)) == list(found)
+        with pytest.raises(ValueError, match=r"chosen must have samples .* got 'txt', named"):
+            self.run(model, x, layers=["img", "txt"]).per_sample_norms()
+
+    def test_named(self) -> None:
+        class Experts(nn.Module):
+            """Each takes as many rows as it has slots, whosesoever they are."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.expert = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.out, self.slots = nn.Linear(4, 2), 3
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.first(x)
+                taken = h.norm(dim=1).topk(self.slots, dim=0).indices
+                return self.out(h.index_add(0, taken, self.expert(h[taken])))  # type: ignore[no-any-return]
+
+        model = Experts()
+        for slots in (6, 3):
+            model.slots = slots
+            trace = recorded(model, torch.randn(6, 4), no_samples="exp*")
+            assert [layer.has_samples for layer in trace] == [True, False, True]
+            assert trace.elsewhere == ("expert.weight", "expert.bias")
+            assert list(trace.per_sample_grads()) == [
+                "first.weight", "first.bias", "out.weight", "out.bias",
+            ]  # fmt: skip
+        with pytest.raises(ValueError, match=r"got 6 in 'first' and 3 in 'expert': name layers"):
+            recorded(model, torch.randn(6, 4)).per_sample_norms()
+
+    def test_named_wrongly(self) -> None:
+        with pytest.raises(ValueError, match=r"no_samples must choose linear layers .* got 'txt'"):
+            record(nn.Linear(3, 2), no_samples=["txt"])
+        with pytest.raises(TypeError, match="no_samples must be names or types; got int"):
+            record(nn.Linear(3, 2), no_samples=[3])  # type: ignore[list-item]
+
+    @pytest.mark.parametrize("kind", ["expanded", "repeated", "zeros"])
+    def test_the_models_own_repeated_for_each_sample(self, kind: str) -> None:
+        """As the first state of a recurrent network is, or the queries of an attention."""
+
+        class Recurrent(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner, self.outer = nn.Linear(5, 5), nn.Linear(4, 5)
+                self.start = nn.Parameter(torch.randn(1, 5))
+
+            def forward(self, x: Tensor) -> Tensor:
+                starts = {
+                    "expanded": lambda: self.start.expand(len(x), -1),
+                    "repeated": lambda: self.start.repeat(len(x), 1),
+                    "zeros": lambda: torch.zeros(len(x), 5, dtype=x.dtype),
+                }
+                h = starts[kind]()
+                for _ in range(2):
+                    h = torch.tanh(self.inner(h) + self.outer(x))
+                return h
+
+        model = Recurrent().double()
+        model.start.requires_grad_(False)
+        for n in (6, 5):
+            assert_per_sample_follows_but_frozen(recorded(model, torch.randn(n, 4).double()))
+
+    def test_an_empty_list_says_that_all_have_samples(self) -> None:
+        """As the codes of an auto-decoder are, one for each sample."""
+
+        class Decoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.codes, self.fc = nn.Parameter(torch.randn(6, 3)), nn.Linear(3, 4)
+
+            def forward(self, *noise: Tensor) -> Tensor:
+                return sum(noise, self.fc(self.codes))
+
+        model, x = Decoder().double(), torch.randn(6, 4).double()
+        with pytest.raises(ValueError, match="must have samples in their input; got 'fc'"):
+            recorded(model, x).per_sample_grads()
+        assert list(recorded(model, x, no_samples=[]).per_sample_grads()) == [
+            "fc.weight",
+            "fc.bias",
+        ]
+        model.zero_grad()
+        with record(model) as trace:  # and a model that is given nothing has no other samples
+            model().square().sum(-1).mean().backward()
+        assert trace.per_sample_norms().shape == (6,)
+
+    @pytest.mark.parametrize("shape", [(3, 5, 4), (1, 5, 4)], ids=str)
+    def test_samples_that_are_made_rows_within(self, shape: tuple[int, ...]) -> None:
+        class Flat(nn.Module):
+            def __init__(self, comes_back: bool) -> None:
+                super().__init__()
+                self.fc, self.comes_back = nn.Linear(4, 2), comes_back
+
+            def forward(self, x: Tensor) -> Tensor:
+                z = self.fc(x.flatten(0, 1))
+                return z.unflatten(0, x.shape[:2]) if self.comes_back else z  # type: ignore[no-any-return]
+
+        trace = recorded(Flat(comes_back=True), torch.randn(shape))
+        n, rows = shape[0], shape[0] * shape[1]
+        with pytest.raises(ValueError, match=f"got {rows} in 'fc' and {n} in the model"):
+            trace.per_sample_norms()
+        trace = recorded(Flat(comes_back=False), torch.randn(shape))
+        assert trace.samples == rows  # what comes out is one cost a row
+
+    def test_what_goes_in_and_out_need_not_agree(self) -> None:
+        """Time first in, samples first within and out."""
+
+        class Swaps(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x.transpose(0, 1)).sum(1)  # type: ignore[no-any-return]
+
+        trace = recorded(Swaps(), torch.randn(7, 5, 4))
+        assert trace.samples == 5
+        assert trace.per_sample_norms().shape == (5,)
+
+
+def assert_per_sample_follows_but_frozen(trace: Trace) -> None:
+    assert trace.elsewhere == ()
+    assert all(layer.has_samples for layer in trace)
+    assert_per_sample_follows(trace)
+
+
+LOG_PROBABILITIES = torch.randn(4, 3).log_softmax(1)
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
+CLASSES = torch.tensor([0, 2, 1, 0])
+# Each loss of torch.nn that has a reduction, of z (4, 3), with the arguments that it takes.
+LOSSES: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "BCELoss": lambda loss: lambda z: loss(z.sigmoid(), z.detach().sigmoid()),
+    "BCEWithLogitsLoss": lambda loss: lambda z: loss(z, z.detach().sigmoid()),
+    "CTCLoss": lambda loss: (
+        lambda z: loss(
+            z.log_softmax(-1).unsqueeze(1).expand(4, 2, 3), torch.ones(2, 2).long(), (4, 4), (1, 2)
+        )
+    ),
+    "CosineEmbeddingLoss": lambda loss: lambda z: loss(z, z.detach() + 1, SIGNS),
+    "CrossEntropyLoss": lambda loss: lambda z: loss(z, CLASSES),
+    "GaussianNLLLoss": lambda loss: lambda z: loss(z, z.detach() + 1, z.square() + 1),
+    "HingeEmbeddingLoss": lambda loss: lambda z: loss(z, SIGNS[:, None].expand(4, 3)),
+    "HuberLoss": lambda loss: lambda z: loss(z, z.detach() + 1),
+    "KLDivLoss": lambda loss: lambda z: loss(z.log_softmax(1), LOG_PROBABILITIES.exp()),
+    "L1Loss": lambda loss: lambda z: loss(z, z.detach() + 1),
+    "MSELoss": lambda loss: lambda z: loss(z, z.detach() + 1),
+    "MarginRankingLoss": lambda loss: lambda z: loss(z[:, 0], z[:, 1], SIGNS),
+    "MultiLabelMarginLoss": lambda loss: lambda z: loss(z, torch.tensor([[0, 1, -1]] * 4)),
+    "MultiLabelSoftMarginLoss": lambda loss: lambda z: loss(z, z.detach().sigmoid().round()),
+    "MultiMarginLoss": lambda loss: lambda z: loss(z, CLASSES),
+    "NLLLoss": lambda loss: lambda z: loss(z.log_softmax(1), CLASSES),
+    "PoissonNLLLoss": lambda loss: lambda z: loss(z, z.detach().exp()),
+    "SmoothL1Loss": lambda loss: lambda z: loss(z, z.detach() + 1),
+    "SoftMarginLoss": lambda loss: lambda z: loss(z, SIGNS[:, None].expand(4, 3)),
+    "TripletMarginLoss": lambda loss: lambda z: loss(z, z.detach() + 1, z.detach() - 1),
+    "TripletMarginWithDistanceLoss": lambda loss: lambda z: loss(z, z + 1, z.detach() - 1),
+}
+
+
+class TestLossesOfTorch:
+    def refuse_the_other(self, cost_of: Any, reduction: Any) -> None:
+        model, x = nn.Linear(3, 3), torch.randn(4, 3)
+        recorded(model, x, cost_of, reduction=reduction)
+        other = {"mean": "sum", "sum": "mean"}[reduction]
+        with pytest.raises(ValueError, match=f"got '{other}', and a cost that is the {reduction}"):
+            recorded(model, x, cost_of, reduction=other)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("name", LOSSES)
+    # PyTorch's, of KLDivLoss("mean"), which is the mean over components as well.
+    @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+    def test_each(self, name: str, reduction: Any) -> None:
+        loss = getattr(nn, name)
+        self.refuse_the_other(LOSSES[name](loss(reduction=reduction)), reduction)
+        of_none = LOSSES[name](loss(reduction="none"))
+        self.refuse_the_other(lambda z: getattr(of_none(z), reduction)(), reduction)
+        # Weights of one's own may make either of it.
+        for told in ("mean", "sum"):
+            model, x = nn.Linear(3, 3), torch.randn(4, 3)
+            recorded(model, x, lambda z: (of_none(z) / 4).sum(), reduction=told)
+
+    def test_none_is_left_out(self) -> None:
+        others = {"AdaptiveLogSoftmaxWithLoss", "LinearCrossEntropyLoss", "NLLLoss2d"}
+        assert {name for name in dir(nn) if name.endswith("Loss")} - others == set(LOSSES)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda r: lambda z: F.cross_entropy(z, CLASSES, reduction=r, label_smoothing=0.1),
+            lambda r: lambda z: F.cross_entropy(z, LOG_PROBABILITIES.exp(), reduction=r),
+            lambda r: lambda z: F.poisson_nll_loss(z, z.detach().exp(), reduction=r, full=True),
+            lambda r: (
+                lambda z: F.kl_div(
+                    z.log_softmax(1),
+                    LOG_PROBABILITIES,
+                    reduction="batchmean" if r == "mean" else r,
+                    log_target=True,
+                )
+            ),
+            lambda r: lambda z: F.l1_loss(z, z.detach() + 1, None, None, r),
+            lambda r: lambda z: F.huber_loss(z, z.detach() + 1, reduction=r).double(),
+        ],
+    )
+    def test_in_other_forms(self, cost_of: Any, reduction: Any) -> None:
+        self.refuse_the_other(cost_of(reduction), reduction)
+
+    @pytest.mark.parametrize(
+        "cost_of",
+        [
+            lambda z: F.binary_cross_entropy_with_logits(
+                z, z.detach().sigmoid(), weight=torch.tensor(0.25), reduction="sum"
+            ),
+            lambda z: F.kl_div(z.log_softmax(1), LOG_PROBABILITIES, reduction="sum") / 4,
+            lambda z: (
+                F.cross_entropy(z, CLASSES, reduction="none").unflatten(0, (4, 1)).sum(0).mean()
+            ),
+            lambda z: F.mse_loss(z, z.detach() + 1, reduction="sum").mul_(0.25),
+        ],
+    )
+    def test_where_it_may_be_either_what_is_told_is_believed(self, cost_of: Any) -> None:
+        for told in ("mean", "sum"):
+            recorded(nn.Linear(3, 3), torch.randn(4, 3), cost_of, reduction=told)
+
+    def test_of_one_sample_both_are_right_whatever_runs_first(self) -> None:
+        model, x = Towers(5, "buffer"), torch.randn(1, 4, dtype=torch.float64)
+        y = torch.zeros(1, dtype=torch.long)
+        with record(model, "mean"):
+            model.txt(model.classes())
+            F.cross_entropy(model(x), y, reduction="sum").backward()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp._function import without_autocast
+from manual_bp._function import version, without_autocast
 from manual_bp.layers import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace import _per_sample
@@ -145,6 +145,7 @@ class LayerTrace:
     learns_w, learns_b: Whether gradients of them were wanted in this pass; None for what is now.
     w_is_leaf: Whether w was a leaf, and not computed from others; None for what is now.
     given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
+    has_samples: Whether the first dimension is of samples, and not of the model's own making.
     w_version: What `version(w)` was in the pass; None for what it is now.
     """
 
@@ -158,6 +159,7 @@ class LayerTrace:
     learns_w: bool | None = None
     learns_b: bool | None = None
     w_is_leaf: bool | None = None
+    has_samples: bool = True
 
     def __post_init__(self) -> None:
         if self.w_version is None:
@@ -166,8 +168,8 @@ class LayerTrace:
             object.__setattr__(self, "w_is_leaf", self.w.is_leaf)
         # As it was then: it may be frozen, or set to learn, before results are asked for.
         if self.learns_w is None or self.learns_b is None:
-            object.__setattr__(self, "learns_w", _learns(self.w))
-            object.__setattr__(self, "learns_b", self.b is not None and _learns(self.b))
+            object.__setattr__(self, "learns_w", learns(self.w))
+            object.__setattr__(self, "learns_b", self.b is not None and learns(self.b))
 
     def __getstate__(self) -> dict[str, Any]:
         w, b = (p if p is None or p.is_leaf else p.detach() for p in (self.w, self.b))
@@ -265,7 +267,8 @@ class LayerTrace:
         the cost is the mean over samples, and their sum where it is the sum.
 
         Raises:
-            ValueError: The layer did not see the same number of samples each time that it ran.
+            ValueError: The layer did not see the same number of samples each time that it ran, or
+                none at all.
         """
         if not self.learns_w:
             return None
@@ -287,12 +290,18 @@ class LayerTrace:
         """N.
 
         Raises:
-            ValueError: It was not the same each time that the layer ran.
+            ValueError: It was not the same each time that the layer ran, or it has no samples.
         """
         self._require_same_samples()
         return self.calls[0].samples
 
     def _require_same_samples(self) -> None:
+        if not self.has_samples:
+            raise ValueError(
+                f"layer {self.name!r} must have samples in its input's first dimension; it was "
+                f"named as one without, or its input is made of nothing but the model's own "
+                f"parameters and buffers: see no_samples of record"
+            )
         counts = sorted({call.samples for call in self.calls})
         if len(counts) > 1:
             raise ValueError(
@@ -315,14 +324,9 @@ class LayerTrace:
         return f"LayerTrace({self.name!r}, {in_features} to {out_features})"
 
 
-def _learns(parameter: Tensor) -> bool:
+def learns(parameter: Tensor) -> bool:
     """Whether a gradient is wanted of it, and it is no tensor computed from others."""
     return parameter.requires_grad and parameter.is_leaf
-
-
-def version(t: Tensor) -> int:
-    """A number that changes when the tensor is written to in place."""
-    return 0 if t.is_inference() else t._version
 
 
 class SharedMemory:

@@ -26,10 +26,11 @@ class Trace:
     parameter_names: The name of every parameter, as `named_parameters()` of the network has it.
     missed: The linear layers that no error reached, each with the reason.
     elsewhere: The names of parameters whose gradient comes, wholly or in part, from elsewhere than
-        `layers`: a LayerNorm's, or a weight that is an Embedding's as well. Per-sample results do
-        not have that part.
+        `layers`: a LayerNorm's, or a weight that is an Embedding's as well; or from layers that
+        have no samples. Per-sample results do not have that part.
     chosen: Whether the layers are a choice out of all.
     is_assigned: Whether `.grad` has the gradients of this pass already, as `backward()` adds them.
+    batch: N, where all that went into the model and came out of it agrees on a first dimension.
     """
 
     cost: Tensor
@@ -40,6 +41,7 @@ class Trace:
     elsewhere: tuple[str, ...] = ()
     chosen: bool = False
     is_assigned: bool = False
+    batch: int | None = None
 
     def __copy__(self) -> "Trace":
         trace = Trace.__new__(Trace)
@@ -111,22 +113,34 @@ class Trace:
 
     @property
     def samples(self) -> int:
-        """N, the number of samples: the first dimension of every layer's input.
+        """N, the number of samples: the first dimension of the input of every layer that has them.
 
         Raises:
-            ValueError: The layers do not agree.
+            ValueError: The layers do not agree, with each other or with the model's input; or
+                none has samples.
         """
-        self._require_same_samples()
-        return self.layers[0].samples
+        return self._layers_of_samples()[0].samples
 
-    def _require_same_samples(self) -> None:
-        first = self.layers[0]
-        for layer in self.layers:
-            if layer.samples != first.samples:
+    def _layers_of_samples(self) -> list[LayerTrace]:
+        layers = [layer for layer in self.layers if layer.has_samples]
+        without = [layer.name for layer in self.layers if not layer.has_samples]
+        if without and (self.chosen or not layers):
+            raise ValueError(
+                f"layers that are chosen must have samples in their input; got {_some(without)}, "
+                f"named as one without, or fed with nothing but the model's own parameters and "
+                f"buffers: see no_samples of record"
+            )
+        seen = [(layer.samples, repr(layer.name)) for layer in layers]
+        if self.batch is not None:
+            seen.append((self.batch, "the model's input"))
+        for samples, where in seen:
+            if samples != seen[0][0]:
                 raise ValueError(
-                    f"every layer must see the same samples in its input's first dimension; "
-                    f"got {first.samples} in {first.name!r} and {layer.samples} in {layer.name!r}"
+                    f"every layer must see the same samples in its input's first dimension; got "
+                    f"{seen[0][0]} in {seen[0][1]} and {samples} in {where}: name layers whose "
+                    f"rows are no samples, as record(model, no_samples=[...])"
                 )
+        return layers
 
     def per_sample_grads(self) -> dict[str, Tensor]:
         """Every sample's own gradient: for each parameter that learns, (N, *its shape), by name.
@@ -185,6 +199,8 @@ class Trace:
     def split(self, size: int) -> Iterator["Trace"]:
         """This trace some samples at a time, so that per-sample gradients fit into the memory.
 
+        Layers that have no samples are left out.
+
         Args:
             size: How many samples at a time; the last part may have fewer.
 
@@ -198,10 +214,10 @@ class Trace:
             ValueError: size is below 1; or the layers saw different numbers of samples.
         """
         _require.count("size", size)
-        for start in range(0, self.samples, size):
-            yield replace(
-                self, layers=tuple(layer.part(start, start + size) for layer in self.layers)
-            )
+        layers, batch = self._layers_of_samples(), self.samples
+        for start in range(0, batch, size):
+            parts = tuple(layer.part(start, start + size) for layer in layers)
+            yield replace(self, layers=parts, batch=None)
 
     def diagnostics(self, learning_rate: float | None = None) -> Diagnostics:
         """How well each layer learns, and why not: numbers, and a verdict; prints as a table.
@@ -214,15 +230,19 @@ class Trace:
             TypeError: The layers are of complex numbers.
             RuntimeError: The weights are no longer those of the pass: ask before they are updated.
         """
-        return diagnose(self.layers, learning_rate, self.elsewhere)
+        without = [layer for layer in self.layers if not layer.has_samples]
+        shown = {p for layer in without for p in (layer.w, layer.b) if p is not None}
+        names = {name for p, name in self.parameter_names.items() if p in shown}
+        elsewhere = tuple(name for name in self.elsewhere if name not in names)
+        return diagnose(self.layers, learning_rate, elsewhere)
 
     def _shares(self) -> list["_Share"]:
         """Each parameter that learns once, with all pairs that its gradient is made of."""
-        self._require_same_samples()
+        layers = self._layers_of_samples()
         pairs: dict[Tensor, list[Pair]] = {}
         names = dict(self.parameter_names)
         weights = set()
-        for layer in self.layers:
+        for layer in layers:
             # What torch.func.functional_call put in place is none of the network's own.
             names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
             if layer.b is not None:
@@ -236,7 +256,7 @@ class Trace:
             if layer.b is not None and layer.learns_b:
                 pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
         shares = [
-            _Share(p, names[p], p in weights, joined(iter(of_p)), self.layers[0].scale)
+            _Share(p, names[p], p in weights, joined(iter(of_p)), layers[0].scale)
             for p, of_p in pairs.items()
         ]
         if not shares:
