@@ -706,8 +706,8 @@ class _Recorder(TorchFunctionMode):
     def _reason_to_miss(self, layer: nn.Module, come: Sequence[_Pending]) -> str | None:
         if layer in self.unseen:
             return (
-                "it ran, but what came out was not its product w a + b: a hook, or a forward of its "
-                "own, made something else of it"
+                "it ran, but what came out was not its product w a + b: a hook, or a forward of "
+                "its own, made something else of it"
             )
         if not come:
             return "it ran, but no error came back to it"
