@@ -1,14 +1,19 @@
-"""Options from a dataclass, through tyro; a refusal is one line and exit code 2."""
+"""Options from a dataclass, through tyro; a refusal is one line and exit code 2.
+
+Importing this is quick, so that a program can import it first and `run` the rest: from then on an
+interrupt ends it cleanly.
+"""
 
 import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn, TypeVar
-
-import tyro
 
 Config = TypeVar("Config")
 
@@ -20,12 +25,20 @@ def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -
         SystemExit: With 2, after one line on stderr, for an unknown or impossible value; with 0
             after --help.
     """
+    import tyro  # which takes a while
+
+    given: list[str] = []
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        given += argument.split("=", 1) if argument.startswith("--") else [argument]
+    if "" in given:  # as from a variable of the shell that is not set
+        place = given.index("")
+        refuse(program, f"{given[place - 1] if place else 'an argument'} must not be empty")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 config,
-                args=arguments,
+                args=given,
                 prog=program,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -67,6 +80,8 @@ def refuse(program: str, reason: object) -> NoReturn:
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program as a command: an end from outside is an end without a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    threading.excepthook = _in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the terminal can write
@@ -74,9 +89,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 128 + 2  # as a shell reports the signal SIGINT
+    except KeyboardInterrupt as stop:
+        code = stopped(stop)
     except BrokenPipeError:
         # Python flushes stdout once more at the end, which must find somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,14 +98,50 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+class Terminated(KeyboardInterrupt):
+    """The signal SIGTERM, which ends a program as Ctrl-C does."""
+
+
+def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:
+    """Say in one line that a program was stopped, and what is kept; the exit code."""
+    is_terminated = isinstance(stop, Terminated)
+    words = ["terminated" if is_terminated else "interrupted", *([kept] if kept else [])]
+    print("; ".join(words), file=sys.stderr)
+    return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports them
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    raise Terminated
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    # What TensorBoard's writing thread cannot write, the next call of the writer raises once more.
+    is_raised_again = type(failed.thread).__module__.startswith("tensorboard.")
+    if not (is_raised_again and issubclass(failed.exc_type, OSError)):
+        threading.__excepthook__(failed)
+
+
 def _reason(box: str, config: type) -> str:
-    """What tyro says in its box: the first paragraph below the title.
+    """What tyro says in its box: the first paragraph below the title, and which option was meant.
 
     Where it may draw, the title stands in the border; where it may not, above a rule.
     """
     has_border = box.lstrip().startswith("╭")
     text = "\n".join(line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰")
     paragraphs = re.split(r"^[─-]{2,}$", text, flags=re.MULTILINE)
-    words = " ".join(paragraphs[0 if has_border or len(paragraphs) == 1 else 1].split())
+    if not has_border and len(paragraphs) > 1:
+        del paragraphs[0]
+    words = " ".join(paragraphs[0].split())
     reason = re.sub(r" ([.,])", r"\1", words)  # a line that was broken before a full stop
-    return reason.removeprefix(f"Error parsing {config.__name__}: ")
+    reason = reason.removeprefix(f"Error parsing {config.__name__}: ")
+    several = re.fullmatch(r"Error parsing (--\S+): Could not find valid parse .*\[(.*)\]", reason)
+    if several:
+        option, values = several.groups()
+        return f"{option} must be whole numbers, separated by spaces; got {values}"
+    meant = [
+        option
+        for paragraph in paragraphs[1:]
+        if paragraph.strip().startswith("Perhaps you meant")
+        for option in re.findall(r"^(--[\w-]+)", paragraph, flags=re.MULTILINE)
+    ]
+    return f"{reason}. Perhaps you meant {' or '.join(meant)}?" if meant else reason

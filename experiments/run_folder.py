@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +19,15 @@ import manual_bp
 _PACKAGES = ("torch", "numpy", "tensorboard", "scikit-learn", "matplotlib", "tyro")
 
 
+# Longer names are cut in the middle: file systems take 255 bytes, or fewer, and people still fewer.
+_LONGEST = 100
+
+
 def run_path(parent: Path, name: str) -> Path:
     """Where a run of that name goes if it starts now: the name, and the time."""
+    if len(name) > _LONGEST:
+        half = (_LONGEST - len("...")) // 2
+        name = f"{name[:half]}...{name[-half:]}"
     return parent / f"{name}__{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -26,16 +35,19 @@ def can_be_made(folder: Path) -> bool:
     """Whether a folder is there to write in, or can be made there; nothing is made yet."""
     try:
         str(folder).encode()
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     except UnicodeEncodeError:  # TensorBoard wants a name that UTF-8 can write
         return False
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError:  # a name longer than the file system takes
+        return False
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 class RunFolder:
     """One run's folder: `config.json` from the start, then `metrics.csv`, a row at a time.
 
-    Rows are on the disk as soon as they are written, so an interrupted run has all it finished.
+    It appears with its config.json in it, whatever ends the program meanwhile. Rows are on the disk
+    as soon as they are written, so an interrupted run has all it finished.
 
     Args:
         path: The folder to make. One that is there already is left alone: a number is added.
@@ -46,9 +58,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path = _make(path)
         self.config = dict(config)
-        self._metrics = self.path / "metrics.csv"
         description = {
             "config": self.config,
             "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
@@ -58,7 +68,8 @@ class RunFolder:
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
         }
         text = json.dumps(description, indent=2, default=str)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+        self.path = _make(path, {"config.json": text + "\n"})
+        self._metrics = self.path / "metrics.csv"
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
         """Append a row to metrics.csv; the first one writes the header too."""
@@ -70,18 +81,34 @@ class RunFolder:
             writer.writerow(row)
 
 
-def _make(path: Path) -> Path:
+def _make(path: Path, files: Mapping[str, str]) -> Path:
+    """Make a folder with files in it, all at once: under a name of its own first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
+    unfinished.mkdir()
+    try:
+        for name, text in files.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        return _rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _rename(folder: Path, path: Path) -> Path:
+    """Give a folder its name, with a number where that is taken."""
     number = 1
     while True:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            candidate.mkdir(parents=True)
-        except FileExistsError:
-            if not candidate.is_dir():
-                raise
-            number += 1
-        else:
-            return candidate
+        # Renaming replaces a folder that is there and empty; where another run makes a folder of
+        # this name between the two lines, that one is not empty, and renaming fails.
+        if not os.path.lexists(candidate):
+            try:
+                return folder.rename(candidate)
+            except OSError:
+                if not candidate.is_dir():
+                    raise
+        number += 1
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

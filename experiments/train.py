@@ -5,6 +5,13 @@
 trains 64-30-10 on scikit-learn's digits and writes what happened to a folder below `runs/`.
 """
 
+if __name__ == "__main__":  # first, so that it may be interrupted while PyTorch is imported
+    from importlib import import_module
+
+    from experiments.command_line import run
+
+    run(lambda: import_module("experiments.train").main())
+
 import math
 import shlex
 import sys
@@ -30,12 +37,13 @@ from experiments.command_line import (
     require_counts,
     require_seed,
     require_sizes,
-    run,
+    stopped,
 )
 from experiments.data import Data, Dataset, load
 from experiments.run_folder import RunFolder, can_be_made, run_path
 from manual_bp import (
     Cost,
+    Diagnostics,
     LeakyReLU,
     Linear,
     QuadraticCost,
@@ -71,10 +79,11 @@ class Config:
     hidden: tuple[int, ...] = (30,)
     """Sizes of the hidden layers, from the input on; none at all is possible."""
     activation: Literal["sigmoid", "tanh", "relu", "leaky-relu", "softplus"] = "sigmoid"
-    """The activation of every layer that has one. With relu and the like, a learning rate of 0.1
-    is nearer the mark than 3."""
+    """The activation of the hidden layers. With relu and the like, a learning rate of 1 is safer
+    than 3."""
     cost: Literal["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"] = "quadratic"
-    """The cost. The cross-entropies work on z: with them the output layer has no activation."""
+    """The cost, from which the output follows: a sigmoid under the quadratic cost; under the
+    cross-entropies, which work on z, no activation."""
     learning_rate: float = 3.0
     """The step of gradient descent, on the mean cost of a batch. 3 suits the digits with the
     quadratic cost; the cross-entropies and the smaller datasets want less."""
@@ -95,7 +104,7 @@ class Config:
     run_folder: Path = Path("runs")
     """Where the run's own folder is made."""
     dry_run: bool = False
-    """Build everything, try one update, show how well each layer would start to learn, and write
+    """Build everything, train for one epoch, show how well each layer learns then, and write
     nothing."""
 
     def __post_init__(self) -> None:
@@ -132,12 +141,13 @@ def _device(name: str) -> torch.device:
 
 
 def build_net(sizes: Sequence[int], activation: str, cost: str) -> nn.Sequential:
-    """Linear and activation by turns, the last activation left out for a cost that works on z."""
+    """Linear and activation by turns; the last is a sigmoid, or none for a cost that works on z."""
     modules: list[nn.Module] = []
     for in_features, out_features in pairwise(sizes):
         activate: type[nn.Module] = ACTIVATIONS[activation]
         modules += [Linear(in_features, out_features), activate()]
-    return nn.Sequential(*(modules if cost == "quadratic" else modules[:-1]))
+    output = [Sigmoid()] if cost == "quadratic" else []
+    return nn.Sequential(*modules[:-1], *output)
 
 
 def build_cost(name: str) -> Cost:
@@ -194,27 +204,29 @@ class Training:
             there = indices.to(self.device)
             yield self.data.x_train[there], self.y_train[there]
 
-    def update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None] | None = None) -> None:
-        """One step of gradient descent on one batch.
+    def update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None] | None = None) -> float:
+        """One step of gradient descent on one batch; the cost before it.
 
         look is given the Trace of the step's own pass, before the weights are changed.
         """
         if self.step is not None:
             if look is not None:
                 look(self.trace(x, y))
-            self.step(x, y)
-            return
+            return self.step(x, y).item()
         self.optimizer.zero_grad()
         trace: Trace | None
         if self.explicit:
             trace = self.trace(x, y)
             trace.assign_grads()
+            cost = trace.cost
         else:
             with nullcontext() if look is None else record(self.net) as trace:
-                self.cost(self.net(x), y).backward()
+                cost = self.cost(self.net(x), y)
+                cost.backward()
         if look is not None and trace is not None:
             look(trace)
         self.optimizer.step()
+        return cost.item()
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         """What the algorithm sees on a batch; the network stays as it is."""
@@ -234,6 +246,10 @@ class Training:
             found[f"{split}_accuracy"] = (output.argmax(-1) == labels).float().mean().item()
         return found
 
+    def diagnostics(self, learning_rate: float) -> Diagnostics:
+        """How well each layer learns by now, over all training samples."""
+        return self.trace(self.data.x_train, self.y_train).diagnostics(learning_rate)
+
 
 def observe(board: Board, training: Training, step: int) -> dict[str, float]:
     """Log what is looked at once an epoch; the metrics."""
@@ -248,10 +264,13 @@ def observe(board: Board, training: Training, step: int) -> dict[str, float]:
     return metrics
 
 
-def train(config: Config, training: Training, folder: RunFolder) -> tuple[dict[str, float], float]:
+def train(
+    config: Config, training: Training, folder: RunFolder
+) -> tuple[dict[str, float], float, float]:
     """Train for all epochs, or until the cost is no number.
 
-    Returns the last metrics, and how many seconds it took to log what the layers did.
+    Returns the last metrics, the cost of the last batch, and how many seconds it took to log what
+    the layers did.
 
     A bar on a terminal; where the output goes elsewhere, a plain line for each epoch.
     """
@@ -266,26 +285,36 @@ def train(config: Config, training: Training, folder: RunFolder) -> tuple[dict[s
         for epoch in range(1, config.epochs + 1):
             for x, y in training.epoch():
                 look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
-                training.update(x, y, look if step % config.log_every == 0 else None)
+                cost = training.update(x, y, look if step % config.log_every == 0 else None)
                 step += 1
                 bar.update()
+                if not math.isfinite(cost):
+                    break
             metrics = observe(board, training, step)
             folder.add_metrics({"epoch": epoch, "step": step} | metrics)
             bar.set_postfix_str(f"test accuracy {metrics['test_accuracy']:.2%}")
             if not on_terminal:
                 print(f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}  {line(metrics)}")
-            if not math.isfinite(metrics["train_cost"]):
+            if not (math.isfinite(cost) and math.isfinite(metrics["train_cost"])):
                 break
         board.traces.log_heat_map(step)
         board.log_config(folder.config, metrics)
-    return metrics, board.traces.seconds
+    return metrics, cost, board.traces.seconds
 
 
 def settings(config: Config, training: Training) -> dict[str, Any]:
     """The options that made the run, with what they came to."""
     options = asdict(config)
     del options["dry_run"]
-    return options | {"net": training.net_name, "device": str(training.device)}
+    return options | {
+        "net": training.net_name,
+        "output": _output(config.cost),
+        "device": str(training.device),
+    }
+
+
+def _output(cost: str) -> str:
+    return "sigmoid" if cost == "quadratic" else "z"
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -294,6 +323,36 @@ def line(metrics: dict[str, float]) -> str:
         f"cost {metrics['train_cost']:.4f} train, {metrics['test_cost']:.4f} test;  "
         f"accuracy {metrics['train_accuracy']:.2%} train, {metrics['test_accuracy']:.2%} test"
     )
+
+
+def print_verdicts(diagnostics: Diagnostics) -> None:
+    """The verdicts without the numbers, layers of the same one together."""
+    names: dict[str, list[str]] = {}
+    for layer in diagnostics:
+        names.setdefault(layer.verdict, []).append(layer.name)
+    for verdict, those in names.items():
+        print(f"layer{'s' if len(those) > 1 else ''} {', '.join(those)}: {verdict}")
+
+
+def warn(training: Training, metrics: dict[str, float], cost: float) -> int:
+    """Say on stderr what went wrong, if anything; the exit code, 1 if a cost is no number."""
+    labels = training.data.label_train
+    most = labels.bincount().max().item() / len(labels)
+    # Where nothing is learned, two standard errors more than that are seldom right by chance.
+    chance = most + 2 * math.sqrt(most * (1 - most) / len(labels))
+    for value in (cost, metrics["train_cost"]):
+        if not math.isfinite(value):
+            reason = f"stopped: the cost is {value}; a smaller learning rate may help"
+            print(reason, file=sys.stderr)
+            return 1
+    if metrics["train_accuracy"] <= chance:
+        print(
+            f"warning: nothing was learned: {metrics['train_accuracy']:.2%} of the training "
+            f"samples are right, and always naming the most frequent class gets {most:.2%}; try "
+            "another learning rate, or more epochs",
+            file=sys.stderr,
+        )
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -306,39 +365,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
     path = run_path(config.run_folder, name)
     print(
-        f"{training.net_name} {config.activation}, {config.cost} cost, on {config.dataset}: "
+        f"{training.net_name} {config.activation}, output {_output(config.cost)}, "
+        f"{config.cost} cost, on {config.dataset}: "
         f"{len(training.y_train)} samples to learn from, {len(training.y_test)} to test; "
         f"epochs: {config.epochs}, of {training.updates_per_epoch} updates; on {training.device}",
         flush=True,
     )
     if config.dry_run:
-        training.update(
-            *next(training.epoch()), lambda trace: print(trace.diagnostics(config.learning_rate))
-        )
-        print(f"one update made; a run would write to {path}; nothing was written")
-        return 0
+        for x, y in training.epoch():
+            cost = training.update(x, y)
+            if not math.isfinite(cost):
+                break
+        metrics = training.metrics()
+        print(training.diagnostics(config.learning_rate))
+        print(f"after one epoch: {line(metrics)}")
+        print(f"a run would write to {path}; nothing was written")
+        return warn(training, metrics, cost)
     try:
         folder = RunFolder(path, settings(config, training))
     except OSError as error:
         refuse(PROGRAM, f"--run-folder must be a place to make folders in; got {error}")
+    kept = f"what was finished is in {folder.path}"
     started = time.perf_counter()
     try:
-        metrics, observing = train(config, training, folder)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {folder.path}", file=sys.stderr)
-        return 130
+        metrics, cost, observing = train(config, training, folder)
+    except KeyboardInterrupt as stop:
+        return stopped(stop, kept)
+    except BrokenPipeError:  # of who reads what is printed
+        raise
+    except OSError as error:
+        where = kept if folder.path.is_dir() else f"{folder.path} is no longer there"
+        print(f"stopped: {error}; {where}", file=sys.stderr)
+        return 1
     seconds = time.perf_counter() - started
-    diverged = not math.isfinite(metrics["train_cost"])
-    if diverged:
-        print(f"stopped: the cost is {metrics['train_cost']}; a smaller learning rate may help")
     print(
         f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s; "
         f"{observing:.1f} s of that went into logging what the layers did"
     )
+    print_verdicts(training.diagnostics(config.learning_rate))
     print(f"run folder: {folder.path}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
-    return int(diverged)
-
-
-if __name__ == "__main__":
-    run(main)
+    return warn(training, metrics, cost)

@@ -6,6 +6,13 @@ exports the training step of the main job's 64-30-10 network, and trains it on t
 the same order, in a loop that a device could run which has an inference runtime and nothing else.
 """
 
+if __name__ == "__main__":  # first, so that it may be interrupted while all else is imported
+    from importlib import import_module
+
+    from experiments.command_line import run
+
+    run(lambda: import_module("experiments.train_onnx").main())
+
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +28,6 @@ from experiments.command_line import (
     require_counts,
     require_seed,
     require_sizes,
-    run,
 )
 
 PROGRAM = "python -m experiments.train_onnx"
@@ -138,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(Config, arguments, PROGRAM)
     try:
         data, parameters = prepare(config)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         refuse(PROGRAM, error)
     print(f"step exported to {config.model}, {config.model.stat().st_size} bytes", flush=True)
     started = time.perf_counter()
@@ -155,7 +161,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     print(f"test accuracy {found:.2%} after {seconds:.1f} s in onnxruntime")
     return 0
-
-
-if __name__ == "__main__":
-    run(main)
