@@ -1,6 +1,10 @@
 import io
+import signal
+import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -18,6 +22,10 @@ class Options:
     """How many."""
     loud: bool = False
     """Whether to shout."""
+    sizes: tuple[int, ...] = (3, 2)
+    """Some sizes. --count is something else."""
+    folder: Path = Path("runs")
+    """Where to write."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -28,6 +36,9 @@ def test_options() -> None:
     assert parse(Options, [], "prog") == Options()
     arguments = ["--kind", "fancy", "--count", "5", "--loud"]
     assert parse(Options, arguments, "prog") == Options("fancy", 5, True)
+    assert parse(Options, ["--sizes", "5", "4"], "prog").sizes == (5, 4)
+    assert parse(Options, ["--sizes"], "prog").sizes == ()
+    assert parse(Options, ["--folder=a=b"], "prog").folder == Path("a=b")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +59,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kind", "odd"], "invalid choice 'odd' for argument '--kind'. Expected one of ('plain'"),
         (["--colour", "red"], "Unrecognized options: --colour"),
         (["stray"], "Unrecognized options: stray"),
+        (["--coun", "3"], "Unrecognized options: --coun, 3. Perhaps you meant --count?"),
+        (["--coun=3"], "Unrecognized options: --coun, 3. Perhaps you meant --count?"),
+        (["--szies", "3"], "Unrecognized options: --szies, 3. Perhaps you meant --sizes?"),
+        (["--sizes", "5,4"], "--sizes must be whole numbers, separated by spaces; got '5,4'"),
+        (["--sizes", "5", "a"], "--sizes must be whole numbers, separated by spaces; got '5', 'a'"),
+        (["--sizes=5.5"], "--sizes must be whole numbers, separated by spaces; got '5.5'"),
+        (["--folder", ""], "prog: --folder must not be empty"),
+        (["--folder="], "prog: --folder must not be empty"),
+        (["--count", "3", "--sizes", ""], "prog: --sizes must not be empty"),
+        ([""], "prog: an argument must not be empty"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(
@@ -71,3 +92,58 @@ def test_a_reason_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         refuse("prog", "first\n   second")
     assert capsys.readouterr().err == "prog: first second\n"
+
+
+PROGRAM = """
+import signal, sys, threading, time
+from experiments.command_line import run
+assert not {"torch", "tyro", "numpy"} & set(sys.modules)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
+def main():
+    print("started", flush=True)
+"""
+ROOT = Path(__file__).parents[2]
+
+
+def started(main: str) -> "subprocess.Popen[str]":
+    """A program that has begun to run."""
+    program = f"{PROGRAM}{textwrap.indent(textwrap.dedent(main), '    ')}\nrun(main)"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_a_signal_ends_a_program_in_one_line(number: signal.Signals, word: str, code: int) -> None:
+    """Whatever it is doing, as importing what takes long."""
+    with started("time.sleep(60)") as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "started\n"
+        run.send_signal(number)
+        assert run.communicate() == ("", f"{word}\n")
+    assert run.returncode == code
+
+
+def test_what_a_thread_of_tensorboard_raises_is_left_to_the_main_thread() -> None:
+    main = """
+        Writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.writer"})
+        for kind, error in ((Writer, OSError), (Writer, KeyError), (threading.Thread, OSError)):
+            def fail(error=error): raise error(kind.__name__)
+            thread = kind(target=fail)
+            thread.start()
+            thread.join()
+        return 0
+    """
+    with started(main) as run:
+        err = run.communicate()[1]
+    assert run.returncode == 0
+    raised = [line for line in err.splitlines() if not line.startswith(("Exc", "Tr", " "))]
+    assert raised == ["KeyError: 'Writer'", "OSError: Thread"]

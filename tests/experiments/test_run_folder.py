@@ -1,19 +1,41 @@
 import csv
 import json
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import manual_bp
 from experiments import run_folder
-from experiments.run_folder import RunFolder, run_path
+from experiments.run_folder import RunFolder, can_be_made, run_path
 
 
 def test_name_and_time() -> None:
     path = run_path(Path("runs"), "digits__64-30-10__seed0")
     assert re.fullmatch(r"runs/digits__64-30-10__seed0__\d{8}-\d{6}", path.as_posix())
+
+
+@pytest.mark.parametrize("layers", [1, 20, 40, 1000])
+def test_a_long_name_is_cut_in_the_middle(layers: int, tmp_path: Path) -> None:
+    net = "-".join(["64", *["30"] * layers, "10"])
+    config = {"net": net}
+    name = f"breast_cancer__{net}__seed{2**63 - 1}"
+    folders = [RunFolder(run_path(tmp_path, name), config).path for _ in range(2)]
+    for folder in folders:
+        assert len(folder.name) <= 130
+        assert folder.name.startswith("breast_cancer__64-30-")
+        assert re.search(r"-10__seed9223372036854775807__\d{8}-\d{6}(-2)?$", folder.name)
+        assert json.loads((folder / "config.json").read_text("utf-8"))["config"] == config
+    assert (net in folders[0].name) == (layers < 20)
+
+
+def test_a_folder_of_a_name_that_is_too_long_cannot_be_made(tmp_path: Path) -> None:
+    assert can_be_made(tmp_path / "a" / "b")
+    assert not can_be_made(tmp_path / ("a" * 300))
+    assert not can_be_made(tmp_path / ("a" * 300) / "b")
 
 
 def test_the_folder_describes_itself(tmp_path: Path) -> None:
@@ -53,6 +75,60 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     names = [folder.path.name for folder in (first, second, third)]
     assert names == ["run", "run-2", "run-3"]
     assert json.loads((first.path / "config.json").read_text("utf-8"))["config"] == {"n": 0}
+
+
+def test_an_empty_folder_of_the_name_is_left_alone(tmp_path: Path) -> None:
+    for there in ("run", "run-2"):
+        (tmp_path / there).mkdir()
+    assert RunFolder(tmp_path / "run", {}).path.name == "run-3"
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_of_two_that_start_at_once_each_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run takes the name after it was found to be free."""
+    exists = os.path.lexists
+
+    def taken_now(path: Path) -> bool:
+        was_there = exists(path)
+        if not was_there and path.name == "run":
+            monkeypatch.setattr(run_folder.os.path, "lexists", exists)
+            RunFolder(path, {"n": "other"})
+        return was_there
+
+    monkeypatch.setattr(run_folder.os.path, "lexists", taken_now)
+    found = RunFolder(tmp_path / "run", {"n": "ours"})
+    assert found.path.name == "run-2"
+    for name, n in (("run", "other"), ("run-2", "ours")):
+        description = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+        assert description["config"] == {"n": n}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_folder_is_there_with_its_description_or_not_at_all(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        seen.append([each.name for each in tmp_path.iterdir()])
+        raise error
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(type(error)):
+        RunFolder(tmp_path / "run", {})
+    # What a kill would leave here is not among what a shell or a person lists.
+    assert [name.startswith(".unfinished-") for (name,) in seen] == [True]
+    assert not list(tmp_path.iterdir())
+
+
+def test_others_may_read_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    modes = [
+        path.stat().st_mode for path in (tmp_path / "plain", RunFolder(tmp_path / "run", {}).path)
+    ]
+    assert modes[0] == modes[1]
 
 
 def test_a_place_where_no_folder_can_be_made(tmp_path: Path) -> None:

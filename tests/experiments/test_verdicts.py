@@ -1,0 +1,92 @@
+"""Runs that went well and runs that failed, and what a teacher would say of each."""
+
+from typing import Any
+
+import pytest
+
+from experiments.data import load
+from experiments.train import Config, Training, warn
+
+LEARNED, NOTHING, DIVERGED = "", "warning: nothing was learned: ", "stopped: the cost is "
+
+# The rate decides: each net learns at one, and fails at another. Then what is said of the whole run,
+# and, for some layer from the first on, how its verdict begins, and a word that it has.
+QUADRATIC, SOFTMAX, SIGMOID = "quadratic", "softmax-cross-entropy", "sigmoid-cross-entropy"
+RUNS: list[tuple[dict[str, Any], str, str, str]] = [
+    # The README's own.
+    ({"epochs": 30}, LEARNED, "learns", ""),
+    ({"activation": "relu", "learning_rate": 1.0, "epochs": 30}, LEARNED, "learns", ""),
+    ({"cost": SOFTMAX, "learning_rate": 0.5, "epochs": 30}, LEARNED, "learns", ""),
+    ({"dataset": "wine", "epochs": 30}, LEARNED, "learns", ""),
+    # Saturated where it is right, which is as it should be.
+    ({"activation": "tanh"}, LEARNED, "learns", ""),
+    ({"activation": "tanh", "cost": SIGMOID, "learning_rate": 0.5}, LEARNED, "learns", ""),
+    ({"learning_rate": 10.0, "seed": 1}, LEARNED, "learns", ""),
+    # Too fast: saturated for good.
+    ({"learning_rate": 100.0}, NOTHING, "learns slowly", "saturated"),
+    ({"activation": "tanh", "learning_rate": 30.0}, NOTHING, "learns slowly", "saturated"),
+    (
+        {"activation": "tanh", "cost": SOFTMAX, "learning_rate": 10.0},
+        NOTHING,
+        "learns slowly",
+        "saturated",
+    ),
+    ({"cost": SIGMOID, "learning_rate": 30.0}, NOTHING, "learns slowly", "saturated"),
+    # Too fast: dead, though the cost stands still at a number that looks harmless.
+    ({"activation": "relu", "learning_rate": 100.0}, NOTHING, "does not learn", "rounded to 0"),
+    (
+        {"activation": "relu", "cost": SOFTMAX, "learning_rate": 3.0},
+        NOTHING,
+        "does not learn",
+        "off",
+    ),
+    (
+        {"activation": "relu", "cost": SIGMOID, "learning_rate": 3.0},
+        NOTHING,
+        "does not learn",
+        "off",
+    ),
+    # Too fast: no number any more.
+    (
+        {"activation": "leaky-relu", "cost": SOFTMAX, "learning_rate": 100.0},
+        DIVERGED,
+        "is broken",
+        "not finite",
+    ),
+    # Too deep for sigmoids.
+    (
+        {"hidden": (30,) * 6, "learning_rate": 1.0, "epochs": 3},
+        NOTHING,
+        "learns slowly",
+        "times smaller than the last layer's",
+    ),
+    # Too slow, or not for long enough.
+    ({"dataset": "wine", "learning_rate": 0.01, "epochs": 5}, NOTHING, "learns", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "begins", "has"),
+    RUNS,
+    ids=["-".join(map(str, options.values())) or "default" for options, *_ in RUNS],
+)
+def test_what_is_said_of_a_run(
+    options: dict[str, Any],
+    said: str,
+    begins: str,
+    has: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings: dict[str, Any] = {"epochs": 10, "method": "step", "device": "cpu"} | options
+    config = Config(**settings)
+    training = Training(config, load(config.dataset))
+    costs = [training.update(x, y) for _ in range(config.epochs) for x, y in training.epoch()]
+    code = warn(training, training.metrics(), costs[-1])
+    printed = capsys.readouterr().err
+    assert printed.startswith(said)
+    assert bool(printed) == bool(said)
+    assert code == (said == DIVERGED)
+    verdicts = [layer.verdict for layer in training.diagnostics(config.learning_rate)]
+    if begins == "learns":
+        assert set(verdicts) == {"learns"}
+    assert any(verdict.startswith(begins) and has in verdict for verdict in verdicts)
