@@ -1,6 +1,8 @@
 import csv
+import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 from experiments import train
+from experiments.board import Board
+from experiments.command_line import Terminated
 from experiments.data import load
 from experiments.train import Config, Training, main
-from manual_bp import Linear, Sigmoid
+from manual_bp import Linear, ReLU, Sigmoid
 from tests.helpers import logged_in, refusal
 
 ROOT = Path(__file__).parents[2]
@@ -24,18 +28,23 @@ def only(folder: Path) -> Path:
     return found
 
 
-def test_the_main_job_reads_digits(tmp_path: Path) -> None:
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the picture of each epoch, which takes most of the time of a small run."""
+    monkeypatch.setattr(Board, "log_confusion", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_the_main_job_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the README has it, but for the place; with its promise of 96 %."""
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", "--run-folder", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *epochs, last, where, how = done.stdout.splitlines()[1:]
+    assert main(["--run-folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    first, *epochs, last, verdict, where, how = printed.out.splitlines()
+    assert first.startswith("64-30-10 sigmoid, output sigmoid, quadratic cost, on digits: 1437")
     assert len(epochs) == 30
     assert epochs[0].startswith("epoch  1/30  cost ")
+    assert verdict == "layers 0, 2: learns"
     accuracy = re.fullmatch(r"test accuracy (\S+)% after \S+ s; \S+ s of .*", last)
     assert accuracy is not None
     assert float(accuracy[1]) >= 96
@@ -52,6 +61,7 @@ def test_the_main_job_reads_digits(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
     assert config["net"] == "64-30-10"
     assert config["learning_rate"] == 3.0
+    assert (config["activation"], config["output"]) == ("sigmoid", "sigmoid")
     assert "dry_run" not in config
 
 
@@ -109,6 +119,7 @@ def test_observing_changes_nothing(method: Any, device: torch.device) -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     rows: list[str] = []
     for seed in ("1", "1", "2"):
@@ -129,7 +140,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings(options: list[str], tmp_path: Path) -> None:
-    assert main([*QUICK, *options, "--run-folder", str(tmp_path)]) == 0
+    assert main([*QUICK, *options, "--epochs", "1", "--run-folder", str(tmp_path)]) == 0
     assert (only(tmp_path) / "metrics.csv").exists()
 
 
@@ -140,54 +151,143 @@ def test_the_net_is_made_of_our_modules() -> None:
     assert [type(module) for module in on_z.net] == [Linear, Sigmoid, Linear]
 
 
+@pytest.mark.parametrize(
+    ("cost", "output"),
+    [("quadratic", [Sigmoid]), ("sigmoid-cross-entropy", []), ("softmax-cross-entropy", [])],
+)
+def test_the_activation_is_that_of_the_hidden_layers(cost: Any, output: list[Any]) -> None:
+    """What the network gives out follows from the cost."""
+    digits = load("digits")
+    relu = Training(Config(activation="relu", cost=cost, hidden=(9, 8)), digits)
+    assert [type(m) for m in relu.net] == [Linear, ReLU, Linear, ReLU, Linear, *output]
+    none = Training(Config(activation="relu", cost=cost, hidden=()), digits)
+    assert [type(m) for m in none.net] == [Linear, *output]
+    assert train.settings(Config(cost=cost), relu)["output"] == ("sigmoid" if output else "z")
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "--run-folder", str(tmp_path / "runs")]) == 0
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
     assert "nothing was written" in printed
     assert re.search(r"^ *0  learns$", printed, flags=re.MULTILINE)
+    assert re.search(r"^ *2  learns$", printed, flags=re.MULTILINE)
+    assert "after one epoch: cost 0." in printed
+
+
+def test_a_dry_run_of_what_would_die_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dies = ["--activation", "relu", "--cost", "softmax-cross-entropy", "--learning-rate", "10"]
+    assert main([*dies, "--dry-run", "--run-folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "does not learn: all its neurons are off" in printed.out
+    assert printed.err.startswith("warning: nothing was learned: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rate", ["1e25", "1e38"])
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
 def test_enormous_weights_can_still_be_shown(rate: str, method: str, tmp_path: Path) -> None:
     options = ["--learning-rate", rate, "--method", method, "--run-folder", str(tmp_path)]
-    assert main([*QUICK, *options]) in (0, 1)
+    assert main([*QUICK, *options, "--epochs", "1"]) in (0, 1)
     assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) >= 2
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
     options = ["--batch-size", "1" + "0" * 20, "--run-folder", str(tmp_path)]
     assert main([*QUICK, *options]) == 0
     assert (only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()[2].startswith("2,2,")
 
 
-def test_a_run_that_diverges_says_so_and_keeps_what_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
+def test_a_run_that_diverges_says_so_at_once_and_keeps_what_it_has(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--cost", "softmax-cross-entropy", "--learning-rate", "1e38", "--epochs", "5"]
-    assert main([*options, "--run-folder", str(tmp_path)]) == 1
-    assert "stopped: the cost is nan; a smaller learning rate may help" in capsys.readouterr().out
-    assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) == 2
+    assert main([*options, "--method", method, "--run-folder", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(
+        "stopped: the cost is (nan|inf); a smaller learning rate may help\n", printed.err
+    )
+    assert "is broken: not finite are " in printed.out
+    lines = (only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()
+    assert len(lines) == 2
+    assert int(lines[1].split(",")[1]) <= 3  # updates, of 144 in an epoch
 
 
-def test_an_interrupted_run_keeps_what_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("_undrawn")
+def test_a_run_that_learned_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--learning-rate", "1e4", "--method", "step", "--run-folder", str(tmp_path)]
+    assert main([*QUICK, *options]) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(
+        r"warning: nothing was learned: \S+% of the training samples are right, and always naming "
+        r"the most frequent class gets 10.16%; try another learning rate, or more epochs\n",
+        printed.err,
+    )
+    assert "layers 0, 2: learns\n" not in printed.out
+
+
+@pytest.mark.usefixtures("_undrawn")
+@pytest.mark.parametrize(
+    ("end", "said", "code"),
+    [
+        (KeyboardInterrupt(), "interrupted; what was finished is in {}\n", 130),
+        (Terminated(), "terminated; what was finished is in {}\n", 143),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "stopped: [Errno 28] No space left on device; what was finished is in {}\n",
+            1,
+        ),
+    ],
+)
+def test_a_run_that_is_ended_keeps_what_it_has(
+    end: BaseException,
+    said: str,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     epochs: list[int] = []
     observe = train.observe
 
-    def interrupt(*arguments: Any) -> Any:
+    def stop(*arguments: Any) -> Any:
         epochs.append(len(epochs))
         if len(epochs) == 3:
-            raise KeyboardInterrupt
+            raise end
         return observe(*arguments)
 
-    monkeypatch.setattr(train, "observe", interrupt)
-    assert main([*QUICK, "--run-folder", str(tmp_path)]) == 130
+    monkeypatch.setattr(train, "observe", stop)
+    assert main([*QUICK, "--run-folder", str(tmp_path)]) == code
     folder = only(tmp_path)
-    assert f"interrupted; what was finished is in {folder}" in capsys.readouterr().err
+    assert capsys.readouterr().err == said.format(folder)
     assert len((folder / "metrics.csv").read_text("utf-8").splitlines()) == 2
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "experiments.train", *QUICK, "--epochs", "10000"]
+    with subprocess.Popen(
+        [*command, "--run-folder", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith("epoch"):
+            assert run.poll() is None
+        folder = only(tmp_path)
+        shutil.rmtree(folder)
+        err = run.communicate(timeout=120)[1]
+    assert run.returncode == 1
+    assert err.startswith("stopped: ")
+    assert err.endswith(f"; {folder} is no longer there\n")
+    assert err.count("\n") == 1
 
 
 def test_a_reader_that_stops_reading_ends_the_run_quietly(tmp_path: Path) -> None:
@@ -237,7 +337,11 @@ def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) ->
         (["--device", "abacus"], "--device must be auto, or one that PyTorch can use here"),
         (["--device", "meta"], "--device must be auto, or one that PyTorch can use here"),
         (["--dataset", "mnist"], "invalid choice 'mnist' for argument '--dataset'"),
-        (["--epoch", "3"], "Unrecognized options: --epoch"),
+        (["--epoch", "3"], "Unrecognized options: --epoch, 3. Perhaps you meant --epochs"),
+        (["--learning-rat", "3"], "Perhaps you meant --learning-rate?"),
+        (["--hidden", "30,20"], "--hidden must be whole numbers, separated by spaces; got '30,20'"),
+        (["--run-folder", ""], "--run-folder must not be empty"),
+        (["--run-folder", "a" * 300], "--run-folder must be a place to make folders in; got"),
         (["--run-folder", "/dev/null"], "--run-folder must be a place to make folders in; got"),
     ],
 )
