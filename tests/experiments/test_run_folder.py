@@ -93,11 +93,11 @@ def test_of_two_that_start_at_once_each_has_its_own(
     def taken_now(path: Path) -> bool:
         was_there = exists(path)
         if not was_there and path.name == "run":
-            monkeypatch.setattr(run_folder.os.path, "lexists", exists)
+            monkeypatch.setattr(os.path, "lexists", exists)
             RunFolder(path, {"n": "other"})
         return was_there
 
-    monkeypatch.setattr(run_folder.os.path, "lexists", taken_now)
+    monkeypatch.setattr(os.path, "lexists", taken_now)
     found = RunFolder(tmp_path / "run", {"n": "ours"})
     assert found.path.name == "run-2"
     for name, n in (("run", "other"), ("run-2", "ours")):
@@ -111,7 +111,7 @@ def test_a_folder_is_there_with_its_description_or_not_at_all(
 ) -> None:
     seen: list[list[str]] = []
 
-    def fail(path: Path, *_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         seen.append([each.name for each in tmp_path.iterdir()])
         raise error
 

@@ -9,9 +9,10 @@ from experiments.train import Config, Training, warn
 
 LEARNED, NOTHING, DIVERGED = "", "warning: nothing was learned: ", "stopped: the cost is "
 
-# The rate decides: each net learns at one, and fails at another. Then what is said of the whole run,
-# and, for some layer from the first on, how its verdict begins, and a word that it has.
-QUADRATIC, SOFTMAX, SIGMOID = "quadratic", "softmax-cross-entropy", "sigmoid-cross-entropy"
+SOFTMAX, SIGMOID = "softmax-cross-entropy", "sigmoid-cross-entropy"
+
+# The options that differ from the default, how what is said of the run begins, how the verdict on
+# one of its layers begins (on all of them, if that is "learns"), and which words it has.
 RUNS: list[tuple[dict[str, Any], str, str, str]] = [
     # The README's own.
     ({"epochs": 30}, LEARNED, "learns", ""),
