@@ -28,8 +28,8 @@ SATURATED = 0.05
 # that a saturated hidden layer had stopped, 93 % and more.
 MOST = 0.9
 # The last layer saturates where it is right, as it should. So its verdict is about saturation only
-# if less than this share of the error passes σ': in nets that had learned 4 % and more did, over all
-# training samples; in those that had stopped, 0.02 % and less.
+# if less than this share of the error passes σ': over all training samples, 4 % and more did in
+# nets that had learned; in those that had stopped, 0.02 % and less.
 PASSED = 0.01
 # An input is dead if it never has this share of the inputs' root mean square.
 DEAD = 0.01
@@ -39,8 +39,8 @@ MANY = 0.5
 FAR = 1000.0
 # How many rows of δ it takes to say that something is so in all of them.
 ENOUGH = 8
-# How many times its weights an update may be before it is a leap. A layer starts with small weights,
-# and in nets that learned well the first update was up to 6 times as large.
+# How many times its weights an update may be before it is a leap. Layers start with small weights:
+# in nets that learned well the first update was up to 6 times as large.
 LEAP = 10.0
 
 

@@ -1,7 +1,9 @@
+import errno
 import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+Prepared = tuple[Config, train_onnx.Data, dict[str, train_onnx.Array]]
+
 NEEDS = "needs the extra onnx: pip install -e '.[onnx]'"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _onnx() -> None:
     for name in ("onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=NEEDS)
@@ -43,9 +47,16 @@ def test_it_learns_the_digits_as_the_main_job_does(
     assert lines[7].startswith(f"test accuracy {expected:.2%} after ")
 
 
-def test_the_parameters_are_those_of_the_main_job(tmp_path: Path) -> None:
-    config = Config(model=tmp_path / "step.onnx", epochs=1, batch_size=100)
-    (found,) = learn(config, *prepare(config))
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The step, exported once, with the data and the first parameters."""
+    config = Config(model=tmp_path_factory.mktemp("step") / "step.onnx", epochs=2)
+    return (config, *prepare(config))
+
+
+def test_the_parameters_are_those_of_the_main_job(prepared: Prepared) -> None:
+    config, data, parameters = prepared
+    found = next(learn(replace(config, batch_size=100), data, parameters))
     job = train.Training(train.Config(epochs=1, batch_size=100, device="cpu"), load("digits"))
     for x, y in job.epoch():
         job.update(x, y)
@@ -54,11 +65,10 @@ def test_the_parameters_are_those_of_the_main_job(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found[name]), right, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loop_needs_no_pytorch(tmp_path: Path) -> None:
+def test_the_loop_needs_no_pytorch(prepared: Prepared, tmp_path: Path) -> None:
     """In a process of its own, where PyTorch cannot be imported."""
-    config = Config(model=tmp_path / "step.onnx", epochs=2)
     file = tmp_path / "all.pickle"
-    file.write_bytes(pickle.dumps((config, *prepare(config))))
+    file.write_bytes(pickle.dumps(prepared))
     program = f"""
         import pickle, sys
         sys.modules["torch"] = None
@@ -88,6 +98,17 @@ def prepare_nothing() -> tuple[dict[str, train_onnx.Array], train_onnx.Array, tr
 
     parameters = {"w": np.eye(2, dtype=np.float32), "b": np.zeros(2, np.float32)}
     return parameters, np.array([[1, 0], [1, 0]], np.float32), np.array([0, 1])
+
+
+def test_a_full_disk_is_a_refusal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def prepare_nothing(_: Config) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_onnx, "prepare", prepare_nothing)
+    said = refusal(main, ["--model", str(tmp_path / "step.onnx")], capsys)
+    assert said.endswith("train_onnx: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(
