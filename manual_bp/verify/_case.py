@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
+from manual_bp.verify._warnings import pytorchs_own_left_out
+
 Sample = tuple[Any, ...]
 Samples = Sequence[Sample] | Callable[[torch.Generator], Sequence[Sample]]
 
@@ -73,6 +75,7 @@ class Case:
         return self.labels[position] if position < len(self.labels) else f"argument {position}"
 
 
+@pytorchs_own_left_out()
 def function_case(
     fn: Any,
     samples: Samples,
@@ -123,6 +126,7 @@ def function_case(
     )
 
 
+@pytorchs_own_left_out()
 def module_case(
     factory: Callable[[], nn.Module],
     samples: Samples,

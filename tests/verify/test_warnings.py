@@ -1,0 +1,232 @@
+"""PyTorch's warnings about its own code are no part of a verdict; the candidate's own are."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from manual_bp.verify import Report, check_function, check_module
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = [(torch.randn(5, 3, dtype=torch.float64),)]
+
+
+class Square(Function):
+    """x ⊙ x, with a place to call something in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def checked(fn: Any, action: Any = "error") -> Report:
+    with warnings.catch_warnings(action=action):
+        return check_function(fn, SAMPLES, torch.square, slow=False)
+
+
+def pytorchs_own(source: str) -> Any:
+    """`call` of a module that PyTorch might have one day."""
+    names: dict[str, Any] = {"__name__": "torch.one_day"}
+    file = Path(torch.__file__).parent / "one_day.py"
+    exec(compile(f"import torch, typing_extensions, warnings\n{source}", str(file), "exec"), names)
+    return names["call"]
+
+
+CLASSES = ["DeprecationWarning", "FutureWarning", "UserWarning", "torch.jit.TracerWarning"]
+OWN = [
+    *[f"def call():\n    warnings.warn('x', {name})" for name in CLASSES],
+    "def old():\n    warnings.warn('x', FutureWarning, stacklevel=2)\ndef call():\n    old()",
+    "@typing_extensions.deprecated('x')\ndef old():\n    pass\ndef call():\n    old()",
+    "@typing_extensions.deprecated('x', category=FutureWarning)\ndef old():\n    pass\n"
+    "def call():\n    old()",
+]
+
+
+@pytest.mark.parametrize("source", OWN)
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_pytorchs_own_are_left_out(source: str, action: str) -> None:
+    call = pytorchs_own(source)
+
+    class Calls(Square):
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            call()
+            return Square.backward(ctx, grad)
+
+    with warnings.catch_warnings(record=True) as told:
+        report = checked(Calls, action)
+    assert report.ok, report
+    assert not told
+
+
+def test_those_that_the_kit_brings_about_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stacklevel=2 a warning of PyTorch names the caller, which is the kit."""
+    stack = torch.stack
+    call = pytorchs_own("def call():\n    warnings.warn('x', FutureWarning, stacklevel=3)")
+
+    def deprecated(*arguments: Any) -> Tensor:
+        call()
+        return stack(*arguments)
+
+    monkeypatch.setattr(torch, "stack", deprecated)
+    report = checked(Square)
+    assert report.ok, report
+
+
+def test_a_deprecated_call_by_the_candidate_is_the_candidates() -> None:
+    call = pytorchs_own("def call():\n    warnings.warn('x', FutureWarning, stacklevel=2)")
+    report = checked(lambda x: call() or x * x)
+    assert "FutureWarning: x" in report.failures[0].message
+
+
+class WarnsInForward(Square):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        warnings.warn("a slow path", stacklevel=1)
+        return Square.forward(ctx, x)
+
+
+class NamesItsCaller(Square):
+    """As ruff and flake8 have it; the caller is PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        warnings.warn("a slow path", stacklevel=2)
+        return Square.forward(ctx, x)
+
+
+class WarnsInBackward(Square):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        warnings.warn("a slow path", stacklevel=2)
+        return Square.backward(ctx, grad)
+
+
+OF_THE_CANDIDATE = [WarnsInForward, NamesItsCaller, WarnsInBackward]
+
+
+@pytest.mark.parametrize("candidate", OF_THE_CANDIDATE)
+def test_the_candidates_own_are_errors_if_the_user_wants(candidate: Any) -> None:
+    report = checked(candidate)
+    assert not report.ok
+    (told,) = [o.message for o in report.failures if o.check == "gradients_match_reference"]
+    assert told.startswith(
+        "raised its own warning, which the filters in force make an error: UserWarning: a slow path"
+    )
+    assert not any("two calls" in outcome.message for outcome in report.outcomes)
+
+
+@pytest.mark.parametrize("candidate", OF_THE_CANDIDATE)
+def test_else_they_are_shown_once(candidate: Any) -> None:
+    with pytest.warns(UserWarning, match="a slow path") as told:
+        report = checked(candidate, "always")
+    assert report.ok, report
+    assert len(told) == 1
+
+
+def test_or_not_at_all() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        assert checked(WarnsInForward, "ignore").ok
+    assert not told
+    with warnings.catch_warnings(action="error"):
+        warnings.filterwarnings("ignore", module=f"{__name__}$")
+        assert check_function(WarnsInForward, SAMPLES, torch.square, slow=False).ok
+
+
+def test_a_module_that_names_its_caller() -> None:
+    class Warns(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            warnings.warn("a slow path", stacklevel=2)
+            return super().forward(input)
+
+    def judged() -> Report:
+        return check_module(lambda: Warns(3, 4), SAMPLES, lambda: nn.Linear(3, 4), slow=False)
+
+    assert "UserWarning: a slow path" in judged().failures[0].message
+    with pytest.warns(UserWarning, match="a slow path"):
+        assert judged().ok
+
+
+def test_the_filters_are_left_as_they_were() -> None:
+    filters, show = list(warnings.filters), warnings.showwarning
+    checked(WarnsInForward)
+    assert (list(warnings.filters), warnings.showwarning) == (filters, show)
+
+
+CASES = """
+import warnings
+import torch
+from torch.autograd import Function
+from manual_bp.verify import function_case
+
+class Cube(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x ** 3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+class Warns(Cube):
+    @staticmethod
+    def backward(ctx, grad):
+        warnings.warn("a slow path", stacklevel=2)
+        return Cube.backward(ctx, grad)
+
+def samples(g):
+    return [(torch.randn(5, 3, generator=g),)]
+
+LATE = ["forward_ad", "forward_over_reverse", "vmap", "per_sample_gradients", "autocast"]
+CASES = [
+    function_case(torch.tanh, samples, torch.tanh, in_dims=(0,), supports=[*LATE, "compile"]),
+    function_case(Cube, samples, lambda x: x ** 3, in_dims=(0,), supports=LATE),
+    function_case(Warns, samples, lambda x: x ** 3, in_dims=(0,)),
+]
+"""
+
+
+def test_the_command_in_a_fresh_process_where_warnings_are_errors(tmp_path: Path) -> None:
+    """There PyTorch loads what it loads late, and warns of that."""
+    late = ["forward_ad", "forward_over_reverse", "vmap", "per_sample_gradients", "autocast"]
+    checks = [f"--check={name}" for name in ("finite_differences", *late, "compile")]
+    (tmp_path / "cases.py").write_text(CASES)
+    command = [sys.executable, "-W", "error", "-m", "manual_bp.verify", "cases:CASES", "--json"]
+    command += checks
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *right, warns = json.loads(done.stdout)
+    assert [report["ok"] for report in right] == [True] * 2, done.stdout
+    assert not warns["ok"]
+    assert any("UserWarning: a slow path" in o["message"] for o in warns["outcomes"])
+    assert not done.stderr
