@@ -31,8 +31,12 @@ class Bench:
         seed = zlib.crc32(f"{check} {case.seed}".encode())
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        drawn = case.draw(self.generator)
-        self.samples: list[Sample] = [tuple(self._placed(t) for t in sample) for sample in drawn]
+        self.samples = self.drawn()
+
+    def drawn(self) -> list[Sample]:
+        """Samples from the random numbers that come next."""
+        drawn = self.case.draw(self.generator)
+        return [tuple(self._placed(t) for t in sample) for sample in drawn]
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -41,6 +45,40 @@ class Bench:
             return value.to(self.case.device)
         dtype = torch.complex128 if value.is_complex() else torch.float64
         return value.detach().to(self.case.device, dtype, copy=True)
+
+    def most_telling(self) -> Sample:
+        """The sample that shows the most gradients; it alone counts as evidence from here on."""
+        best = max(self.samples, key=lambda s: sum(map(_shows, self._right(s).values())))
+        self.samples = [best]
+        return best
+
+    def unseen(self) -> str:
+        """Why a mistake in some gradient would not show at any sample; empty if it would."""
+        right = [self._right(sample) for sample in self.samples]
+        every = [gradient for found in right for gradient in found.values()]
+        if not every:
+            return "no output depends on an argument that can have a gradient"
+        told = []
+        for i in sorted({i for found in right for i in found}):
+            reasons = {_blank(found[i]): None for found in right if i in found}
+            if "" not in reasons:
+                told.append(f"the gradient of {self.case.label(i)} {' or '.join(reasons)}")
+        if told:
+            return f"{', '.join(told)} at every sample"
+        if any(g.ndim for g in every) and all(g.numel() <= 1 for g in every):
+            return "every gradient has one element only: a sum, a mean and a transpose look alike"
+        return ""
+
+    def _right(self, sample: Sample) -> dict[int, Tensor]:
+        """The gradients that come of what is trusted, without those that are None."""
+        upstream = self.upstream(self.trusted, sample)
+        _, found = gradients(self.trusted, leaves(sample), upstream)
+        return {i: gradient for i, gradient in found.items() if gradient is not None}
+
+    @property
+    def trusted(self) -> Call:
+        """The reference, or the case's own call if there is none."""
+        return self.case.reference or self.case.call
 
     @property
     def reference(self) -> Call:
@@ -55,6 +93,17 @@ class Bench:
         if self.case.in_dims is None:
             raise NotApplicable("in_dims was not given: which dimension counts the samples?")
         return self.case.in_dims
+
+    def with_rows(self) -> list[Sample]:
+        """The samples that have a row; they alone count as evidence from here on."""
+        self.samples = [
+            sample
+            for sample in self.samples
+            if all(d is None or t.shape[d] for t, d in zip(sample, self.in_dims, strict=True))
+        ]
+        if not self.samples:
+            raise NotApplicable("no sample has a row")
+        return self.samples
 
     def random_like(self, value: Tensor) -> Tensor:
         """Normal random numbers in the shape, dtype and place of a tensor."""
@@ -210,6 +259,19 @@ def subsets(places: Sequence[int]) -> Iterator[list[int]]:
         yield [place]
         yield [other for other in places if other != place]
     yield list(places)
+
+
+def _blank(gradient: Tensor) -> str:
+    """Why a wrong gradient could look like this one; empty if it could not."""
+    if not gradient.numel():
+        return "has no elements"
+    if not gradient.isfinite().any():
+        return "is not finite"
+    return "" if _shows(gradient) else "is zero"
+
+
+def _shows(gradient: Tensor) -> bool:
+    return bool((gradient.isfinite() & (gradient != 0)).any())
 
 
 def _sizes(sample: Sample) -> list[int]:

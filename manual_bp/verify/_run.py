@@ -123,6 +123,8 @@ def _outcome(case: Case, check: Check) -> Outcome:
             message = f"{bench.kinks} directions start at a kink, which at_zero judges"
         if not bench.comparisons:
             status, message = "not applicable", "nothing to compare"
+        elif "telling_samples" not in case.expected_failures and (unseen := bench.unseen()):
+            status, message = "not applicable", f"it cannot tell: {unseen}"
     except NotApplicable as reason:
         status, message = "not applicable", str(reason)
     except Mismatch as mismatch:

@@ -720,6 +720,156 @@ _SHAPES = (
 )
 
 
+# Strides of the arguments
+
+
+def _by_memory(value: Tensor) -> Tensor:
+    """What is read from a pointer by somebody who takes the rows to follow one another."""
+    memory = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
+    places = torch.arange(value.numel()) + value.storage_offset()
+    return memory[places % memory.numel()].view(value.shape)
+
+
+class _Product(Function):
+    """x * y with right gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Any:
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        return delta * y, delta * x
+
+
+class _ReadsByMemory(_Product):
+    """The saved arguments taken for contiguous."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = map(_by_memory, ctx.saved_tensors)
+        return delta * y, delta * x
+
+
+class _SharesStrides(_Product):
+    """y read by the strides of x: right as long as both have the same."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        return delta * (y if y.stride() == x.stride() else _by_memory(y)), delta * x
+
+
+class _StridesOfArgument(_Product):
+    """∂C/∂x written by the strides of x, of which an expanded one shares its rows."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        grad_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        for row, value in zip(grad_x, delta * y, strict=True):
+            row.copy_(value)
+        return grad_x, delta * x
+
+
+class _ForwardByMemory(_Product):
+    """The value, too, is right for contiguous arguments only."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Any:
+        return _by_memory(x) * y
+
+
+_STRIDES = tuple(
+    Mutant(name, mistake, "argument_layouts", function_case(wrong, _pair_samples, torch.mul))
+    for name, mistake, wrong in (
+        ("reads_by_memory", "backward takes its saved arguments for contiguous", _ReadsByMemory),
+        (
+            "shares_strides",
+            "backward reads one argument by the strides of the other",
+            _SharesStrides,
+        ),
+        (
+            "strides_of_argument",
+            "a gradient is given the strides of its argument, so that rows of an expanded one meet",
+            _StridesOfArgument,
+        ),
+        ("forward_by_memory", "forward takes an argument for contiguous", _ForwardByMemory),
+    )
+)
+
+
+# Samples in which a mistake does not show
+
+
+class _Seventeen(Function):
+    """y = x ⊙ x with a gradient 17 times too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return 34 * x * delta
+
+
+_BLIND = (
+    Mutant(
+        "seen_on_nothing",
+        "a gradient is 17 times too large, and no sample has elements",
+        "telling_samples",
+        function_case(_Seventeen, [(torch.ones(0, 3),)], torch.square, in_dims=(0,)),
+    ),
+    Mutant(
+        "seen_at_zero",
+        "a gradient is 17 times too large, and zero at all samples",
+        "telling_samples",
+        function_case(_Seventeen, [(torch.zeros(5, 3),)], torch.square),
+    ),
+    Mutant(
+        "seen_on_one_element",
+        "dC/db is a mean where a sum belongs, of one row with one element",
+        "telling_samples",
+        function_case(_MeanBias, [(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1))], F.linear),
+    ),
+    Mutant(
+        "seen_by_the_bias_only",
+        "dC/dw over N, and all samples have inputs of zero, so that dC/dw is zero",
+        "telling_samples",
+        function_case(
+            _ExtraMean, [(torch.zeros(5, IN), torch.ones(OUT, IN), torch.ones(OUT))], F.linear
+        ),
+    ),
+    Mutant(
+        "seen_detached",
+        "a gradient is missing, and the reference has none either",
+        "telling_samples",
+        function_case(
+            lambda x: x.detach() ** 2, _elementwise_samples, lambda x: x.detach().square()
+        ),
+    ),
+)
+
+
 # Memory
 
 
@@ -1060,26 +1210,6 @@ def _dropout(a: Tensor, mask: Tensor, p: float) -> Tensor:
     return a * mask / (1 - p)
 
 
-class _Product(Function):
-    """x * y with right gradients."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Any:
-        return x * y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
-        del output
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, delta: Any) -> Any:
-        x, y = ctx.saved_tensors
-        return delta * y, delta * x
-
-
 class _OnceWhenTied(_Product):
     """One gradient when both arguments are one tensor."""
 
@@ -1104,7 +1234,105 @@ class _KeyedByMemory(_Product):
         return table.pop(x.data_ptr()), table.pop(y.data_ptr(), None)
 
 
+class _KeptOnClass(Function):
+    """What backward needs is kept on the class."""
+
+    kept: Tensor
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:  # noqa: ARG004
+        _KeptOnClass.kept = x.detach().clone()
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:  # noqa: ARG004
+        return 2 * _KeptOnClass.kept * delta
+
+
+_SCRATCH = torch.empty(4096, dtype=torch.float64)
+
+
+class _KeptInBuffer(Function):
+    """The output kept in one buffer for all calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        y = x.detach().exp()
+        _SCRATCH[: y.numel()] = y.flatten()
+        ctx.shape = y.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        kept = _SCRATCH[: delta.numel()].view(ctx.shape).to(delta.dtype, copy=True)
+        return kept * delta
+
+
+class _KeptOnStack(Function):
+    """What backward needs is kept on a stack, whose top is the last call's."""
+
+    stack: list[Tensor] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:  # noqa: ARG004
+        _KeptOnStack.stack.append(x.detach().clone())
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:  # noqa: ARG004
+        return 2 * _KeptOnStack.stack.pop() * delta
+
+
+class _MaskOnModule(nn.Module):
+    """A ReLU that keeps its mask on itself."""
+
+    mask: Tensor
+
+    def forward(self, input: Tensor) -> Any:  # noqa: A002
+        layer = self
+
+        class Masked(Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Any:  # noqa: ARG004
+                layer.mask = x > 0
+                return x * layer.mask
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx: Any, delta: Any) -> Any:  # noqa: ARG004
+                return delta * layer.mask
+
+        return Masked.apply(input)
+
+
 _REPETITION = (
+    Mutant(
+        "kept_on_class",
+        "what backward needs is kept on the class, and overwritten by the next call",
+        "interleaved_calls",
+        function_case(_KeptOnClass, _elementwise_samples, torch.square),
+    ),
+    Mutant(
+        "kept_in_buffer",
+        "the output is kept in one buffer for all calls",
+        "interleaved_calls",
+        function_case(_KeptInBuffer, _elementwise_samples, torch.exp),
+    ),
+    Mutant(
+        "kept_on_stack",
+        "what backward needs is kept on a stack: wrong unless the last call comes back first",
+        "interleaved_calls",
+        function_case(_KeptOnStack, _elementwise_samples, torch.square),
+    ),
+    Mutant(
+        "mask_on_module",
+        "a module keeps its mask on itself",
+        "interleaved_calls",
+        module_case(_MaskOnModule, _elementwise_samples, nn.ReLU),
+    ),
     Mutant(
         "accumulates_on_ctx",
         "dC/dw adds up over the backwards of one graph",
@@ -2120,6 +2348,8 @@ MUTANTS: tuple[Mutant, ...] = (
     *_WHAT_IS_ASKED_FOR,
     *_UPSTREAM,
     *_SHAPES,
+    *_STRIDES,
+    *_BLIND,
     *_MEMORY,
     *_REPETITION,
     *_TRANSFORMS,

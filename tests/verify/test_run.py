@@ -1,3 +1,5 @@
+import gc
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -227,6 +229,34 @@ def test_a_kink_is_detected_and_reported() -> None:
     assert message(report, "finite_differences") == (
         "4 directions start at a kink, which at_zero judges"
     )
+
+
+def kept(value: Tensor) -> Tensor:
+    """A Function whose output is saved: whoever hands it back to autograd makes a cycle."""
+    return torch.exp(value)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        function_case(kept, SAMPLES, torch.exp, in_dims=(0,)),
+        function_case(Square, SAMPLES, square, in_dims=(0,)),
+        function_case(Wrong, SAMPLES, square, in_dims=(0,)),
+        module_case(nn.Tanh, SAMPLES, nn.Tanh, in_dims=(0,)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_runs_leave_no_tensors_behind(case: Any) -> None:
+    def live() -> Counter[str]:
+        gc.collect()
+        nodes = (Tensor, torch.autograd.graph.Node)
+        return Counter(type(o).__name__ for o in gc.get_objects() if issubclass(type(o), nodes))
+
+    run(case, slow=False)
+    before = live()
+    for _ in range(3):
+        run(case, slow=False)
+    assert not live() - before  # what other tests left may go in between
 
 
 def test_every_check_has_a_description() -> None:

@@ -13,14 +13,17 @@ from manual_bp.verify.checks.batches import per_sample_gradients, vmap
 from manual_bp.verify.checks.compiler import compile_dynamic, compiled, export
 from manual_bp.verify.checks.edges import at_zero, device_parity, infinite_values, large_values
 from manual_bp.verify.checks.first_order import (
+    argument_layouts,
     finite_differences,
     forward_matches_reference,
     frugal,
     gradients_match_reference,
     requires_grad_subsets,
+    telling_samples,
 )
 from manual_bp.verify.checks.manners import (
     deterministic,
+    interleaved_calls,
     no_leak,
     raw_backward,
     repeatable_backward,
@@ -70,8 +73,10 @@ class Check:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("telling_samples", telling_samples),
     Check("deterministic", deterministic),
     Check("forward_matches_reference", forward_matches_reference),
+    Check("argument_layouts", argument_layouts),
     Check("finite_differences", finite_differences),
     Check("gradients_match_reference", gradients_match_reference),
     Check("requires_grad_subsets", requires_grad_subsets),
@@ -89,6 +94,7 @@ CHECKS: tuple[Check, ...] = (
     Check("stale_inputs_raise", stale_inputs_raise),
     Check("no_leak", no_leak),
     Check("repeatable_backward", repeatable_backward),
+    Check("interleaved_calls", interleaved_calls),
     Check("tied_inputs", tied_inputs),
     Check("double_backward", double_backward, is_capability=True),
     Check("third_order", third_order, is_capability=True),

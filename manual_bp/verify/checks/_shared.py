@@ -1,5 +1,6 @@
 """What several checks share."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,18 @@ from manual_bp.verify._bench import (
 )
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import Mismatch
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    "strided": lambda t: torch.stack([torch.ones_like(t), t], -1)[..., 1],
+    "shifted": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
+    "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
+}
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether the elements are all of its memory, one after the other."""
+    return value.is_contiguous() and not value.storage_offset()
 
 
 def compare_with_reference(

@@ -11,8 +11,8 @@ from manual_bp.verify._case import Sample
 
 def vmap(bench: Bench) -> None:
     """Under vmap as in a loop over the samples."""
-    for sample in bench.samples:
-        in_dims = bench.in_dims
+    in_dims = bench.in_dims
+    for sample in bench.with_rows():
         batched = torch.func.vmap(bench.case.call, in_dims)(*sample)
         rows = [bench.case.call(*row) for row in _rows(sample, in_dims)]
         looped = tuple(torch.stack(parts) for parts in zip(*map(tensors_of, rows), strict=True))
@@ -21,8 +21,8 @@ def vmap(bench: Bench) -> None:
 
 def per_sample_gradients(bench: Bench) -> None:
     """The gradient of every sample by vmap(grad), as in a loop."""
-    for sample in bench.samples:
-        in_dims = bench.in_dims
+    in_dims = bench.in_dims
+    for sample in bench.with_rows():
         places = positions(sample)
 
         def total(*arguments: Any) -> Tensor:

@@ -14,24 +14,27 @@ from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 def compiled(bench: Bench) -> None:
     """Compiled in one graph: values and gradients as in eager code, of tied arguments as well."""
-    _compare_compiled(bench, bench.case.call, [bench.samples[0]], dynamic=False)
-    for sample, i, j in pairs_of_one_shape(bench):
+    pairs = pairs_of_one_shape(bench)
+    _compare_compiled(bench, bench.case.call, [bench.most_telling()], dynamic=False)
+    for sample, i, j in pairs:
         _compare_compiled(bench, tied(bench.case.call, i, j), [sample], dynamic=False)
 
 
 def compile_dynamic(bench: Bench) -> None:
     """Compiled with dynamic shapes: right for another number of rows too."""
     in_dims = bench.in_dims
+    bench.with_rows()
+    sample = bench.most_telling()
     fewer = tuple(
         t if d is None else t.narrow(d, 0, t.shape[d] - 1)
-        for t, d in zip(bench.samples[0], in_dims, strict=True)
+        for t, d in zip(sample, in_dims, strict=True)
     )
-    _compare_compiled(bench, bench.case.call, [bench.samples[0], fewer], dynamic=True)
+    _compare_compiled(bench, bench.case.call, [sample, fewer], dynamic=True)
 
 
 def export(bench: Bench) -> None:
     """Exported by torch.export: the same values."""
-    sample = bench.samples[0]
+    sample = bench.most_telling()
 
     class Exported(nn.Module):
         def forward(self, *arguments: Any) -> Any:

@@ -39,7 +39,7 @@ def infinite_values(bench: Bench) -> None:
             if not sample[i].numel() or sample[i].is_complex():
                 continue
             planted = sample[i].clone()
-            planted.view(-1)[0] = value
+            planted[(0,) * planted.ndim] = value
             arguments = tuple(planted if j == i else t for j, t in enumerate(sample))
             compare_with_reference(bench, arguments, f" with {value} in {bench.case.label(i)}")
 

@@ -1,7 +1,6 @@
 """The value, and the first derivative."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,35 +18,64 @@ from manual_bp.verify._bench import (
     positions,
     subsets,
 )
-from manual_bp.verify._case import Sample
+from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify.checks._shared import LAYOUTS, is_plain
+
+
+def telling_samples(bench: Bench) -> None:
+    """No gradient is zero, empty or of one element at all samples: a mistake would show."""
+    bench.comparisons += len(bench.samples)
+    if unseen := bench.unseen():
+        raise Mismatch(f"{unseen}, so that a mistake would not show\ndiagnosis: unfit samples")
 
 
 def forward_matches_reference(bench: Bench) -> None:
-    """The value is the reference's, for contiguous and for transposed arguments."""
+    """The value is the reference's."""
     for sample in bench.samples:
         right = bench.reference(*leaves(sample, ()))
         bench.same_outputs(bench.case.call(*leaves(sample, ())), right)
-        turned = tuple(_turned(t) for t in sample)
-        try:
-            right = bench.reference(*turned)
-        except RuntimeError:
-            continue  # the reference itself wants contiguous arguments
-        bench.same_outputs(bench.case.call(*turned), right, " of transposed arguments")
+
+
+def argument_layouts(bench: Bench) -> None:
+    """The strides of the arguments do not matter: value and gradients are those of a copy."""
+    for sample in bench.samples:
+        tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
+        for name, layout in LAYOUTS.items():
+            for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
+                laid = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
+                if all(is_plain(laid[i]) for i in chosen):
+                    continue
+                where = f" for {name} {', '.join(bench.case.label(i) for i in chosen)}"
+                try:
+                    _compare_with_copy(bench, bench.case.call, laid, where)
+                except Exception as problem:
+                    if not _excused(bench, laid, problem):
+                        raise
 
 
 def finite_differences(bench: Bench) -> None:
     """The gradient is the slope: in random directions, and along every axis of small arguments."""
+    judged: dict[str, int] = {}
     for sample in bench.samples:
         upstream = bench.upstream(bench.case.call, sample)
         result, found = gradients(bench.case.call, leaves(sample), upstream)
         upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
         for i in positions(sample):
+            before = bench.comparisons
             gradient = found[i]
             if gradient is None:
                 gradient = torch.zeros_like(sample[i])
             for direction in _directions(bench, sample[i]):
                 _compare_slope(bench, sample, i, direction, upstream, gradient)
+            label = bench.case.label(i)
+            judged[label] = judged.get(label, 0) + bench.comparisons - before
+    left = [label for label, count in judged.items() if not count]
+    if left and bench.case.reference is None:
+        raise Mismatch(
+            f"slopes by {', '.join(left)}: every direction starts at a kink, and there is no "
+            f"reference to judge by\ndiagnosis: unfit samples, or a reference is missing"
+        )
 
 
 def gradients_match_reference(bench: Bench) -> None:
@@ -96,17 +124,36 @@ def frugal(bench: Bench) -> None:
 _NOT_ASKED = "\ndiagnosis: ctx.needs_input_grad is not asked"
 
 
-def _turned(value: Any) -> Any:
-    return value.mT.contiguous().mT if isinstance(value, Tensor) and value.ndim > 1 else value
+def _excused(bench: Bench, laid: Sample, problem: Exception) -> bool:
+    """Whether the reference refuses such strides or values as well, or is wrong for them."""
+    if bench.case.reference is None:
+        return not isinstance(problem, Mismatch)
+    try:
+        _compare_with_copy(bench, bench.case.reference, laid, "")
+    except Exception:
+        return True
+    return False
+
+
+def _compare_with_copy(bench: Bench, call: Call, laid: Sample, where: str) -> None:
+    copied = tuple(
+        t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t for t in laid
+    )
+    upstream = bench.upstream(call, copied)
+    right, expected = gradients(call, leaves(copied), upstream)
+    # Not by leaves(), which would copy them.
+    arguments = tuple(t.detach().requires_grad_() if is_differentiable(t) else t for t in laid)
+    result, found = gradients(call, arguments, upstream)
+    bench.same_outputs(result, right, where)
+    story = "right only for contiguous arguments"
+    bench.same_gradients(copied, found, expected, where, story=story)
 
 
 def _directions(bench: Bench, value: Tensor) -> list[Tensor]:
     directions = [bench.random_like(value) for _ in range(3)]
     if value.numel() <= 24:
-        for i in range(value.numel()):
-            axis = torch.zeros_like(value)
-            axis.view(-1)[i] = 1
-            directions.append(axis)
+        axes = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+        directions += [axis.view(value.shape) for axis in axes]
     return directions
 
 
@@ -179,7 +226,7 @@ def _saved_bytes(call: Call, arguments: Sample, upstream: Sequence[Tensor]) -> i
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that holds the graph that holds it is never freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = call(*arguments)

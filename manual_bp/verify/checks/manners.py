@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from manual_bp.verify._bench import (
     outputs_of,
     positions,
 )
+from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify.checks._shared import (
     compare_raw,
@@ -161,11 +163,47 @@ def deterministic(bench: Bench) -> None:
         bench.same_gradients(sample, of_other, of_one, " of a second call")
 
 
+def interleaved_calls(bench: Bench) -> None:
+    """A call between another's forward and backward changes nothing for either of them."""
+    call = bench.case.call
+    anew = bench.drawn()
+    for k, sample in enumerate(bench.samples):
+        # One of the same shapes, and the next one. Where samples are a fixed list these hold the
+        # same values, and not every value is in the domain: hence some more.
+        others = [anew[j % len(anew)] for j in {k, (k + 1) % len(bench.samples)}]
+        others += [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
+        upstream = bench.upstream(call, sample)
+        _, expected = gradients(call, leaves(sample), upstream)
+        for other in others:
+            try:
+                above = bench.upstream(bench.trusted, other)
+            except Exception:
+                continue  # out of the domain
+            _, expected_other = gradients(call, leaves(other), above)
+            one, two = leaves(sample), leaves(other)
+            result, result_other = call(*one), call(*two)
+            # First in, first out: a stack would be right the other way round.
+            found = gradients_of(result, one, upstream)
+            found_other = gradients_of(result_other, two, above)
+            for arguments, got, right, where in (
+                (sample, found, expected, " with another call before its backward"),
+                (
+                    other,
+                    found_other,
+                    expected_other,
+                    " with another call's backward before its own",
+                ),
+            ):
+                story = "kept in one place for all calls, where the next call overwrites it"
+                bench.same_gradients(arguments, got, right, where, story=story)
+
+
 def tied_inputs(bench: Bench) -> None:
     """One tensor in the place of two arguments gets the sum of both gradients."""
     pairs = pairs_of_one_shape(bench)
     if not pairs:
         raise NotApplicable("no sample has two arguments of the same shape")
+    bench.samples = [sample for sample, _, _ in pairs]
     for sample, i, j in pairs:
         upstream = bench.upstream(bench.case.call, sample)
         wanted = [place for place in positions(sample) if place != j]
@@ -173,6 +211,14 @@ def tied_inputs(bench: Bench) -> None:
         _, expected = gradients(tied(bench.reference, i, j), leaves(sample, wanted), upstream)
         both = f" which is also {bench.case.label(j)}"
         bench.same_gradients(sample, {i: found[i]}, {i: expected[i]}, both)
+
+
+def _flipped(value: Tensor) -> Tensor:
+    return value.flip(0) if value.ndim else value
+
+
+def _changed(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    return tuple(change(t) if is_differentiable(t) else t for t in sample)
 
 
 def _compare_unchanged(

@@ -143,8 +143,9 @@ def _factory(bench: Bench) -> Callable[[], nn.Module]:
 def _module(bench: Bench) -> tuple[nn.Module, Sample]:
     torch.manual_seed(bench.case.seed)
     module = _factory(bench)().to(bench.case.device).double()
-    count = len(bench.samples[0]) - sum(1 for _ in module.named_parameters())
-    return module, bench.samples[0][:count]
+    sample = bench.most_telling()
+    count = len(sample) - sum(1 for _ in module.named_parameters())
+    return module, sample[:count]
 
 
 def _numbered(results: Sequence[Tensor]) -> list[tuple[str, Tensor]]:

@@ -33,8 +33,8 @@ def three_dimensional(bench: Bench) -> None:
 
 
 def _compare_variant(bench: Bench, change: Callable[[Tensor, int], Tensor], where: str) -> None:
-    for sample in bench.samples:
-        in_dims = bench.in_dims
+    in_dims = bench.in_dims
+    for sample in bench.with_rows():
         changed = tuple(
             t if d is None else change(t, d) for t, d in zip(sample, in_dims, strict=True)
         )
