@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from manual_bp.verify.__main__ import main
 from manual_bp.verify.checks import CHECKS
+from manual_bp.verify.mutants import MUTANTS
+from manual_bp.verify.self_test import default_gradcheck, pytorchs_cases
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "verify.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -19,44 +23,43 @@ def blocks(language: str) -> list[str]:
 
 
 (LAYER,) = blocks("python")
-MISTAKES = list(
-    zip(blocks("diff"), [text for text in blocks("text") if "diagnosis" in text], strict=True)
-)
+RIGHT, *WRONG = [text for text in blocks("text") if "checks ran" in text]
+MISTAKES = list(zip(blocks("diff"), WRONG, strict=True))
 
 
-def verify(folder: Path, layer: str, *options: str) -> subprocess.CompletedProcess[str]:
-    (folder / "my_layer.py").write_text(layer, encoding="utf-8")
-    command = [sys.executable, "-m", "manual_bp.verify", "my_layer:SCALE", *options]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+class Printed:
+    """What the command prints of a layer, in this process, which has PyTorch loaded."""
+
+    def __init__(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.syspath_prepend(tmp_path)
+        self.folder, self.capsys = tmp_path, capsys
+
+    def __call__(self, layer: str, *options: str, code: int) -> list[str]:
+        sys.modules.pop("my_layer", None)
+        (self.folder / "my_layer.py").write_text(layer, encoding="utf-8")
+        assert main(["my_layer:SCALE", *options]) == code
+        return self.capsys.readouterr().out.splitlines()
 
 
-def words(line: str) -> str:
-    """A line without its numbers, which may differ in the last digits elsewhere."""
-    return re.sub(r"-?\d[\d.e-]*", "#", re.sub(r" +\d+ +\d+\.\d\d s  ", "  ", line)).strip()
+@pytest.fixture
+def printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Printed:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return Printed(tmp_path, monkeypatch, capsys)
 
 
-def test_the_function_from_scratch_is_right(tmp_path: Path) -> None:
-    (command,) = blocks("bash")
-    assert command == "python -m manual_bp.verify my_layer:SCALE\n"
-    done = verify(tmp_path, LAYER)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] in PAGE
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [
-        check.name for check in CHECKS if not check.is_for_modules
-    ]
+def steady(line: str) -> str:
+    """A line without counts and seconds, and numbers to the digits that are the same elsewhere."""
+    line = re.sub(r" +\d+ +\d+\.\d\d s  ", "  ", line).strip()
+    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.5g}", line)
 
 
-@pytest.mark.parametrize(("diff", "said"), MISTAKES, ids=["mean", "detached", "on_ctx"])
-def test_the_planted_mistakes(diff: str, said: str, tmp_path: Path) -> None:
-    lines = diff.splitlines()
+def mistaken(diff: str) -> str:
     layer = LAYER
+    lines = diff.splitlines()
     for old, new in zip(
         [line[1:] for line in lines if line.startswith("-")],
         [line[1:] for line in lines if line.startswith("+")],
@@ -64,20 +67,49 @@ def test_the_planted_mistakes(diff: str, said: str, tmp_path: Path) -> None:
     ):
         assert old in layer
         layer = layer.replace(old, new)
-    done = verify(tmp_path, layer, "--no-compiler")
-    assert done.returncode == 1
-    printed = {words(line) for line in done.stdout.splitlines()}
-    assert {words(line) for line in said.splitlines()} <= printed
+    return layer
 
 
-def test_the_reproduction_can_be_typed_as_printed(tmp_path: Path) -> None:
-    done = verify(tmp_path, LAYER.replace(".sum(0)", ".mean(0)"), "--no-compiler", "--seed", "5")
-    again = re.findall(r"again: python -m manual_bp.verify my_layer:SCALE (.*)", done.stdout)[0]
-    assert again == "--check finite_differences --seed 5"
-    repeated = verify(tmp_path, (tmp_path / "my_layer.py").read_text("utf-8"), *again.split())
-    assert repeated.returncode == 1
-    (told,) = re.findall(r"slope along .*", repeated.stdout)
-    assert told in done.stdout
+def test_the_function_from_scratch_is_right(tmp_path: Path) -> None:
+    (command,) = blocks("bash")
+    assert command == "python -m manual_bp.verify my_layer:SCALE\n"
+    (tmp_path / "my_layer.py").write_text(LAYER, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *command.split()[1:]],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{done.stdout.splitlines()[-1]}\n" == RIGHT
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [
+        check.name for check in CHECKS if not check.is_for_modules
+    ]
+
+
+@pytest.mark.parametrize(("diff", "said"), MISTAKES, ids=["mean", "detached", "on_ctx"])
+def test_the_planted_mistakes(diff: str, said: str, printed: Printed) -> None:
+    lines = printed(mistaken(diff), code=1)
+    assert said.splitlines()[-1] == lines[-1]
+    assert set(map(steady, said.splitlines())) <= set(map(steady, lines))
+
+
+def test_readme_shows_the_first_of_them() -> None:
+    (shown,) = re.findall(r"```text\n(gradients_match_reference .*?)```", README, flags=re.DOTALL)
+    lines = [line.strip() for line in WRONG[0].splitlines()]
+    assert [line.strip() for line in shown.splitlines()] == lines[:2]
+
+
+def test_the_reproduction_can_be_typed_as_printed(printed: Printed) -> None:
+    layer = LAYER.replace(".sum(0)", ".mean(0)")
+    lines = printed(layer, "--no-compiler", "--seed", "5", code=1)
+    again = re.findall(r"again: python -m manual_bp.verify my_layer:SCALE (.*)", "\n".join(lines))
+    assert again[0] == "--check finite_differences --seed 5"
+    repeated = "\n".join(printed(layer, *again[0].split(), code=1))
+    (told,) = re.findall(r"slope along .*", repeated)
+    assert told in "\n".join(lines)
 
 
 def test_the_table_of_checks_is_the_list_of_checks() -> None:
@@ -87,3 +119,68 @@ def test_the_table_of_checks_is_the_list_of_checks() -> None:
         for check in CHECKS
     ]
     assert [(name, text, bool(capability)) for name, text, capability in rows] == described
+
+
+def test_the_figures_of_the_self_test() -> None:
+    """`test_self_test.py` holds that every mistake is caught."""
+    count = len(MUTANTS)
+    theirs = sum(default_gradcheck(mutant.case) == "caught" for mutant in MUTANTS)
+    assert theirs < count / 2
+    assert f"{count} mistakes: the kit caught {count}, default gradcheck {theirs}\n" in PAGE
+    assert f"PyTorch's own: {len(pytorchs_cases())} layers, 50 seeds, " in PAGE
+    words = " ".join(README.split())
+    assert f"Of {count} planted mistakes it catches {count}; `gradcheck` with its" in words
+    assert f"defaults catches {theirs} (" in words
+
+
+ALONE = """
+import importlib.metadata, re, sys
+
+def needed(name, seen):
+    if name in seen:
+        return
+    seen.add(name)
+    try:
+        requires = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for line in requires:
+        if "extra ==" not in line:
+            needed(re.match(r"[\\w.-]+", line)[0].lower().replace("_", "-"), seen)
+
+allowed = set()
+for name in ("torch", "numpy", "tabulate"):
+    needed(name, allowed)
+installed = importlib.metadata.packages_distributions()
+others = {
+    top for top, names in installed.items()
+    if not any(name.lower().replace("_", "-") in allowed for name in names)
+}
+
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in others - {"manual_bp"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing)
+from manual_bp.verify.__main__ import main
+assert "numpy" not in others and "pytest" in others
+sys.exit(main(["my_layer:SCALE", "--no-compiler"]))
+"""
+
+
+def test_it_needs_what_the_page_says(tmp_path: Path) -> None:
+    """The kit judges a case where all else that is installed cannot be imported."""
+    assert "PyTorch, NumPy and tabulate" in " ".join(PAGE.split())
+    assert "PyTorch, NumPy and tabulate" in " ".join(README.split())
+    (tmp_path / "my_layer.py").write_text(LAYER, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,9 +1,13 @@
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from manual_bp.verify import self_test
 from manual_bp.verify.__main__ import main
+from manual_bp.verify.mutants import MUTANTS
 
 CASES = """
 import torch
@@ -50,11 +54,25 @@ def test_only_what_does_not_apply_is_no_success(module: str) -> None:
     assert main([f"{module}:GOOD", "--check", "pickle"]) == 1
 
 
-def test_self_test(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--self-test", "--seeds", "1"]) == 0
+def test_self_test(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some; `test_self_test.py` judges all of them."""
+    some = [MUTANTS[0], next(m for m in MUTANTS if m.caught_by == "compile")]
+    monkeypatch.setattr(self_test, "MUTANTS", some)
+    cases = self_test.pytorchs_cases()[:2]
+    monkeypatch.setattr(self_test, "pytorchs_cases", lambda: cases)
+    assert main(["--self-test", "--seeds", "2"]) == 0
     *_, mutants, layers = capsys.readouterr().out.splitlines()
-    assert "the kit caught" in mutants
-    assert layers.endswith(" 0 false alarms")
+    assert mutants.startswith("2 mistakes: the kit caught 2, default gradcheck ")
+    assert re.fullmatch(r"PyTorch's own: 2 layers, 2 seeds, \d+ checks, 0 false alarms", layers)
+
+    missed = replace(some[0], caught_by="pickle")
+    monkeypatch.setattr(self_test, "MUTANTS", [missed])
+    assert main(["--self-test", "--seeds", "1"]) == 1
+    assert "MISSED" in capsys.readouterr().out
+    monkeypatch.setattr(self_test, "MUTANTS", some[:1])
+    monkeypatch.setattr(self_test, "pytorchs_cases", lambda: [some[0].case])
+    assert main(["--self-test", "--seeds", "1"]) == 1
+    assert capsys.readouterr().out.endswith(" 1 false alarms\n")
 
 
 @pytest.mark.parametrize(

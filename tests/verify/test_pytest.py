@@ -4,12 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = """
+import warnings
 import torch
 from manual_bp.verify import function_case, parametrize_with_checks
 
 def wrong(x):
     return x.detach() * x
+
+def warns(x):
+    warnings.warn("slow", stacklevel=1)
+    return torch.tanh(x)
 
 samples = [(torch.randn(5, 3),)]
 CASES = [
@@ -17,6 +24,8 @@ CASES = [
     function_case(wrong, samples, torch.square, name="bad"),
     function_case(wrong, samples, torch.square, name="known",
                   expected_failures={"gradients_match_reference": "half of it is missing"}),
+    function_case(torch.tanh, [(torch.ones(0, 3),)], torch.tanh, name="blind"),
+    function_case(warns, samples, torch.tanh, name="warns"),
     function_case(torch.tanh, samples, torch.tanh, name="there", device="cuda"),
 ]
 
@@ -26,12 +35,17 @@ def test_layers(check):
 """
 
 
-def pytest_says(tmp_path: Path, *options: str) -> str:
-    (tmp_path / "test_layers.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options]
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest says where warnings are errors."""
+    folder = tmp_path_factory.mktemp("layers")
+    (folder / "test_layers.py").write_text(TESTS)
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    chosen = "gradients_match_reference or forward_ad or compile or good-vmap or blind-telling"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", chosen]
     done = subprocess.run(
         [*command, "test_layers.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
@@ -40,8 +54,7 @@ def pytest_says(tmp_path: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_one_test_for_each_case_and_check(tmp_path: Path) -> None:
-    said = pytest_says(tmp_path, "-k", "gradients_match_reference")
+def test_one_test_for_each_case_and_check(said: str) -> None:
     assert "PASSED test_layers.py::test_layers[good-gradients_match_reference]" in said
     assert "FAILED test_layers.py::test_layers[bad-gradients_match_reference]" in said
     assert "XFAIL test_layers.py::test_layers[known-gradients_match_reference]" in said
@@ -49,7 +62,17 @@ def test_one_test_for_each_case_and_check(tmp_path: Path) -> None:
     assert "diagnosis: 0.5 times the right one, everywhere" in said
 
 
-def test_what_does_not_apply_is_skipped_with_its_reason(tmp_path: Path) -> None:
-    said = pytest_says(tmp_path, "-k", "good-vmap or good-compile")
+def test_what_does_not_apply_is_skipped_with_its_reason(said: str) -> None:
     assert "in_dims was not given: which dimension counts the samples?" in said
     assert "compile" not in said.split("short test summary")[1]
+
+
+def test_samples_that_show_nothing_are_a_failure(said: str) -> None:
+    assert "FAILED test_layers.py::test_layers[blind-telling_samples]" in said
+    assert "it cannot tell: the gradient of" in said
+
+
+def test_warnings_are_errors_but_for_pytorchs_own(said: str) -> None:
+    assert "PASSED test_layers.py::test_layers[good-forward_ad]" in said
+    assert "FAILED test_layers.py::test_layers[warns-gradients_match_reference]" in said
+    assert "its own warning, which the filters in force make an error: UserWarning: slow" in said

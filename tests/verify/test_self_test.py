@@ -7,7 +7,7 @@ import pytest
 from manual_bp.verify import run
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS, Mutant
-from manual_bp.verify.self_test import default_gradcheck, pytorchs_cases, pytorchs_own
+from manual_bp.verify.self_test import pytorchs_cases, pytorchs_own
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -23,11 +23,6 @@ def test_there_are_mutants_for_every_check() -> None:
     assert set(meant) == {check.name for check in CHECKS} - {"device_parity"}
     assert len(MUTANTS) >= 25
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
-
-
-def test_default_gradcheck_misses_most() -> None:
-    missed = [m for m in MUTANTS if default_gradcheck(m.case) == "missed"]
-    assert len(missed) > len(MUTANTS) / 2
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
