@@ -72,9 +72,11 @@ def read(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
 
 def _linear_layer(place: str, name: str, module: Any, below: Sequence[Layer]) -> Layer:
     w = _parameter(f"{place}.weight", module.weight, module)
+    _require.matrix(f"{place}.weight", w, "(out, in)")
     b = None if module.bias is None else _parameter(f"{place}.bias", module.bias, module)
     if b is not None:
         _require.like(f"{place}.bias", b, f"{place}.weight", w)
+        _require.shape(f"{place}.bias", b, w.shape[:1], f"the first size of {place}.weight")
     if below:
         _require.like(f"{place}.weight", w, f"net[{below[-1].name!r}].weight", below[-1].w)
     if below and below[-1].w.shape[0] != w.shape[1]:
@@ -96,6 +98,7 @@ def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
             f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
             f"weight norm), which has no gradient of its own"
         )
+    _require.tensor(place, value)
     if value._backward_hooks or value._post_accumulate_grad_hooks:
         raise TypeError(f"{place} must have no hooks, which would not run; got some")
     return value

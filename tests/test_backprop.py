@@ -424,6 +424,19 @@ def patched_net() -> nn.Sequential:
     return net
 
 
+def with_parameter(name: str, *shape: int) -> nn.Sequential:
+    net = nn.Sequential(Linear(5, 4), Sigmoid(), nn.Linear(4, 2))
+    index, kind = name.split(".")
+    setattr(net[int(index)], kind, nn.Parameter(torch.zeros(shape)))
+    return net
+
+
+def sparse() -> nn.Sequential:
+    net = nn.Sequential(Linear(5, 2))
+    net[0].weight = nn.Parameter(torch.eye(2, 5).to_sparse())
+    return net
+
+
 def weight_normed() -> nn.Sequential:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 2)))
 
@@ -478,6 +491,24 @@ def weight_normed() -> nn.Sequential:
             ValueError,
             r"net\['2'\] must take the 4 outputs of net\['0'\]; got in_features=3",
         ),
+        (
+            with_parameter("2.bias", 1),  # PyTorch spreads it over the outputs
+            ValueError,
+            r"net\['2'\].bias must have shape \(2,\), the first size of .*weight; got \(1,\)",
+        ),
+        (with_parameter("0.bias", 1, 4), ValueError, r"net\['0'\].bias .* \(4,\), .* got \(1, 4\)"),
+        (with_parameter("2.bias", 3), ValueError, r"net\['2'\].bias .* \(2,\), .* got \(3,\)"),
+        (
+            with_parameter("0.weight", 5),
+            ValueError,
+            r"net\['0'\].weight must have shape \(out, in\); got \(5,\)",
+        ),
+        (
+            with_parameter("2.weight", 3, 2, 4),
+            ValueError,
+            r"net\['2'\].weight must have shape \(out, in\); got \(3, 2, 4\)",
+        ),
+        (sparse(), TypeError, r"net\['0'\].weight must be a dense tensor; got layout"),
     ],
 )
 def test_bad_net(net: Any, error: type[Exception], message: str) -> None:
