@@ -5,6 +5,7 @@ an integer tensor, a second dtype) is a TypeError; a wrong value (shape, device,
 ValueError.
 """
 
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -108,7 +109,12 @@ def number(name: str, value: object) -> float:
     """The number as a float; refuse anything else."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number that fits into a float; got one beyond {sys.float_info.max}"
+        ) from None
 
 
 def above(name: str, value: object, least: float) -> None:
