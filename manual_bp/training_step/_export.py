@@ -1,9 +1,12 @@
 """A training step for other runtimes: a `torch.export` program, or an ONNX model."""
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -74,10 +77,18 @@ def require_path(path: str | PathLike[str]) -> None:
 
 def save_program(program: ExportedProgram, path: str | PathLike[str]) -> None:
     """Write a program to a file."""
-    _write(path, lambda file: torch.export.save(program, file))
+    # Not straight to the file: if that fails, PyTorch's writer ends the process.
+    content = BytesIO()
+    torch.export.save(program, content)
+    _write(path, content.getbuffer())
 
 
-def save_onnx(program: ExportedProgram, state: Sequence[str], path: str | PathLike[str]) -> None:
+def save_onnx(
+    program: ExportedProgram,
+    state: Sequence[str],
+    dtype: torch.dtype,
+    path: str | PathLike[str],
+) -> None:
     """Write a program to a file, as an ONNX model; state names parameters and velocities."""
     try:
         import onnxscript  # noqa: F401 (torch.onnx imports it itself, and then is less clear)
@@ -90,25 +101,25 @@ def save_onnx(program: ExportedProgram, state: Sequence[str], path: str | PathLi
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         model = torch.onnx.export(
-            program.run_decompositions(_TRANSLATED),
+            program.run_decompositions(_DECOMPOSED),
             input_names=["x", "y", "lr", *state],
             output_names=["cost", *(f"new.{name}" for name in state)],
             dynamo=True,
             verbose=False,
+            custom_translation_table=_in_float64() if dtype is torch.float64 else None,
         )
     assert model is not None
-    _write(path, model.save)
+    _write(path, model.model_proto.SerializeToString())
 
 
-def _write(path: str | PathLike[str], save: Callable[[str], object]) -> None:
-    """Save to a file beside it first, so that at no time there is half a file."""
+def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
+    """Write it beside the file first, so that at no time there is half a file."""
     path = Path(path)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    try:
-        save(str(unfinished))
+    # In a folder of its own, so that it meets no other file, and is made as any file is.
+    with TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
+        unfinished = Path(folder, "step")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -128,8 +139,61 @@ def _leaky_relu(z: Tensor, negative_slope: float = 0.01) -> Tensor:
     return torch.where(z > 0, z, z * negative_slope)
 
 
-_TRANSLATED: dict[Any, Callable[..., Any]] = {
+def _mul(t: Tensor, number: Any) -> Any:
+    # A number of the step's dtype, where torch.onnx would take it for one of float32.
+    if isinstance(number, Tensor):
+        return NotImplemented
+    return t * torch.scalar_tensor(number, dtype=t.dtype)
+
+
+def _add(t: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    # So that alpha is a factor like any other.
+    return NotImplemented if alpha == 1 else t + other * alpha
+
+
+def _expm1(x: Tensor) -> Tensor:
+    # torch.onnx would write e^x − 1, of which nothing is left where x is small.
+    t = torch.tanh(x / 2)
+    return 2 * t / (1 - t)
+
+
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.add.Tensor: _add,
+    torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.mul.Tensor: _mul,
     torch.ops.aten.mv.default: _mv,
     torch.ops.aten.lerp.Tensor: _lerp,
     torch.ops.aten.leaky_relu.default: _leaky_relu,
 }
+
+
+def _in_float64() -> dict[Any, Callable[..., Any]]:
+    """What torch.onnx would write with numbers rounded to float32."""
+    from onnxscript import ir
+    from onnxscript.onnx_opset import opset18
+
+    op: Any = opset18
+
+    def number(value: Any) -> Any:
+        is_known = not isinstance(value, ir.Value)
+        double = ir.DataType.DOUBLE
+        return (
+            op.Constant(value=ir.tensor(value, double)) if is_known else op.Cast(value, to=double)
+        )
+
+    def scalar_tensor(value: Any, dtype: Any = ir.DataType.DOUBLE, **_: Any) -> Any:
+        return op.Cast(number(value), to=dtype)
+
+    def truediv(value: Any, other: Any) -> Any:
+        return op.Div(number(value), number(other))
+
+    def softplus(z: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+        scaled = op.Mul(z, number(beta))
+        curve = op.Div(op.Softplus(scaled), number(beta))
+        return op.Where(op.Greater(scaled, number(threshold)), z, curve)
+
+    return {
+        operator.truediv: truediv,
+        torch.ops.aten.scalar_tensor.default: scalar_tensor,
+        torch.ops.aten.softplus.default: softplus,
+    }

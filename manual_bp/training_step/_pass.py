@@ -202,14 +202,14 @@ class Pass:
     def _factors_of(self, lr: Any) -> "_Factors":
         momentum, weight_decay, share = *self._descent, self._share
         keep = 1 - lr * weight_decay if weight_decay else None
-        rate = -lr
+        rate, rate_w = -lr, -lr * share
         if momentum:
-            keep, rate = momentum, 1.0
+            keep, rate, rate_w = momentum, 1.0, share
         if self._rate_is_tensor:
-            return _Factors(keep, rate * share, {}, {})
+            return _Factors(keep, rate_w, {}, {})
         # A beta of 1 is left out: to read it takes PyTorch a tenth of a small product's time.
         beta = {} if keep is None else {"beta": keep}
-        return _Factors(keep, None, {"alpha": rate}, {"alpha": rate * share} | beta)
+        return _Factors(keep, None, {"alpha": rate}, {"alpha": rate_w} | beta)
 
     def _follow_velocities(self, lr: Any) -> None:
         for learned in self._learned:

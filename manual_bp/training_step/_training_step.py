@@ -214,7 +214,7 @@ class TrainingStep:
         program = self._program(y)
         velocities = self._exported_velocities or {}
         names = [*self._parameters, *(f"velocity.{name}" for name in velocities)]
-        _export.save_onnx(program, names, path)
+        _export.save_onnx(program, names, self._dtype, path)
 
     def state_dict(self) -> dict[str, Any]:
         """What to save beside `net.state_dict()` to go on later as if nothing had been.

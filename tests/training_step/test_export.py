@@ -1,5 +1,11 @@
 """The step in other runtimes, beside PyTorch's own training."""
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,14 @@ from manual_bp import (
     LeakyReLU,
     LinearSigmoid,
     QuadraticCost,
+    Sigmoid,
     SigmoidCrossEntropyCost,
     SoftmaxCrossEntropyCost,
+    Softplus,
     Tanh,
     TrainingStep,
 )
+from manual_bp.training_step import _export
 from tests.training_step.networks import Reference, batch, network, values
 from tests.training_step.test_training_step import every_activation, every_descent
 
@@ -168,9 +177,119 @@ def test_velocities_are_asked_for_of_what_learns(tmp_path: Path) -> None:
     assert list(velocities) == names
 
 
-def test_float64_in_onnxruntime(tmp_path: Path) -> None:
-    step = TrainingStep(network(LeakyReLU(0.1)), QuadraticCost(), 0.1)
-    train(step, exported(step, tmp_path), 4)
+# Numbers that float32 does not hold.
+DESCENT = {"momentum": 0.9, "weight_decay": 0.01}
+
+
+def network_of(*activations: nn.Module) -> nn.Sequential:
+    """A layer before each activation, and one more."""
+    modules = [module for each in activations for module in (nn.Linear(4, 4), each)]
+    return nn.Sequential(*modules, nn.Linear(4, 4)).double()
+
+
+def network_of_all(*more: nn.Module) -> nn.Sequential:
+    slopes = LeakyReLU(0.1), nn.LeakyReLU(1 / 3, inplace=True)
+    return network_of(Sigmoid(), Tanh(), nn.ReLU(), *slopes, *more)
+
+
+def assert_exact(
+    step: TrainingStep, run: Callable[..., Any], state: dict[str, Tensor], *, indices: bool
+) -> None:
+    """Three steps, each from the last one's state, to the digits of float64."""
+    reference = Reference(
+        step.net, step.cost, 0.1, momentum=step.momentum, weight_decay=step.weight_decay
+    )
+    for samples in (3, 7, 1):
+        x, y = batch(step.net, step.cost, samples, indices=indices)
+        cost, *new = run(x, y, torch.tensor(0.1, dtype=x.dtype), state)
+        state = dict(zip(state, new, strict=True))
+        exact: Any = {"rtol": 1e-14, "atol": 1e-15}
+        torch.testing.assert_close(cost, reference(x, y), **exact)
+        for name, p in reference.net.named_parameters():
+            torch.testing.assert_close(state[name], p.detach(), **exact)
+
+
+def exact_start(step: TrainingStep) -> dict[str, Tensor]:
+    state = state_of(step.net)
+    if step.momentum:
+        state |= {f"velocity.{name}": torch.zeros_like(p) for name, p in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("cost", "descent", "indices"),
+    [
+        (QuadraticCost(), DESCENT, False),
+        (SigmoidCrossEntropyCost("sum"), {"weight_decay": 0.01}, False),
+        (SoftmaxCrossEntropyCost(), {}, True),
+    ],
+)
+def test_float64_in_onnxruntime(
+    cost: Cost, descent: dict[str, float], indices: bool, tmp_path: Path
+) -> None:
+    step = TrainingStep(network_of_all(), cost, 0.1, **descent)
+    session = exported(step, tmp_path, torch.tensor([2]) if indices else None).session
+    assert_has_no_float32(tmp_path / "step.onnx")
+    assert_exact(step, partial(run_onnx, session), exact_start(step), indices=indices)
+
+
+def test_float64_of_what_onnxruntime_does_not_know(tmp_path: Path) -> None:
+    """Its kernels know no Softplus of float64. ONNX's own definitions do."""
+    reference = pytest.importorskip("onnx.reference", reason=NEEDS_ONNX)
+    pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
+    net = network_of(Softplus(0.7, 20.1), nn.Softplus(3.0, 30.0))
+    step = TrainingStep(net, QuadraticCost(), 0.1)
+    step.export_onnx(tmp_path / "step.onnx")
+    assert_has_no_float32(tmp_path / "step.onnx")
+    model = reference.ReferenceEvaluator(str(tmp_path / "step.onnx"))
+    assert_exact(step, partial(run_onnx, model), exact_start(step), indices=False)
+
+
+def run_onnx(
+    session: Any, x: Tensor, y: Tensor, lr: Tensor, state: dict[str, Tensor]
+) -> list[Tensor]:
+    inputs = {"x": x, "y": y, "lr": lr} | state
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return [torch.as_tensor(value) for value in found]
+
+
+def assert_has_no_float32(path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    typed = [*graph.input, *graph.output, *graph.value_info]
+    found = [t.name for t in typed if t.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    found += [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert not found
+
+
+def test_a_program_of_float64(tmp_path: Path) -> None:
+    step = TrainingStep(network_of_all(Softplus(0.7, 20.1)), QuadraticCost(), 0.1, **DESCENT)
+    step.export(tmp_path / "step.pt2")
+    program = torch.export.load(tmp_path / "step.pt2").module()
+    names = list(state_of(step.net))
+
+    def run(x: Tensor, y: Tensor, lr: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
+        parameters = {name: state[name] for name in names}
+        velocities = {name: state[f"velocity.{name}"] for name in names}
+        cost, parameters, velocities = program(x, y, lr, parameters, velocities)
+        return [cost, *parameters.values(), *velocities.values()]
+
+    assert_exact(step, run, exact_start(step), indices=False)
+
+
+def test_small_slopes_keep_their_digits_in_onnxruntime(tmp_path: Path) -> None:
+    """Of a Softplus far below 0, whose e^x − 1 is 0 in float32."""
+    net = network(Softplus(), (1, 3), dtype=torch.float32)
+    with torch.no_grad():
+        net.get_parameter("0.bias").copy_(torch.tensor([-18.0, -12.0, -3.0]))
+        net.get_parameter("0.weight").zero_()
+    step = TrainingStep(net, QuadraticCost("sum"), 0.1)
+    run, reference = exported(step, tmp_path), Reference(net, step.cost, 0.1)
+    x, y = batch(net, step.cost, 4)
+    run(x, y, 0.1)
+    reference(x, y)
+    found, expected = run.parameters["0.weight"], reference.net.get_parameter("0.weight")
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
 
 
 def test_a_linear_sigmoid_and_an_input_activation(tmp_path: Path) -> None:
@@ -209,21 +328,88 @@ def test_targets_that_do_not_suit_the_cost_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_leaves_the_file_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "step.pt2"
+EXPORTS = [
+    pytest.param(TrainingStep.export, id="program"),
+    pytest.param(
+        TrainingStep.export_onnx,
+        id="onnx",
+        marks=pytest.mark.skipif(find_spec("onnxscript") is None, reason=NEEDS_ONNX),
+    ),
+]
+every_export = pytest.mark.parametrize("export", EXPORTS)
+
+
+@contextmanager
+def only_bytes_for(size: int) -> Iterator[None]:
+    """No file can be longer, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="needs limits as POSIX has them")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@every_export
+def test_a_failed_export_leaves_the_file_that_was_there(export: Any, tmp_path: Path) -> None:
+    path = tmp_path / "step"
     path.write_text("before")
-
-    def fail(_: Any, file: str) -> None:
-        Path(file).write_text("half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch.export, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        TrainingStep(network(), QuadraticCost(), 0.1).export(path)
+    with only_bytes_for(1000), pytest.raises(OSError, match="File too large"):
+        export(TrainingStep(network(), QuadraticCost(), 0.1), path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@every_export
+def test_an_export_touches_no_file_but_its_own(export: Any, tmp_path: Path) -> None:
+    """Whatever the files beside it are called, and wherever they lead."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    elsewhere.write_text("mine")
+    folder.mkdir()
+    for name in ("unfinished-step", ".unfinished-step", "step.tmp", "step~"):
+        (folder / name).symlink_to(elsewhere)
+    before = set(folder.iterdir())
+    export(TrainingStep(network(), QuadraticCost(), 0.1), folder / "step")
+    assert elsewhere.read_text() == "mine"
+    assert set(folder.iterdir()) == before | {folder / "step"}
+
+
+def test_a_link_is_replaced_and_what_it_led_to_is_left(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "step", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    path.symlink_to(elsewhere)
+    TrainingStep(network(), QuadraticCost(), 0.1).export(path)
+    assert (elsewhere.read_text(), path.is_symlink()) == ("mine", False)
+
+
+def test_exports_to_one_path_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Each is whole, and one of them is there at the end."""
+    path = tmp_path / "step"
+    contents = [bytes([number]) * 200_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(partial(_export._write, path), contents))
+            assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions as POSIX has them")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_file_is_as_readable_as_any_that_is_made(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        _export._write(tmp_path / "step", b"step")
+        (tmp_path / "other").write_bytes(b"other")
+    finally:
+        os.umask(before)
+    found, expected = ((tmp_path / name).stat().st_mode for name in ("step", "other"))
+    assert oct(found) == oct(expected)
+
+
+def test_a_name_may_be_as_long_as_names_may_be(tmp_path: Path) -> None:
+    _export._write(tmp_path / ("n" * 255), b"step")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_a_path_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
