@@ -43,12 +43,14 @@ class CapturedStep:
         """Let libraries make what they need at a first call, which must not happen in a capture."""
         before = [tensor.clone() for tensor in self._run.state]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._run(self._x, self._y, self._lr)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, value in zip(self._run.state, before, strict=True):
-            tensor.copy_(value)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._run(self._x, self._y, self._lr)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            for tensor, value in zip(self._run.state, before, strict=True):
+                tensor.copy_(value)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:

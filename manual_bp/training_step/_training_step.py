@@ -1,7 +1,7 @@
 """A network, its cost and its learning rate: all that one step of training needs, kept ready."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from os import PathLike
@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, strided
+from torch.compiler import is_compiling, is_exporting
 from torch.export import ExportedProgram
 
 from manual_bp import _net, _require
-from manual_bp._function import any_autocast_is_on, below_autograd
+from manual_bp._function import any_autocast_is_on, below_autograd, transforms_are_active
 from manual_bp.costs._cost import Cost, has_own_in_place
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
+from manual_bp.training_step._overlap import overlapping, overlaps_itself
 from manual_bp.training_step._pass import Allocate, Descent, Pass, Plan, fresh_buffers
 from manual_bp.training_step._snapshot import Snapshot
 
@@ -38,9 +40,9 @@ class TrainingStep:
 
     Args:
         net: As `backprop` takes it: linear layers and activations, ours or `torch.nn`'s own, or
-            `LinearSigmoid`s, in an `nn.Sequential`; no parameter in two places. Its parameters are
-            updated where they are, so it can be used and saved between any two steps. Frozen ones
-            stay as they are.
+            `LinearSigmoid`s, in an `nn.Sequential`; no parameter that learns shares memory with
+            another. Its parameters are updated where they are, so it can be used and saved between
+            any two steps. Frozen ones stay as they are.
         cost: A `Cost` reduced by "mean" or "sum".
         lr: The learning rate η, at least 0.
         momentum: μ, at least 0.
@@ -66,8 +68,10 @@ class TrainingStep:
     Raises:
         TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
             not of float16, bfloat16, float32 or float64.
-        ValueError: The sizes do not fit each other, a parameter stands in two places, the cost is
-            not reduced, a number is below 0, or a Softplus has a threshold below 20.
+        ValueError: The sizes do not fit each other; a parameter that learns shares memory with
+            another, overlaps itself, or was made in inference mode; the cost is not reduced; a
+            number is below 0 or beyond the parameters' dtype; or a Softplus has a threshold below
+            20.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2 for the algorithm, chapter 3 for
     momentum and weight decay.
@@ -82,12 +86,8 @@ class TrainingStep:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
-        self._net, self._cost, self.lr = net, cost, lr
-        self._descent = Descent(
-            _not_negative("momentum", momentum), _not_negative("weight_decay", weight_decay)
-        )
-        self._velocities: dict[str, Tensor] = {}
-        self._read()
+        self._net, self._cost = net, cost
+        self._read(_not_negative("lr", lr), _descent(momentum, weight_decay), {})
 
     @property
     def net(self) -> nn.Sequential:
@@ -106,7 +106,9 @@ class TrainingStep:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = _not_negative("lr", value)
+        lr = _not_negative("lr", value)
+        _require_within(self._dtype, lr, self._descent)
+        self._lr: float = lr
 
     @property
     def momentum(self) -> float:
@@ -131,15 +133,40 @@ class TrainingStep:
             for an accelerator nothing is waited for.
 
         Raises:
-            TypeError, ValueError: x or y does not fit; nothing has been updated then.
-            RuntimeError: autocast is on.
+            TypeError, ValueError: x or y does not fit; or the network, the cost or the numbers no
+                longer do (see `TrainingStep`).
+            RuntimeError: autocast is on, or a transform of `torch.func`, or `torch.export` traces.
+
+        After one of these errors, or one that the cost raises, neither parameters nor velocities
+        have changed. In code that `torch.compile` compiles, the step is a graph break and runs as
+        it does outside.
         """
+        if is_compiling() or transforms_are_active():
+            return self._untraced(x, y)
         self._look()
         run = self._passes.get(x.shape) if self._fits(x) else None
         if run is None:
             run = self._prepare(x)
         with self._guard():
+            if x.untyped_storage().data_ptr() in self._storages:
+                x = x.clone()  # it is read until the first layer's BP4, when others have learned
             return run(x, y, self._lr)
+
+    def _untraced(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step outside of what the compiler makes, where neither can see into the other."""
+        if transforms_are_active():
+            raise RuntimeError(
+                "a TrainingStep must be called outside of torch.func's transforms (vmap, grad, "
+                "jvp ...), for it updates parameters in place and has no derivative"
+            )
+        if is_exporting():
+            raise RuntimeError(
+                "a TrainingStep must not be traced by torch.export; its own export() and "
+                "export_onnx() write it"
+            )
+        outside: Callable[[Tensor, Tensor], Tensor]
+        outside = torch.compiler.disable(self)  # type: ignore[no-untyped-call]
+        return outside(x, y)
 
     def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
         """The step captured for batches of one shape: all its kernels in one launch.
@@ -231,25 +258,36 @@ class TrainingStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
 
+        A parameter that it has no velocity of starts from v = 0.
+
         Raises:
-            KeyError: Something is missing, or a velocity belongs to no parameter of net.
-            TypeError, ValueError: A number is none, or a velocity is not shaped as its parameter.
+            KeyError: Something is missing, or is too much, or a velocity belongs to no parameter
+                of net.
+            TypeError, ValueError: It is no mapping, a number is none, or a velocity is not shaped
+                as its parameter. Nothing has been taken over then.
         """
-        lr = _not_negative("lr", state["lr"])
-        descent = Descent(*(_not_negative(n, state[n]) for n in ("momentum", "weight_decay")))
-        parameters = self._parameters
+        _require_mapping("state", state)
+        if state.keys() != set(_STATE):
+            raise KeyError(
+                f"state must have the keys {', '.join(_STATE)}, and no others; "
+                f"got {', '.join(map(str, state)) or 'none'}"
+            )
+        _require_mapping("velocities", state["velocities"])
+        self._see_changes()
         velocities = {}
         for name, velocity in state["velocities"].items():
-            if name not in parameters:
+            if name not in self._parameters:
                 raise KeyError(f"velocities: net has no parameter {name!r}")
             _require.real(f"velocities[{name!r}]", velocity)
             _require.shape(
-                f"velocities[{name!r}]", velocity, parameters[name].shape, "its parameter's"
+                f"velocities[{name!r}]", velocity, self._parameters[name].shape, "its parameter's"
             )
+            if velocity.is_meta:
+                raise ValueError(f"velocities[{name!r}] must have values; got a meta tensor")
             with torch.inference_mode(False):
                 velocities[name] = velocity.detach().clone()
-        self.lr, self._descent, self._velocities = lr, descent, velocities
-        self._read()
+        descent = _descent(state["momentum"], state["weight_decay"])
+        self._read(_not_negative("lr", state["lr"]), descent, velocities)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the buffers: in a copy, their calls would go on writing to those of the original.
@@ -257,7 +295,7 @@ class TrainingStep:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._read()
+        self._read(self._lr, self._descent, self._velocities)
 
     def __repr__(self) -> str:
         return (
@@ -267,36 +305,50 @@ class TrainingStep:
 
     def _look(self) -> None:
         """Before each step: what has changed is read anew."""
-        if not self._snapshot.is_as_it_was():
-            self._read()
+        self._see_changes()
         if any_autocast_is_on():
             raise RuntimeError(
                 "a TrainingStep must be called outside of autocast; it trains in its parameters' "
                 "own dtype"
             )
 
-    def _read(self) -> None:
+    def _see_changes(self) -> None:
+        if not self._snapshot.is_as_it_was():
+            self._read(self._lr, self._descent, self._velocities)
+
+    def _read(self, lr: float, descent: Descent, velocities: Mapping[str, Tensor]) -> None:
         """Read network and cost as they are now, and let go of all that was made for them.
 
+        Numbers and velocities are taken over, unless anything is refused: then all stays as it was.
         There is a new snapshot each time.
         """
         _net.require_cost(self.cost)
         input_activations, layers = _net.read(self.net)
         _require_trainable(layers)
-        self._plan = Plan(input_activations, layers, self.cost, self._descent)
-        self._parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        self._snapshot = Snapshot(self.net, layers, self.cost)
-        for name in self._velocities.keys() - self._parameters.keys():
-            del self._velocities[name]
+        w = layers[0].w
+        _require_within(w.dtype, lr, descent)
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        kept: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in self._parameters.items():
-                velocity = self._velocities.get(name)
+            for name, parameter in parameters.items():
+                velocity = velocities.get(name)
                 if velocity is not None and velocity.shape == parameter.shape:
                     # The network may have moved, or been cast.
-                    self._velocities[name] = velocity.to(parameter)
-                elif self.momentum and parameter.requires_grad:
-                    self._velocities[name] = torch.zeros_like(parameter)
-        self._dtype, self._device = layers[0].w.dtype, layers[0].w.device
+                    kept[name] = velocity.to(parameter)
+                elif descent.momentum and parameter.requires_grad:
+                    kept[name] = torch.zeros_like(parameter)
+            snapshot = Snapshot(self.net, layers, self.cost)
+        self._lr = lr
+        self._descent: Descent = descent
+        self._velocities: dict[str, Tensor] = kept
+        self._plan = Plan(input_activations, layers, self.cost, descent)
+        self._parameters = parameters
+        self._snapshot: Snapshot = snapshot
+        self._dtype: torch.dtype = w.dtype
+        self._device: torch.device = w.device
+        self._storages = {
+            p.untyped_storage().data_ptr() for p in parameters.values() if p.requires_grad
+        }
         # Of a cost that says no more than forward and gradient, these may ask autograd.
         self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
         self._forget()
@@ -339,12 +391,14 @@ class TrainingStep:
 
     def _new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
         with torch.inference_mode(False), torch.no_grad():
+            # Not the parameters themselves: a view of one, as Pass makes them, would hold on to it,
+            # and torch.utils.swap_tensors, by which modules may be moved, refuses what is held.
+            values = {name: p.detach() for name, p in self._parameters.items()}
             velocities = self._velocities if self.momentum else {}
-            return Pass(self._plan, self._parameters, velocities, samples, allocate, **options)
+            return Pass(self._plan, values, velocities, samples, allocate, **options)
 
     def _program(self, y: Tensor | None) -> ExportedProgram:
-        if not self._snapshot.is_as_it_was():
-            self._read()
+        self._see_changes()
         _refuse_float16("exported", self._dtype)
         if y is not None:
             _require.tensor("y", y)
@@ -359,6 +413,9 @@ class TrainingStep:
         return {name: self._velocities[name] for name in learned}
 
 
+# What a state_dict holds.
+_STATE = ("lr", "momentum", "weight_decay", "velocities")
+
 # What is made of the rest of a TrainingStep whenever that changes.
 _MADE_ANEW = {
     "_capacity",
@@ -370,6 +427,7 @@ _MADE_ANEW = {
     "_passes",
     "_plan",
     "_snapshot",
+    "_storages",
 }
 
 
@@ -382,8 +440,8 @@ def _refuse_float16(what: str, dtype: torch.dtype) -> None:
 
 
 def _require_trainable(layers: Sequence[_net.Layer]) -> None:
-    places: dict[int, str] = {}
-    for name, parameter in ((n, p) for layer in layers for n, p in layer.parameters.items()):
+    parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+    for name, parameter in parameters.items():
         if type(parameter.data) is not Tensor:
             kind = type(parameter.data).__name__
             raise TypeError(f"{name} of net must be a plain tensor; got {kind}")
@@ -392,23 +450,51 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
                 f"{name} of net must be of float16, bfloat16, float32 or float64; "
                 f"got {parameter.dtype}"
             )
-        if any(
-            n > 1 and step == 0 for n, step in zip(parameter.shape, parameter.stride(), strict=True)
-        ):
-            raise ValueError(
-                f"{name} of net must have memory for each of its elements; got an expanded tensor, "
-                f"strides {parameter.stride()}"
-            )
         if parameter.is_meta:
             raise ValueError(f"{name} of net must have values to train; got a meta tensor")
-        other = places.setdefault(parameter.data_ptr(), name)
-        if other != name and parameter.numel():
+        if not parameter.requires_grad:
+            continue
+        if overlaps_itself(parameter):
+            kind = "an expanded tensor" if 0 in parameter.stride() else "one that overlaps itself"
+            raise ValueError(
+                f"{name} of net must have memory for each of its elements; got {kind}, "
+                f"strides {parameter.stride()}"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} of net must be made outside of inference mode, for it could not be "
+                f"changed there; got an inference tensor"
+            )
+    for other, name in overlapping(parameters):
+        one, two = parameters[other], parameters[name]
+        if one.requires_grad or two.requires_grad:
+            got = "the parameter" if one.data_ptr() == two.data_ptr() else "a part of the parameter"
             raise ValueError(
                 f"{name} of net must be in no other place, for the update in one place would come "
-                f"before BP2 has read it in the other; got the parameter that is {other} as well"
+                f"before BP2 has read it in the other; got {got} that is {other} as well"
             )
     for activation in (a for layer in layers for a in layer.activations):
         activation.in_place(torch.empty(0))  # refuses an activation whose a says not what σ' is
+
+
+def _descent(momentum: object, weight_decay: object) -> Descent:
+    return Descent(_not_negative("momentum", momentum), _not_negative("weight_decay", weight_decay))
+
+
+def _require_within(dtype: torch.dtype, lr: float, descent: Descent) -> None:
+    """Refuse numbers that PyTorch would refuse in the middle of a step."""
+    most = torch.finfo(dtype).max
+    numbers = {"lr": lr} | descent._asdict() | {"lr * weight_decay": lr * descent.weight_decay}
+    for name, number in numbers.items():
+        if number > most:
+            raise ValueError(f"{name} must be at most {most}, all that {dtype} holds; got {number}")
+
+
+def _require_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping, as state_dict() gives it; got {type(value).__name__}"
+        )
 
 
 def _not_negative(name: str, value: object) -> float:

@@ -3,6 +3,7 @@ import gc
 import pickle
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -56,6 +57,20 @@ DESCENTS: list[dict[str, float]] = [
     {"weight_decay": 0.1},
     {"momentum": 0.8, "weight_decay": 0.05},
 ]
+
+
+class Autograd(Cost):
+    """A cost of somebody's own: ours does not know it, and it asks autograd for its gradient."""
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        losses = (output - y).abs().pow(3).sum(-1)
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    @torch.enable_grad()
+    def gradient(self, output: Tensor, y: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        return torch.autograd.grad(self(output, y), output)[0]
+
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
@@ -516,6 +531,51 @@ def test_net_and_cost_cannot_be_exchanged() -> None:
             setattr(step, name, None)
 
 
+def swapped(net: nn.Sequential) -> nn.Sequential:
+    """As `module.to` moves parameters that cannot be set in place."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return net.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def swapped_one_by_one(net: nn.Sequential) -> nn.Sequential:
+    for p in net.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
+    return net
+
+
+def swapped_loaded(net: nn.Sequential) -> nn.Sequential:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+        return net
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("cost", [QuadraticCost(), Autograd()], ids=repr)
+@pytest.mark.parametrize("change", [swapped, swapped_one_by_one, swapped_loaded])
+def test_parameters_can_be_swapped(change: Any, cost: Cost) -> None:
+    """A step that has run holds on to none of them."""
+    net = network()
+    step, reference = (
+        TrainingStep(net, cost, 0.1, momentum=0.9),
+        Reference(net, cost, 0.1, momentum=0.9),
+    )
+    for samples in (4, 3, 4):
+        x, y = batch(net, cost, samples)
+        step(x, y)
+        reference(x, y)
+        change(net)
+        for p in reference.net.parameters():
+            p.data = p.data.float().double() if change is swapped else p.data
+    # A velocity that went through float32 is as exact as that.
+    exact = change is not swapped
+    assert_follows(net, reference.net, rtol=1e-11 if exact else 1e-5, atol=1e-13 if exact else 1e-7)
+
+
 @pytest.mark.parametrize("change", [moved, loaded, replaced])
 def test_parameters_that_are_elsewhere_now_are_found(change: Any) -> None:
     net, cost = network(), QuadraticCost()
@@ -559,19 +619,6 @@ def test_a_layer_that_is_pruned_later_is_refused() -> None:
     with pytest.raises(TypeError, match=r"net\['2'\].* must have no hooks|must be a parameter"):
         step(x, y)
     assert all(torch.equal(a, b) for a, b in zip(values(net), before, strict=True))
-
-
-class Autograd(Cost):
-    """A cost of somebody's own: ours does not know it, and it asks autograd for its gradient."""
-
-    def forward(self, output: Tensor, y: Tensor) -> Tensor:
-        losses = (output - y).abs().pow(3).sum(-1)
-        return losses.mean() if self.reduction == "mean" else losses.sum()
-
-    @torch.enable_grad()
-    def gradient(self, output: Tensor, y: Tensor) -> Tensor:
-        output = output.detach().requires_grad_()
-        return torch.autograd.grad(self(output, y), output)[0]
 
 
 class Doubled(QuadraticCost):
@@ -677,19 +724,91 @@ def test_going_on_from_a_saved_state(descent: dict[str, float], tmp_path: Any) -
     assert all(torch.equal(*pair) for pair in zip(values(net), values(other), strict=True))
 
 
-def test_a_state_that_does_not_fit_changes_nothing() -> None:
-    net, cost = network(), QuadraticCost()
-    step = TrainingStep(net, cost, 0.1, momentum=0.9)
-    good = step.state_dict()
-    for wrong, message in (
-        ({"lr": -1.0}, "lr must be at least 0"),
-        ({"momentum": "no"}, "momentum must be a number; got str"),
-        ({"velocities": {"9.weight": torch.zeros(2)}}, "net has no parameter '9.weight'"),
-        ({"velocities": {"0.weight": torch.zeros(2)}}, r"velocities\['0.weight'\] must have shape"),
-    ):
-        with pytest.raises((ValueError, TypeError, KeyError), match=message):
-            step.load_state_dict(good | {"lr": 0.5} | wrong)
-        assert step.lr == 0.1
+ZEROS = torch.zeros(5, 7)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be at least 0"),
+        ({"lr": 10**400}, ValueError, "lr must be a number that fits into a float"),
+        ({"momentum": "no"}, TypeError, "momentum must be a number; got str"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number; got NoneType"),
+        ({"velocities": {"9.weight": ZEROS}}, KeyError, "net has no parameter '9.weight'"),
+        ({"velocities": {0: ZEROS}}, KeyError, "net has no parameter 0"),
+        (
+            {"velocities": {"0.weight": torch.zeros(2)}},
+            ValueError,
+            r"velocities\['0.weight'\] must have shape \(5, 7\), its parameter's; got \(2,\)",
+        ),
+        (
+            {"velocities": {"0.bias": torch.ones(5), "0.weight": ZEROS.to("meta")}},
+            ValueError,
+            r"velocities\['0.weight'\] must have values; got a meta tensor",
+        ),
+        (
+            {"velocities": {"0.bias": torch.ones(5), "0.weight": ZEROS.tolist()}},
+            TypeError,
+            r"velocities\['0.weight'\] must be a torch.Tensor; got list",
+        ),
+        (
+            {"velocities": {"0.weight": ZEROS.long()}},
+            TypeError,
+            r"velocities\['0.weight'\] must have a real floating-point dtype",
+        ),
+        ({"velocities": [ZEROS]}, TypeError, "velocities must be a mapping, .* got list"),
+        ({"nesterov": True}, KeyError, "state must have the keys lr, .*; got lr, .*, nesterov"),
+        (None, TypeError, r"state must be a mapping, as state_dict\(\) gives it; got NoneType"),
+        ([("lr", 0.1)], TypeError, "state must be a mapping, .* got list"),
+        ({}, KeyError, "state must have the keys lr, .* got none"),
+        (
+            torch.optim.SGD([torch.zeros(1)], 0.1).state_dict(),
+            KeyError,
+            "state must have the keys .* got state, param_groups",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    wrong: Any, error: type[Exception], message: str
+) -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
+    step(*batch(step.net, step.cost, 4))
+    before = step.state_dict()
+    if wrong and not isinstance(wrong, list) and "state" not in wrong:
+        wrong = before | {"lr": 0.5, "momentum": 0.1} | wrong
+    with pytest.raises(error, match=message):
+        step.load_state_dict(wrong)
+    assert_same_state(step.state_dict(), before)
+
+
+def test_a_state_is_not_half_loaded_into_a_net_that_cannot_be_trained() -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
+    before = step.state_dict()
+    step.net[2] = nn.Dropout()
+    with pytest.raises(TypeError, match=r"net\['2'\] must be a Linear"):
+        step.load_state_dict(before | {"lr": 0.5})
+    assert_same_state(step.state_dict(), before)
+
+
+def test_a_state_is_loaded_into_what_the_net_is_now() -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
+    step.net.append(Linear(3, 2, dtype=torch.float64))
+    other = TrainingStep(copy.deepcopy(step.net), QuadraticCost(), 0.2, momentum=0.9)
+    x, y = batch(other.net, other.cost, 4)
+    other(x, y)
+    step.load_state_dict(other.state_dict())
+    assert_same_state(step.state_dict(), other.state_dict())
+
+
+def test_a_parameter_without_a_saved_velocity_starts_anew() -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
+    step(*batch(step.net, step.cost, 4))
+    state = step.state_dict()
+    del state["velocities"]["2.bias"]
+    step.load_state_dict(state)
+    found = step.state_dict()["velocities"]
+    assert not found["2.bias"].any()
+    assert torch.equal(found["2.weight"], state["velocities"]["2.weight"])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
@@ -754,6 +873,45 @@ def expanded() -> nn.Sequential:
     net = sequential(Linear(3, 2))
     net.get_parameter("0.weight").data = torch.ones(1, 3).expand(2, 3)
     return net
+
+
+def with_memory(*views: Tensor) -> nn.Sequential:
+    """Layers of 3 by 3 without biases, whose weights are these."""
+    net = nn.Sequential(*(Linear(3, 3, bias=False, dtype=v.dtype) for v in views))
+    for layer, view in zip(net, views, strict=True):
+        layer.weight = nn.Parameter(view)
+    return net
+
+
+def overlapping_in_part() -> nn.Sequential:
+    memory = torch.randn(20)
+    return with_memory(memory[:9].view(3, 3), memory[8:17].view(3, 3))
+
+
+def transposed_tie() -> nn.Sequential:
+    w = torch.randn(3, 3)
+    return with_memory(w, w.t())
+
+
+def overlapping_itself() -> nn.Sequential:
+    return with_memory(torch.randn(20).as_strided((3, 3), (2, 1)))
+
+
+def a_bias_within_a_weight() -> nn.Sequential:
+    net = sequential(Linear(3, 3), Sigmoid(), Linear(3, 3))
+    net[2].bias = nn.Parameter(net.get_parameter("0.weight").detach()[1])
+    return net
+
+
+def frozen_overlapped_by_learning() -> nn.Sequential:
+    net = overlapping_in_part()
+    net[0].requires_grad_(False)
+    return net
+
+
+def made_in_inference_mode() -> nn.Sequential:
+    with torch.inference_mode():
+        return sequential(Linear(3, 2))
 
 
 NET: Any = sequential(Linear(3, 2))
@@ -839,6 +997,81 @@ NO_COST: Any = nn.MSELoss()
             "2.weight of net must be in no other place",
         ),
         (
+            lambda: TrainingStep(overlapping_in_part(), QuadraticCost(), 0.1),
+            ValueError,
+            "1.weight of net must be in no other place, .* got a part of the parameter that is 0.w",
+        ),
+        (
+            lambda: TrainingStep(transposed_tie(), QuadraticCost(), 0.1),
+            ValueError,
+            "1.weight of net must be in no other place, .* got the parameter that is 0.weight",
+        ),
+        (
+            lambda: TrainingStep(a_bias_within_a_weight(), QuadraticCost(), 0.1),
+            ValueError,
+            "2.bias of net must be in no other place, .* got a part of the parameter that is 0.w",
+        ),
+        (
+            lambda: TrainingStep(frozen_overlapped_by_learning(), QuadraticCost(), 0.1),
+            ValueError,
+            "1.weight of net must be in no other place",
+        ),
+        (
+            lambda: TrainingStep(overlapping_itself(), QuadraticCost(), 0.1),
+            ValueError,
+            "0.weight of net must have memory for each .* got one that overlaps itself, strides",
+        ),
+        (
+            lambda: TrainingStep(made_in_inference_mode(), QuadraticCost(), 0.1),
+            ValueError,
+            "0.weight of net must be made outside of inference mode",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 10**400),
+            ValueError,
+            "lr must be a number that fits into a float; got one beyond",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, momentum=10**5000),
+            ValueError,
+            "momentum must be a number that fits",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, weight_decay=Fraction(10**400)),  # type: ignore[arg-type]
+            ValueError,
+            "weight_decay must be a number that fits",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 1e39),
+            ValueError,
+            r"lr must be at most 3\.40.*e\+38, all that torch.float32 holds; got 1e\+39",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, momentum=1e39),
+            ValueError,
+            "momentum must be at most 3.40",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 0.1, weight_decay=1e39),
+            ValueError,
+            "weight_decay must be at most 3.40",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 1e20, weight_decay=1e20),
+            ValueError,
+            r"lr \* weight_decay must be at most 3.40",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), torch.tensor(0.1)),  # type: ignore[arg-type]
+            TypeError,
+            "lr must be a number; got Tensor",
+        ),
+        (
+            lambda: TrainingStep(NET, QuadraticCost(), 1j),  # type: ignore[arg-type]
+            TypeError,
+            "lr must be a number; got complex",
+        ),
+        (
             lambda: TrainingStep(sequential(Linear(3, 2), Softplus(1, 5)), QuadraticCost(), 0.1),
             ValueError,
             "threshold must be at least 20",
@@ -865,6 +1098,49 @@ NO_COST: Any = nn.MSELoss()
 def test_what_is_refused_when_made(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def on_one_buffer(net: nn.Sequential) -> None:
+    """All parameters side by side in one, as libraries flatten them."""
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    for p, part in zip(net.parameters(), flat.split([p.numel() for p in net.parameters()])):  # noqa: B905
+        p.data = part.view_as(p)
+
+
+def interleaved(net: nn.Sequential) -> None:
+    """Two weights in turns in one memory, and both biases, which share no element."""
+    memory = torch.randn(5, 12).double()
+    net[0].weight = nn.Parameter(memory[:, 0:10:2])
+    net[2].weight = nn.Parameter(memory[:, 1:11:2])
+    net[0].bias, net[2].bias = nn.Parameter(memory[:, 10]), nn.Parameter(memory[:, 11])
+
+
+def frozen_and_tied(net: nn.Sequential) -> None:
+    net[4].weight = net[2].weight
+    net[2].bias = nn.Parameter(torch.ones(1).double().expand(5))
+    net[2].requires_grad_(False)
+
+
+@every_descent
+@pytest.mark.parametrize("change", [on_one_buffer, interleaved, frozen_and_tied])
+def test_memory_that_is_shared_without_harm(change: Any, descent: dict[str, float]) -> None:
+    net = network(sizes=(5, 5, 5, 5))
+    change(net)
+    follow(net, QuadraticCost(), 5, **descent)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "4.weight", "0.bias", "4.bias"])
+@every_descent
+def test_a_batch_that_is_a_part_of_a_parameter(name: str, descent: dict[str, float]) -> None:
+    """It is as it was before the step, for the whole of it."""
+    net, cost = network(sizes=(5, 5, 5, 5)), QuadraticCost()
+    step, reference = TrainingStep(net, cost, 0.5, **descent), Reference(net, cost, 0.5, **descent)
+    rows = net.get_parameter(name).detach().view(-1, 5)
+    others = torch.rand_like(rows)
+    for x, y in [(rows, others), (others, rows)] * 2:
+        expected = reference(x.clone(), y.clone())
+        torch.testing.assert_close(step(x, y), expected)
+    assert_follows(net, reference.net)
 
 
 GOOD_X, GOOD_Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
@@ -927,6 +1203,152 @@ def test_a_batch_that_does_not_fit_changes_nothing(
     assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
 
 
+def with_short_bias(step: TrainingStep) -> None:
+    step.net[0].bias = nn.Parameter(torch.ones(1))
+
+
+def with_bias_matrix(step: TrainingStep) -> None:
+    step.net[2].bias = nn.Parameter(torch.ones(1, 6))
+
+
+def with_weight_vector(step: TrainingStep) -> None:
+    step.net[2].weight = nn.Parameter(torch.ones(5))
+
+
+def with_weights_stacked(step: TrainingStep) -> None:
+    step.net[0].weight = nn.Parameter(torch.ones(2, 5, 7))
+
+
+def with_another_width(step: TrainingStep) -> None:
+    step.net[0] = Linear(7, 4)
+
+
+def with_another_dtype(step: TrainingStep) -> None:
+    step.net[0].double()
+
+
+def partly_on_meta(step: TrainingStep) -> None:
+    step.net[0].to("meta")
+
+
+def partly_inference(step: TrainingStep) -> None:
+    with torch.inference_mode():
+        step.net[0] = Linear(7, 5)
+
+
+def partly_expanded(step: TrainingStep) -> None:
+    step.net[0].bias = nn.Parameter(torch.ones(1).expand(5))
+
+
+def partly_overlapping_itself(step: TrainingStep) -> None:
+    step.net[0].weight = nn.Parameter(torch.randn(40).as_strided((5, 7), (2, 1)))
+
+
+def partly_overlapping(step: TrainingStep) -> None:
+    step.net[0].bias = nn.Parameter(step.net.get_parameter("4.weight").detach()[1, :5])
+
+
+def partly_sparse(step: TrainingStep) -> None:
+    step.net[0].weight = nn.Parameter(torch.eye(5, 7).to_sparse())
+
+
+def with_half_the_range(step: TrainingStep) -> None:
+    step.lr = 1e5
+    step.net.half()
+
+
+def with_a_slope_beyond_all(step: TrainingStep) -> None:
+    step.net[1] = nn.LeakyReLU(1e39)
+
+
+def with_a_low_threshold(step: TrainingStep) -> None:
+    step.net[1] = nn.Softplus(1.0, 5.0)
+
+
+def pruned(step: TrainingStep) -> None:
+    prune.random_unstructured(step.net[0], "weight", amount=0.5)
+
+
+def unreduced(step: TrainingStep) -> None:
+    step.cost.reduction = "none"
+
+
+def fail(*_: Any) -> Any:
+    raise ArithmeticError("no cost today")
+
+
+def whose_forward_fails(step: TrainingStep) -> None:
+    step.cost.forward = fail  # type: ignore[assignment, method-assign]
+
+
+def whose_gradient_fails(step: TrainingStep) -> None:
+    step.cost.gradient = fail  # type: ignore[assignment, method-assign]
+
+
+class InPlaceFails(QuadraticCost):
+    def in_place(self, a: Tensor, delta: Tensor) -> Any:
+        error_, share = super().in_place(a, delta)
+        return lambda y: fail(error_(y)), share
+
+
+def whose_in_place_fails(step: TrainingStep) -> None:
+    step.cost.__class__ = InPlaceFails
+    step.net[1] = Tanh()  # what is seen, and all made anew
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_short_bias,
+        with_bias_matrix,
+        with_weight_vector,
+        with_weights_stacked,
+        with_another_width,
+        with_another_dtype,
+        partly_on_meta,
+        partly_inference,
+        partly_expanded,
+        partly_overlapping_itself,
+        partly_overlapping,
+        partly_sparse,
+        with_half_the_range,
+        with_a_slope_beyond_all,
+        with_a_low_threshold,
+        pruned,
+        unreduced,
+        whose_forward_fails,
+        whose_gradient_fails,
+        whose_in_place_fails,
+    ],
+)
+def test_after_an_error_all_is_as_it_was(change: Any, is_warm: bool) -> None:
+    """Every step is whole or not at all: parameters, velocities, numbers."""
+    net = network(dtype=torch.float32)
+    step = TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9, weight_decay=0.1)
+    x, y = batch(net, step.cost, 4)
+    if is_warm:
+        step(x, y)
+    change(step)
+    parameters = [p.detach() for p in net.parameters()]
+    before = [p.clone() for p in parameters]
+    state = step.state_dict()
+    for _ in range(2):  # nor does the second try go on from half of the first
+        with pytest.raises((TypeError, ValueError, RuntimeError, ArithmeticError)):
+            step(x.to(net[4].weight.dtype), y.to(net[4].weight.dtype))
+        for found, value in zip(net.parameters(), before, strict=True):
+            assert found.is_meta or torch.equal(found.to_dense(), value.to_dense())
+        assert_same_state(step.state_dict(), state)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    velocities, others = found.pop("velocities"), dict(expected)
+    assert velocities.keys() == others["velocities"].keys()
+    for name, velocity in others.pop("velocities").items():
+        assert torch.equal(velocities[name], velocity)
+    assert found == others
+
+
 @pytest.mark.parametrize(
     ("cost", "y", "message"),
     [
@@ -955,8 +1377,81 @@ def test_autocast_is_refused(device: torch.device) -> None:
         step(x, y)
 
 
+IN_TRANSFORMS: list[Callable[[TrainingStep, Tensor, Tensor], object]] = [
+    lambda step, x, y: torch.vmap(step)(x.expand(2, -1, -1), y.expand(2, -1, -1)),
+    lambda step, x, y: torch.vmap(step, (None, 0))(x, y.expand(2, -1, -1)),
+    lambda step, x, y: torch.vmap(lambda z: step(x, y) + z)(torch.zeros(2)),
+    lambda step, x, y: torch.func.grad(step)(x, y),
+    lambda step, x, y: torch.func.grad(lambda y: step(x, y))(y),
+    lambda step, x, y: torch.func.jvp(step, (x, y), (x, y)),
+    lambda step, x, y: torch.func.functionalize(step)(x, y),
+]
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("call", IN_TRANSFORMS)
+def test_transforms_are_refused(call: Any, is_warm: bool) -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    x, y = batch(step.net, step.cost, 4)
+    if is_warm:
+        step(x, y)
+    before = values(step.net)
+    with pytest.raises(RuntimeError, match=r"must be called outside of torch\.func's transforms"):
+        call(step, x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
+
+
+@pytest.mark.parametrize("cost", [QuadraticCost(), Autograd()], ids=repr)
+def test_in_a_compiled_loop_it_is_the_step_that_it_is_outside(cost: Cost) -> None:
+    net = network()
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    step(*(pair := batch(net, cost, 4)))
+    reference(*pair)
+
+    def loop(x: Tensor, y: Tensor, each: Any) -> Tensor:
+        total = x.new_zeros(())
+        for part, target in zip(x.split(2), y.split(2), strict=True):
+            total = total + 2 * each(2 * part, target)
+        return total
+
+    compiled = torch.compile(loop, backend="eager")
+    for _ in range(2):
+        x, y = batch(net, cost, 4)
+        torch.testing.assert_close(compiled(x, y, step), loop(x, y, reference))
+    assert_follows(net, reference.net)
+
+
+def test_in_code_that_must_be_one_graph_nothing_is_updated() -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    x, y = batch(step.net, step.cost, 4)
+    before = values(step.net)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x, y: step(x, y), backend="eager", fullgraph=True)(x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
+
+
+def test_being_exported_is_refused() -> None:
+    class Calling(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return step(x, y)
+
+    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    before = values(step.net)
+    with pytest.raises(RuntimeError, match=r"its own export\(\) and export_onnx\(\) write it"):
+        torch.export.export(Calling(), batch(step.net, step.cost, 4), strict=False)
+    assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
+
+
 def test_the_learning_rate_is_checked_when_set_anew() -> None:
     step = TrainingStep(NET, QuadraticCost(), 0.1)
+    for wrong, error, message in (
+        (1e39, ValueError, "lr must be at most 3.4"),
+        (10**400, ValueError, "lr must be a number that fits into a float"),
+        (None, TypeError, "lr must be a number; got NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            step.lr = wrong  # type: ignore[assignment]
+        assert step.lr == 0.1
     with pytest.raises(ValueError, match="lr must be at least 0; got -2"):
         step.lr = -2
     assert step.lr == 0.1
