@@ -170,6 +170,26 @@ def test_what_has_changed_is_not_trained_as_it_was(
         step(*pair)  # which sees it, and goes on
 
 
+class FailsLater(QuadraticCost):
+    """At its second call."""
+
+    def in_place(self, a: Tensor, delta: Tensor) -> Any:
+        error_, share = super().in_place(a, delta)
+        calls = iter([error_])
+        return lambda y: next(calls)(y), share
+
+
+def test_a_capture_that_fails_changes_nothing(device: torch.device, capture: Capture) -> None:
+    step = TrainingStep(network(device=device), FailsLater(), 0.1, momentum=0.9)
+    x, y = batch(step.net, step.cost, 4)
+    before, state = values(step.net), step.state_dict()
+    with pytest.raises(StopIteration):
+        capture(step, x, y)
+    assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
+    for name, velocity in step.state_dict()["velocities"].items():
+        assert torch.equal(velocity, state["velocities"][name])
+
+
 def test_captured_in_inference_mode(device: torch.device, capture: Capture) -> None:
     net, cost = network(device=device), QuadraticCost()
     with torch.inference_mode():
