@@ -2,6 +2,7 @@ import csv
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_steps(
     monkeypatch.setattr(shutil, "which", lambda _: None)
     lines, (first, second, memory) = run("step", tmp_path / "new", capsys)
     assert lines[0].startswith("command: python -m experiments.benchmark step --rounds 2 --folder")
-    assert f"torch {torch.__version__}" in lines[2]
+    assert f"torch {version('torch')}" in lines[2]
     assert lines[4] == "threads: 1; products of float32: highest"
     assert lines[5].startswith("left out, for it is not there: a C++ compiler")
     names = [row["contender"] for row in first]
