@@ -97,6 +97,13 @@ def assert_same(
         torch.testing.assert_close(our, their, rtol=rtol, atol=atol)
 
 
+def error(found: Tensor, right: Tensor) -> float:
+    """How far a tensor is from the right one, of finer dtype, as a part of that one's size."""
+    size = right.norm()
+    difference: float = ((found.to(right.dtype) - right).norm() / size).item() if size else 0.0
+    return difference
+
+
 def assert_matches(
     ours: Call, reference: Call, arguments: Sequence[Any], upstream: Tensor | None = None
 ) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manual_bp import convert, leaky_relu, linear, relu, sigmoid, softplus, tanh
-from tests.helpers import assert_same
+from tests.helpers import assert_same, error
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 with warnings.catch_warnings(action="ignore"):
@@ -76,12 +76,6 @@ def assert_as_exact(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor
     for our, their, right in zip(ours, theirs, exact, strict=True):
         if their.isfinite().all():  # else there is no error to compare
             assert error(our, right) <= 2 * error(their, right) + torch.finfo(our.dtype).eps
-
-
-def error(found: Tensor, right: Tensor) -> float:
-    size = right.norm()
-    difference: float = ((found.to(right.dtype) - right).norm() / size).item() if size else 0.0
-    return difference
 
 
 def derivatives(
