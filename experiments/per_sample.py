@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import manual_bp
-from experiments.contending import is_installed, sigmoid_network
+from experiments.contending import allowance, is_installed, sigmoid_network
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Problem:
     net: Linear layers and Sigmoids of torch.nn's.
     x, y: Inputs and desired outputs; samples come first, and one may have several rows.
     max_norm: What a sample's gradient is clipped to.
-    expected: The right answers, by what is asked for, found sample by sample.
+    expected: The right answers, by what is asked for, found sample by sample in float64.
+    scales: For each of these tensors how large its largest element would be if the samples, which
+        it may add up, did not cancel. An element errs by what its terms err.
+    least_norm: The smallest norm of a sample's gradient.
     """
 
     net: nn.Sequential
@@ -41,6 +44,8 @@ class Problem:
     y: Tensor
     max_norm: float
     expected: dict[str, list[Tensor]]
+    scales: dict[str, list[float]]
+    least_norm: float
 
 
 class Found(NamedTuple):
@@ -57,12 +62,14 @@ class Contender:
     call: Leaves nothing behind in its network, so that each call starts from the same memory.
     unit: What its answer is to be multiplied with to be of dC_x/dw. Not part of its call: each
         library answers in the unit that it finds cheapest.
+    off: How far its answer is off by design, relative to the terms that it adds up.
     """
 
     what: str
     name: str
     call: Callable[[], Found]
     unit: float = 1.0
+    off: float = 0.0
 
 
 def problem(sizes: Sequence[int], batch: Sequence[int], device: str) -> Problem:
@@ -70,15 +77,28 @@ def problem(sizes: Sequence[int], batch: Sequence[int], device: str) -> Problem:
     net = sigmoid_network(sizes, device)
     x = torch.randn(*batch, sizes[0], device=device)
     y = torch.rand(*batch, sizes[-1], device=device)
-    gradients = _sample_by_sample(net, x, y)
-    max_norm = _norms(gradients).median().item()  # clips about half of the samples
-    expected = {
-        ".grad": [g.mean(0) for g in gradients],
-        "norms": [_norms(gradients)],
-        "clipped": _clipped(gradients, max_norm),
-        "gradients": gradients,
-    }
-    return Problem(net, x, y, max_norm, expected)
+    gradients = _sample_by_sample(copy.deepcopy(net).double(), x.double(), y.double())
+    norms = _norms(gradients)
+    max_norm = norms.median().item()  # clips about half of the samples
+    sizes = [g.abs() for g in gradients]
+    expected, uncancelled = (
+        {
+            ".grad": [g.mean(0) for g in of_each],
+            "norms": [norms],
+            "clipped": _clipped(of_each, max_norm),
+            "gradients": of_each,
+        }
+        for of_each in (gradients, sizes)
+    )
+    return Problem(
+        net,
+        x,
+        y,
+        max_norm,
+        {what: [t.float() for t in tensors] for what, tensors in expected.items()},
+        {what: [t.max().item() for t in tensors] for what, tensors in uncancelled.items()},
+        norms.min().item(),
+    )
 
 
 def contenders(task: Problem) -> list[Contender]:
@@ -105,9 +125,9 @@ def require_same(task: Problem, all_of_them: Sequence[Contender]) -> None:
     for contender in all_of_them:
         found = contender.call()
         asked = [tensor * contender.unit for tensor in found.asked]
-        _require_close(asked, task.expected[contender.what], contender)
+        _require_close(asked, contender.what, task, contender)
         if found.grads is not None:
-            _require_close(found.grads, task.expected[".grad"], contender)
+            _require_close(found.grads, ".grad", task, contender)
 
 
 @contextmanager
@@ -119,18 +139,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _require_close(
-    found: Sequence[Tensor], expected: Sequence[Tensor], contender: Contender
-) -> None:
-    for one, right in zip(found, expected, strict=True):
-        # An element is a sum, which may cancel to little: it errs by what its terms err. Opacus'
-        # weights are a millionth of a norm off, since it adds 1e-6 before it divides.
-        atol = 1e-5 * right.abs().max().item()
+def _require_close(found: Sequence[Tensor], what: str, task: Problem, contender: Contender) -> None:
+    weights = [p for p in task.net.parameters() if p.ndim == 2]
+    rows = task.x[..., 0].numel()
+    allowed = allowance(len(weights), max(rows, *(n for w in weights for n in w.shape)))
+    for one, right, scale in zip(found, task.expected[what], task.scales[what], strict=True):
         torch.testing.assert_close(
             one,
             right,
-            rtol=1e-4,
-            atol=atol,
+            rtol=0,
+            atol=(allowed + contender.off) * scale,
             msg=lambda said: f"{contender.what}, {contender.name}: {said}",
         )
 
@@ -249,6 +267,7 @@ def _of_opacus_hooks(task: Problem) -> list[Contender]:
         optimizer.clip_and_accumulate()
         return _attributes(net, "summed_grad")
 
+    off = _off_by_opacus(task)
     step = partial(_step, task, net, nullcontext)
     clear = partial(optimizer.zero_grad, set_to_none=True)
     norms = partial(step, lambda _: [_norms(_attributes(net, "grad_sample"))], clear)
@@ -256,7 +275,7 @@ def _of_opacus_hooks(task: Problem) -> list[Contender]:
     return [
         Contender("norms", "Opacus", norms),
         # Opacus divides by the number of samples when it has added the noise.
-        Contender("clipped", "Opacus", partial(step, clipped, clear), 1 / len(task.x)),
+        Contender("clipped", "Opacus", partial(step, clipped, clear), 1 / len(task.x), off),
         Contender("gradients", "Opacus", gradients),
     ]
 
@@ -282,8 +301,13 @@ def _of_opacus_ghost(task: Problem) -> list[Contender]:
 
     return [
         Contender("norms", "Opacus, ghost", norms),
-        Contender("clipped", "Opacus, ghost", clipped, 1 / len(task.x)),
+        Contender("clipped", "Opacus, ghost", clipped, 1 / len(task.x), _off_by_opacus(task)),
     ]
+
+
+def _off_by_opacus(task: Problem) -> float:
+    # Opacus adds 1e-6 to a norm before it divides by it.
+    return 1e-6 / task.least_norm
 
 
 class _CostOfEach:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.contending import is_installed, sigmoid_network
+from experiments.contending import FLOAT32, allowance, is_installed, sigmoid_network
 from experiments.measuring import Timed
 from manual_bp import QuadraticCost, TrainingStep
 
@@ -154,7 +154,7 @@ def _is_there(needs: str, device: str) -> bool:
     return all(is_installed(name) for name in needs.split(" and "))
 
 
-def require_same(task: Problem, all_of_them: dict[str, Contender], rtol: float = 1e-4) -> None:
+def require_same(task: Problem, all_of_them: dict[str, Contender]) -> None:
     """Check that every contender's first call leads where autograd and SGD lead in float64.
 
     Raises:
@@ -164,6 +164,7 @@ def require_same(task: Problem, all_of_them: dict[str, Contender], rtol: float =
         if contender.parameters is None:
             continue
         before = contender.parameters()
+        rtol = allowance(len(task.w), max(len(task.x), *(n for w in task.w for n in w.shape)))
         contender.timed.call()
         contender.timed.wait()
         after = contender.parameters()
@@ -171,7 +172,7 @@ def require_same(task: Problem, all_of_them: dict[str, Contender], rtol: float =
         for found, old, right in zip(after, before, expected, strict=True):
             # It is what was learned that must be right; but each step rounds the parameter, too.
             change = np.abs(right - old).max()
-            atol = rtol * change + 1e-6 * contender.timed.each * np.abs(right).max()
+            atol = rtol * change + 16 * FLOAT32 * contender.timed.each * np.abs(right).max()
             np.testing.assert_allclose(found, right, rtol=0, atol=atol, err_msg=name)
 
 

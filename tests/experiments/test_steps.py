@@ -17,6 +17,7 @@ from experiments.steps import (
     passes,
     problem,
     require_same,
+    torch_contenders,
 )
 from tests.helpers import Operations
 
@@ -59,7 +60,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("factor", [0.0, 0.99, -1.0])
 def test_a_contender_that_learns_something_else_is_found(factor: float) -> None:
     task = problem(SIZES, BATCH, "cpu")
-    right = contenders(task)["torch, SGD"]
+    right = torch_contenders(task)["torch, SGD"]
     assert right.parameters is not None
     first = right.parameters()
 
