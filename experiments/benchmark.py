@@ -70,8 +70,10 @@ class Config:
     and backward of whole networks through autograd. per-sample: what every sample's gradient, its
     norm, or clipping by it costs, beside torch.func, Opacus and BackPACK."""
     rounds: int = 50
-    """How many ratios are taken of each; the median is shown, and the quartiles. A step of seconds
-    wants fewer."""
+    """How many ratios are taken of each, at most; the median is shown, and the quartiles."""
+    budget: float = 60.0
+    """Seconds after which contenders that take turns start no further round. Each table says how
+    many rounds it is of."""
     threads: int = 1
     """Cores that may be used on the CPU, by every contender."""
     device: str = "cpu"
@@ -83,6 +85,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require_counts(self, "rounds", "threads")
+        if not self.budget >= 0:
+            raise ValueError(f"--budget must be at least 0; got {self.budget}")
         if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
             raise ValueError(f"--device must be cpu, or cuda where there is one; got {self.device}")
         if not can_be_made(self.folder):
@@ -94,8 +98,8 @@ def compare_training_steps(config: Config) -> Iterator[Table]:
     for sizes, batch in NETS:
         task = steps.problem(sizes, batch, config.device, config.threads)
         contenders = steps.contenders(task)
-        steps.require_same(task, contenders, _rtol(config))
-        taken = seconds({n: c.timed for n, c in contenders.items()}, config.rounds, config.device)
+        steps.require_same(task, contenders)
+        taken = _taken({n: c.timed for n, c in contenders.items()}, config)
         rows: list[Row] = []
         for name, times in taken.items():
             lower, ratio, upper = ratios(times, taken["ours"])
@@ -110,13 +114,17 @@ def compare_training_steps(config: Config) -> Iterator[Table]:
                     "times the products": _ratio(taken, name, "bare products"),
                 }
             )
-        yield Table(f"A step of {_name(sizes)}, batch {batch}", rows, "times ours", "contender")
+        title = f"A step of {_name(sizes)}, batch {batch}"
+        yield Table(title, rows, "times ours", "contender", rounds=_rounds(taken))
     yield compare_memory(config)
 
 
-def _rtol(config: Config) -> float:
-    # Below the highest precision, a product may be rounded to bfloat16.
-    return 1e-4 if config.matmul_precision == "highest" else 2e-2
+def _taken(contenders: Mapping[str, Timed], config: Config) -> dict[str, list[float]]:
+    return seconds(contenders, config.rounds, config.device, config.budget)
+
+
+def _rounds(taken: Mapping[str, Sequence[float]]) -> int:
+    return min(map(len, taken.values()))
 
 
 def compare_memory(config: Config) -> Table:
@@ -155,9 +163,9 @@ def _growth(
     for size, (sizes, batch) in nets.items():
         task = steps.problem(sizes, batch, config.device, config.threads)
         found = steps.torch_contenders(task)
-        steps.require_same(task, found, _rtol(config))
+        steps.require_same(task, found)
         contenders |= {f"{name}|{size}": c.timed for name, c in found.items()}
-    taken = seconds(contenders, config.rounds, config.device)
+    taken = _taken(contenders, config)
     rows: list[Row] = []
     for name in dict.fromkeys(key.partition("|")[0] for key in taken):
         micros = [1e6 * statistics.median(taken[f"{name}|{size}"]) for size in nets]
@@ -172,18 +180,20 @@ def _growth(
                     "straight line, µs": f"{start + slope * size:.1f}",
                 }
             )
-    return Table(title, rows, "µs", "contender", over)
+    return Table(title, rows, "µs", "contender", over, _rounds(taken))
 
 
 def compare_backward(config: Config) -> Iterator[Table]:
     """Backward against forward: operations counted, bare products timed, autograd timed."""
     rows: list[Row] = []
+    fewest = config.rounds
     for width in WIDTHS:
         sizes = (width,) * (BACKWARD_LAYERS + 1)
         task = steps.problem(sizes, BACKWARD_BATCH, config.device, config.threads)
         passes = steps.passes(task)
         forward, backward = (_operations(call) for call in passes.counted)
-        taken = seconds(passes.timed, config.rounds, config.device)
+        taken = _taken(passes.timed, config)
+        fewest = min(fewest, _rounds(taken))
         rows.append(
             {
                 "width": str(width),
@@ -195,7 +205,7 @@ def compare_backward(config: Config) -> Iterator[Table]:
             }
         )
     title = f"Backward over forward, {BACKWARD_LAYERS} layers, batch {BACKWARD_BATCH}"
-    yield Table(title, rows, "products, timed", "width")
+    yield Table(title, rows, "products, timed", "width", rounds=fewest)
 
 
 def _operations(call: Callable[[], object]) -> int:
@@ -270,11 +280,13 @@ def forward_and_backward(
 def compare_calls(config: Config) -> Table:
     """What a call of each layer takes beyond PyTorch's, forward alone."""
     rows: list[Row] = []
+    fewest = config.rounds
     for name, contenders in calls(config.device).items():
         results = [call() for call in contenders.values()]
         torch.testing.assert_close(*results)
         timed = {who: Timed(call) for who, call in contenders.items()}
-        taken = seconds(timed, config.rounds, config.device)
+        taken = _taken(timed, config)
+        fewest = min(fewest, _rounds(taken))
         pairs = zip(taken["torch"], taken["ours"], strict=True)
         lower, more, upper = quartiles([1e6 * (ours - torch) for torch, ours in pairs])
         row = {
@@ -286,7 +298,7 @@ def compare_calls(config: Config) -> Table:
         }
         rows.append(row)
     title = "What a call of a layer takes beyond PyTorch's"
-    return Table(title, rows, "more, µs", "forward, 10 samples, 30 to 10")
+    return Table(title, rows, "more, µs", "forward, 10 samples, 30 to 10", rounds=fewest)
 
 
 def compare_layers(config: Config) -> Iterator[Table]:
@@ -295,7 +307,7 @@ def compare_layers(config: Config) -> Iterator[Table]:
     for sizes, batch in NETS:
         contenders = forward_and_backward(sizes, batch, config.device)
         timed = {name: Timed(call) for name, call in contenders.items()}
-        taken = seconds(timed, config.rounds, config.device)
+        taken = _taken(timed, config)
         peaks = {name: peak_bytes(call, config.device) for name, call in contenders.items()}
         rows: list[Row] = [
             {
@@ -308,7 +320,7 @@ def compare_layers(config: Config) -> Iterator[Table]:
             for name in contenders
         ]
         title = f"Forward and backward of {_name(sizes)}, batch {batch}"
-        yield Table(title, rows, "time", "layers")
+        yield Table(title, rows, "time", "layers", rounds=_rounds(taken))
 
 
 def _name(sizes: Sequence[int]) -> str:
@@ -334,7 +346,7 @@ def compare_per_sample(config: Config) -> Iterator[Table]:
             per_sample.require_same(task, contenders)
             calls = {f"{c.what}, {c.name}": c.call for c in contenders}
             timed = {name: Timed(call) for name, call in calls.items()}
-            taken = seconds(timed, config.rounds, config.device)
+            taken = _taken(timed, config)
             peaks = {name: peak_bytes(call, config.device) for name, call in calls.items()}
         plain, *_ = calls
         samples = "×".join(map(str, batch))
@@ -349,7 +361,7 @@ def compare_per_sample(config: Config) -> Iterator[Table]:
             for name in calls
         ]
         title = f"Per-sample results of {_name(sizes)}, batch {samples}"
-        yield Table(title, rows, "time", "what, contender")
+        yield Table(title, rows, "time", "what, contender", rounds=_rounds(taken))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -372,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with limited_to(config.threads):
             for table in question(config):
-                print(f"\n{table.title}\n\n{table}", flush=True)
+                print(f"\n{table.caption}\n\n{table}", flush=True)
                 tables.append(table)
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -1,5 +1,6 @@
 """How long calls take and how much memory they hold, contenders in turn, in one run."""
 
+import math
 import os
 import statistics
 import time
@@ -35,16 +36,22 @@ class Timed:
     wait: Callable[[], object] = lambda: None
 
 
-def seconds(contenders: Mapping[str, Timed], rounds: int, device: str) -> dict[str, list[float]]:
+def seconds(
+    contenders: Mapping[str, Timed], rounds: int, device: str, budget: float = math.inf
+) -> dict[str, list[float]]:
     """How long each contender takes for one of what is compared, round by round.
 
     A turn is as many calls as fit into 20 ms, warmed up; but one call, as it comes, of a contender
-    that takes long. On a CUDA device its own clock measures.
+    that takes long. On a CUDA device its own clock measures. No round starts once the budget, in
+    seconds, is spent; but one is always made.
     """
     turn = _turn_on_cuda if device == "cuda" else _turn
+    started = time.monotonic()
     numbers = {name: _calls_in_a_turn(timed, turn) for name, timed in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and time.monotonic() - started > budget:
+            break
         for name, timed in contenders.items():
             time.sleep(PAUSE)
             if numbers[name] > 1:

@@ -29,6 +29,7 @@ class Table:
     shows: The column that a picture shows.
     by: The column that tells what a row is of: one bar each.
     over: The column of numbers that it is drawn over, if any, in lines instead.
+    rounds: How many ratios, or times, its medians are of, where they were measured round by round.
     """
 
     title: str
@@ -36,6 +37,12 @@ class Table:
     shows: str
     by: str
     over: str | None = None
+    rounds: int | None = None
+
+    @property
+    def caption(self) -> str:
+        """What stands above it: the title, and how much was measured."""
+        return self.title if self.rounds is None else f"{self.title}; rounds: {self.rounds}"
 
     def __str__(self) -> str:
         return tabulate(self.rows, "keys", tablefmt="github", disable_numparse=True)
@@ -87,7 +94,7 @@ def save(folder: Path, name: str, lines: Sequence[str], tables: Sequence[Table])
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{suffix}" for suffix in (".md", ".csv", ".png")]
     parts = [f"# {name}", "\n".join(f"- {line}" for line in lines)]
-    parts += [f"## {table.title}\n\n{table}" for table in tables]
+    parts += [f"## {table.caption}\n\n{table}" for table in tables]
     paths[0].write_text("\n\n".join(parts) + "\n", "utf-8")
     with paths[1].open("w", encoding="utf-8", newline="") as file:
         columns = dict.fromkeys(column for table in tables for row in table.rows for column in row)

@@ -1,4 +1,5 @@
 import csv
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +105,20 @@ def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert each == pytest.approx(float(row["µs"]) / int(row["layers"]), abs=0.06)
 
 
+@pytest.mark.parametrize("question", ["growth", "backward", "layers"])
+def test_the_time_is_bounded_and_the_rounds_are_told(
+    question: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([question, "--rounds", "50", "--budget", "0", "--folder", str(tmp_path)]) == 0
+    page = (tmp_path / f"{question}.md").read_text("utf-8")
+    titles = re.findall(r"^## .*$", page, flags=re.MULTILINE)
+    assert titles
+    out = capsys.readouterr().out
+    for title in titles:
+        assert title.endswith("; rounds: 1")
+        assert title.removeprefix("## ") in out
+
+
 def test_backward_is_five_products_to_three(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +213,8 @@ def test_unequal_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["layers", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["growth", "--budget", "-1"], "--budget must be at least 0; got -1"),
+        (["growth", "--budget", "nan"], "--budget must be at least 0; got nan"),
         (["layers", "--threads", "0"], "--threads must be at least 1; got 0"),
         (
             ["layers", "--device", "tpu"],

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Callable
 from itertools import groupby, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_what_a_call_does_many_times_is_counted_so(clock: Clock) -> None:
 def test_what_is_under_way_is_waited_for(clock: Clock) -> None:
     taken = seconds({"later": Timed(lambda: None, wait=clock.call(0.03))}, 2, "cpu")
     assert taken["later"] == pytest.approx([0.03, 0.03])
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 1), (5.0, 2), (100.0, 4)])
+def test_no_round_starts_once_the_budget_is_spent(
+    budget: float, rounds: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second goes by in each pause: two before the first round, and two in each."""
+    paused = Clock()
+    pause = SimpleNamespace(sleep=lambda _: paused.call(1)(), monotonic=paused)
+    monkeypatch.setattr(measuring, "time", pause)
+    contenders = {name: Timed(clock.call(0.11)) for name in ("one", "other")}
+    taken = seconds(contenders, 4, "cpu", budget)
+    assert [len(times) for times in taken.values()] == [rounds, rounds]
 
 
 def test_nothing_computes_on_more_cores() -> None:
