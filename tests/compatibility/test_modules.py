@@ -135,7 +135,7 @@ def test_share_memory_and_data_parallel_replicas(subject: Subject) -> None:
     assert_same([replica(*inputs)], [theirs(*inputs)])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript's own end
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # TorchScript's own end
 @pytest.mark.parametrize("fuse", [True, False])
 def test_jit_trace(fuse: bool) -> None:
     """As TensorBoard's add_graph traces a model."""
@@ -150,7 +150,7 @@ def test_jit_trace(fuse: bool) -> None:
     net(torch.randn(5, 3)).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_script_wants_the_model_restored() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
     convert(net)
@@ -162,7 +162,7 @@ def test_script_wants_the_model_restored() -> None:
 
 
 # PyTorch is about to give its quantization up.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_what_goes_by_the_exact_class_passes_ours_over() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
