@@ -94,7 +94,7 @@ def save_onnx(
         import onnxscript  # noqa: F401 (torch.onnx imports it itself, and then is less clear)
     except ImportError as error:
         raise ImportError(
-            "export_onnx needs onnx and onnxscript: pip install 'manual-bp[onnx]'"
+            "export_onnx needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
     with warnings.catch_warnings():
         # The exporter's own, of packages that it uses.
