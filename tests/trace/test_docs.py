@@ -2,25 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from manual_bp import LayerDiagnostics, Trace
 from manual_bp.trace import _diagnostics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trace.md").read_text("utf-8")
-
-
-def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    examples = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example, "trace.md", "exec"), names)
-    assert names["trace"]["0"].per_sample_grad_w().shape == (32, 30, 64)
-    assert list((tmp_path / "runs" / "mine").iterdir())
 
 
 def test_every_number_of_the_diagnostics_is_in_the_table() -> None:

@@ -2,19 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training_step.md").read_text("utf-8")
 RESULTS = [file.read_text("utf-8") for file in (ROOT / "experiments" / "results").rglob("*.md")]
-
-
-def test_the_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(example, "docs/training_step.md", "exec"), names)
-    assert names["cost"].shape == ()
-    assert names["step"].lr == 3.0 * 0.9**3
 
 
 def test_each_measured_row_is_one_of_the_results() -> None:

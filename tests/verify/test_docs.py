@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return found
 
 
-(LAYER,) = blocks("python")
+LAYER = blocks("python")[0]
 RIGHT, *WRONG = [text for text in blocks("text") if "checks ran" in text]
 MISTAKES = list(zip(blocks("diff"), WRONG, strict=True))
 

@@ -1,0 +1,174 @@
+"""README and docs: their code runs as it stands, their options are there, their links lead on."""
+
+import dataclasses
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import benchmark, train, train_onnx
+from manual_bp.verify import __main__ as verify
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+NOTES = "http://neuralnetworksanddeeplearning.com/chap2.html"
+
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str, *languages: str) -> list[tuple[list[str], str]]:
+    """What stands after the backticks, word by word, and the code, of all blocks in a language.
+
+    A second word says what the code needs: ```python cuda
+    """
+    found = [(kind.split() or [""], code) for kind, code in BLOCK.findall(TEXTS[page])]
+    return [(kind, code) for kind, code in found if kind[0] in languages]
+
+
+def can_run(kind: list[str], code: str) -> bool:
+    imported = re.findall(r"^(?:from|import) (\w+)", code, flags=re.MULTILINE)
+    return ("cuda" not in kind or torch.cuda.is_available()) and all(
+        importlib.util.find_spec(name) for name in imported
+    )
+
+
+@pytest.fixture
+def _opacus_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page registers there is for that page alone."""
+    if importlib.util.find_spec("opacus"):
+        from opacus import grad_sample
+
+        for kind, name in (
+            (grad_sample.GradSampleModule, "GRAD_SAMPLERS"),
+            (grad_sample.GradSampleModuleFastGradientClipping, "NORM_SAMPLERS"),
+        ):
+            monkeypatch.setattr(kind, name, dict(getattr(kind, name)))
+
+
+# What the names of a page are afterwards.
+def _readme(names: dict[str, Any], folder: Path) -> None:
+    assert len(names["report"].changed) == 2
+    assert type(names["model"][0]) is nn.Linear
+    assert names["norms"].shape == (5,)
+    assert names["value"] < names["trace"].cost
+    assert (folder / "step.pt2").exists()
+
+
+def _trace(names: dict[str, Any], folder: Path) -> None:
+    assert names["trace"]["0"].per_sample_grad_w().shape == (32, 30, 64)
+    assert list((folder / "runs" / "mine").iterdir())
+
+
+def _training_step(names: dict[str, Any], folder: Path) -> None:
+    assert names["cost"].shape == ()
+    assert names["step"].lr == 3.0 * 0.9**3
+    if "session" in names:
+        assert (folder / "step.onnx").exists()
+        assert len(names["new"]) == 4
+
+
+AFTERWARDS = {
+    "README.md": _readme,
+    "docs/trace.md": _trace,
+    "docs/training_step.md": _training_step,
+}
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
+@pytest.mark.usefixtures("_opacus_forgets")
+def test_every_block_of_python_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one namespace, in an empty folder: as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for kind, code in blocks(page, "python"):
+        if can_run(kind, code):
+            exec(compile(code, page, "exec"), names)
+    AFTERWARDS.get(page, lambda *_: None)(names, tmp_path)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_code_is_marked_as_what_it_is(page: str) -> None:
+    """A block of another language is not run, so Python must not be among them."""
+    others = blocks(page, "bash", "diff", "text")
+    assert len(others) + len(blocks(page, "python")) == TEXTS[page].count("\n```") / 2
+    for _, code in others:
+        assert not re.search(r"^(from|import|with|for|def) |^\w+ = ", code, re.MULTILINE)
+
+
+def options_of(page: str) -> set[str]:
+    """The long options in blocks and in inline code, but for those of other people's programs."""
+    code = [line for _, lines in blocks(page, "bash") for line in lines.splitlines()]
+    code += re.findall(r"`([^`]+)`", BLOCK.sub("", TEXTS[page]))
+    ours = [c for c in code if re.match(r"--|python -m (experiments|manual_bp)", c)]
+    return {option for line in ours for option in re.findall(r"--[a-z][a-z-]*", line)}
+
+
+@pytest.fixture
+def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    for config in (benchmark.Config, train.Config, train_onnx.Config):
+        found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
+    return found
+
+
+def test_every_option_is_there(options: set[str]) -> None:
+    named = {page: options_of(page) for page in TEXTS}
+    assert {"--hidden", "--dry-run"} <= named["README.md"]
+    assert {"--threads", "--matmul-precision"} <= named["docs/training_step.md"]
+    for page, found in named.items():
+        assert found <= options, page
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_extra_and_module_of_a_command_is_there(page: str) -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    for named in re.findall(r"""\.\[([\w,]+)\]""", TEXTS[page]):
+        assert set(named.split(",")) <= set(extras)
+    for module in re.findall(r"python -m ((?:experiments|manual_bp)[\w.]*)", TEXTS[page]):
+        assert importlib.util.find_spec(module), module
+
+
+def anchors(text: str) -> set[str]:
+    """What a page's headings are called in links, as GitHub forms it."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / path if path else ROOT / page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place.read_text("utf-8")), target
+
+
+@pytest.mark.parametrize("page", [p for p, text in TEXTS.items() if "the notes" in text.lower()])
+def test_a_page_that_speaks_of_the_notes_says_which(page: str) -> None:
+    assert NOTES in TEXTS[page]
+
+
+def test_the_description_of_the_package_has_no_link_into_the_repository() -> None:
+    """Where an index shows it, there is no file beside it."""
+    settings = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    (fragment,) = settings["fragments"]
+    shown = (ROOT / fragment["path"]).read_text("utf-8")
+    for change in settings["substitutions"]:
+        shown = re.sub(change["pattern"], change["replacement"], shown)
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert NOTES in links
+    assert all("://" in link for link in links)
+    assert "docs/derivation.md" in shown
