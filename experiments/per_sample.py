@@ -80,16 +80,8 @@ def problem(sizes: Sequence[int], batch: Sequence[int], device: str) -> Problem:
     gradients = _sample_by_sample(copy.deepcopy(net).double(), x.double(), y.double())
     norms = _norms(gradients)
     max_norm = norms.median().item()  # clips about half of the samples
-    sizes = [g.abs() for g in gradients]
-    expected, uncancelled = (
-        {
-            ".grad": [g.mean(0) for g in of_each],
-            "norms": [norms],
-            "clipped": _clipped(of_each, max_norm),
-            "gradients": of_each,
-        }
-        for of_each in (gradients, sizes)
-    )
+    expected = _answers(gradients, norms, max_norm)
+    uncancelled = _answers([torch.abs(g) for g in gradients], norms, max_norm)
     return Problem(
         net,
         x,
@@ -99,6 +91,17 @@ def problem(sizes: Sequence[int], batch: Sequence[int], device: str) -> Problem:
         {what: [t.max().item() for t in tensors] for what, tensors in uncancelled.items()},
         norms.min().item(),
     )
+
+
+def _answers(
+    gradients: Sequence[Tensor], norms: Tensor, max_norm: float
+) -> dict[str, Sequence[Tensor]]:
+    return {
+        ".grad": [g.mean(0) for g in gradients],
+        "norms": [norms],
+        "clipped": _clipped(gradients, max_norm),
+        "gradients": gradients,
+    }
 
 
 def contenders(task: Problem) -> list[Contender]:

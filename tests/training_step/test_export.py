@@ -427,5 +427,5 @@ def test_without_onnxscript_what_to_install_is_named(
 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     step = TrainingStep(network(), QuadraticCost(), 0.1)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript$"):
+    with pytest.raises(ImportError, match=r"pip install onnx onnxscript$"):
         step.export_onnx(tmp_path / "step.onnx")
