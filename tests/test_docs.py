@@ -61,6 +61,10 @@ def _readme(names: dict[str, Any], folder: Path) -> None:
     assert (folder / "step.pt2").exists()
 
 
+def _compatibility(names: dict[str, Any], _: Path) -> None:
+    assert str(names["report"]).startswith("3 changed, 0 left as they are\n")
+
+
 def _trace(names: dict[str, Any], folder: Path) -> None:
     assert names["trace"]["0"].per_sample_grad_w().shape == (32, 30, 64)
     assert list((folder / "runs" / "mine").iterdir())
@@ -76,6 +80,7 @@ def _training_step(names: dict[str, Any], folder: Path) -> None:
 
 AFTERWARDS = {
     "README.md": _readme,
+    "docs/compatibility.md": _compatibility,
     "docs/trace.md": _trace,
     "docs/training_step.md": _training_step,
 }

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.nn.utils import parametrizations, prune
 
 from manual_bp import Linear, LinearSigmoid, Sigmoid, convert
@@ -26,6 +26,8 @@ pytestmark = [
     # The compiler asks for the .grad of whatever it meets.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
+
+before_2_12 = pytest.mark.xfail(torch.__version__ < "2.12", reason="the compiler of PyTorch 2.11")
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +128,7 @@ def test_options_that_differ_and_change(dynamic: bool | None) -> None:
         assert_same(run(compiled, (x,)), run(theirs, (x,)))
 
 
+@before_2_12  # goes on with PyTorch's layers
 def test_conversion_after_compilation_is_noticed() -> None:
     net, theirs = network(), network()
     compiled = torch.compile(net, backend="eager")
@@ -152,6 +155,7 @@ def test_parametrised_and_pruned_models_compile() -> None:
 # What is refused, with the message that docs/compatibility.md quotes.
 
 
+@before_2_12  # is right there
 def test_forward_mode_within_a_compiled_region_is_refused() -> None:
     net = nn.Sequential(Linear(3, 4), Sigmoid())
 
@@ -188,5 +192,12 @@ def test_compiled_autograd() -> None:
     net, theirs = network(), network()
     convert(net)
     assert_same(backward_compiled(net), backward_compiled(theirs))
-    with pytest.raises(RuntimeError, match="boxed_grads_call=True on LinearSigmoidFunction is not"):
-        backward_compiled(LinearSigmoid(3, 4).double())
+    if hasattr(Function, "boxed_grads_call"):  # from 2.13 on
+        message = "boxed_grads_call=True on LinearSigmoidFunction is not"
+        with pytest.raises(RuntimeError, match=message):
+            backward_compiled(LinearSigmoid(3, 4).double())
+    else:
+        fused = LinearSigmoid(3, 4).double()
+        pair = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()).double()
+        pair[0].load_state_dict(fused.state_dict())
+        assert_same(backward_compiled(fused), backward_compiled(pair))

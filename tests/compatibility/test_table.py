@@ -70,9 +70,3 @@ def test_every_row_is_whole() -> None:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 5
         assert all(cell == "–" or cell.startswith("`test_") for cell in cells[1:])
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    exec(compile(example, "compatibility.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("3 changed, 0 left as they are\n")
