@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import as_callable, autocast_to_float32, hand_over, save
+from manual_bp._function import as_callable, autocast_to_float32, hand_over, save_for_forward
 from manual_bp.costs._cost import (
     REDUCTIONS,
     Cost,
@@ -79,7 +79,8 @@ class SoftmaxCrossEntropyCostFunction(Function):
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
         needs_z, _, _ = ctx.needs_input_grad
-        save(ctx, (z, y), (True, needs_z))
+        all_of_them = save_for_forward(ctx, z, y)
+        ctx.save_for_backward(z, y if needs_z or all_of_them else None)
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:

@@ -12,7 +12,7 @@ from manual_bp._function import (
     autocast,
     hand_over,
     is_nested,
-    save,
+    save_for_forward,
 )
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
@@ -56,7 +56,10 @@ class LinearFunction(Function):
         a, w, _ = inputs
         needs_a, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        save(ctx, (a, w), (needs_w, needs_a))
+        all_of_them = save_for_forward(ctx, a, w)
+        ctx.save_for_backward(
+            a if needs_w or all_of_them else None, w if needs_a or all_of_them else None
+        )
 
     @staticmethod
     def backward(

@@ -17,7 +17,7 @@ from manual_bp._function import (
     is_watched,
     may_write_over_what_was_made_of,
     release_saved,
-    save,
+    save_for_forward,
 )
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
@@ -74,7 +74,12 @@ class LinearSigmoidFunction(Function):
         a_prev, w, _ = inputs
         needs_a_prev, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        save(ctx, (a_prev, w, output), (needs_w, needs_a_prev, True))
+        all_of_them = save_for_forward(ctx, a_prev, w, output)
+        ctx.save_for_backward(
+            a_prev if needs_w or all_of_them else None,
+            w if needs_a_prev or all_of_them else None,
+            output,
+        )
 
     @staticmethod
     def backward(

@@ -176,7 +176,7 @@ def test_the_output_may_be_changed_in_place(
     wanted += ["per_sample_gradients"] if has_samples else []
     check_function(
         in_place(linear),
-        [arguments],
+        [arguments, sample(5, device=device)[:count]],  # of no samples alone nothing can be told
         in_place(F.linear),
         only=wanted,
         supports=wanted,
