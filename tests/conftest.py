@@ -1,5 +1,11 @@
 """Every test that asks for `device` runs on every device present."""
 
+import os
+
+# Before torch is imported. Of several processes each has one core; so have those that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
