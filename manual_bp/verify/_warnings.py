@@ -25,12 +25,14 @@ def pytorchs_own_left_out() -> Iterator[None]:
     forward and backward. They meet the filters in force outside, and are shown once each or raised.
     """
     filters, show = list(warnings.filters), warnings.showwarning
-    shown: set[tuple[str, type[Warning], str, int]] = set()
+    shown: set[tuple[object, ...]] = set()
 
     def show_once(
         message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
-        key = (str(message), category, filename, lineno)
+        # One that names its caller names another line of the kit for each check.
+        place = () if _is_pytorchs(filename) else (filename, lineno)
+        key = (str(message), category, *place)
         if key not in shown:
             shown.add(key)
             show(message, category, filename, lineno, file, line)
