@@ -229,8 +229,14 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
 
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
+    The bare forward writes over z as PyTorch's own does, in gradients of functionalize, too, which
+    has no derivative for the copying.
     """
-    if is_compiling() or transforms_are_active() or _forward_ad_may_be_on() or _is_tracing():
+    is_bare = not is_compiling() and transforms_are_active() and _no_function_can_pass()
+    is_plain = not (
+        is_compiling() or transforms_are_active() or _forward_ad_may_be_on() or _is_tracing()
+    )
+    if not (is_plain or is_bare):
         return z.copy_(call(z.clone(), *options, False))
     a = call(z, *options, True)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z

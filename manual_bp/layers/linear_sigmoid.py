@@ -18,6 +18,7 @@ from manual_bp._function import (
     may_write_over_what_was_made_of,
     release_saved,
     save_for_forward,
+    transforms_are_active,
 )
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
@@ -62,8 +63,9 @@ class LinearSigmoidFunction(Function):
     def forward(a_prev: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute a = σ(a_prev @ w.mT + b)."""
         z = affine(a_prev, w, b)
-        # A subclass may not be able to do this in place, as a DTensor of partial sums is not.
-        is_its_own = type(z) is Tensor and not is_watched()
+        # A subclass may not be able to do this in place, as a DTensor of partial sums is not;
+        # and functionalize makes a copy of it that has no derivative.
+        is_its_own = type(z) is Tensor and not is_watched() and not transforms_are_active()
         return torch.sigmoid_(z) if is_its_own else torch.sigmoid(z)
 
     @staticmethod

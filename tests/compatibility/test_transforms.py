@@ -112,6 +112,18 @@ def test_transforms_over_vmap(subject: Subject, name: str, device: torch.device)
     assert_same(over_vmap(subject.ours), over_vmap(subject.theirs))
 
 
+@every_layer
+def test_gradients_of_functionalized_forward_mode(subject: Subject, device: torch.device) -> None:
+    def tangent(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *a: jvp(lambda x: call(x, *a), (x,), (x + 1,))[1].pow(2).sum()
+
+    arguments = subject.arguments(device=device)
+    found, expected = (
+        grad(functionalize(tangent(call)))(*arguments) for call in (subject.ours, subject.theirs)
+    )
+    assert_same([found], [expected])
+
+
 @every_layer_with_weights
 def test_transforms_without_gradients_around(subject: Subject, device: torch.device) -> None:
     x, w, b = subject.arguments(device=device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functionalize, jacfwd
 
 from manual_bp import (
     LeakyReLU,
@@ -250,6 +251,18 @@ def test_in_place_compiled_and_transformed(
     if compiled:
         ours = torch.compile(net(kind.call), fullgraph=True, backend="aot_eager")
         assert_matches(ours, net(kind.reference), [z])
+
+
+@in_place
+def test_in_place_functionalized(kind: Activation, device: torch.device) -> None:
+    def functionalized(call: Any) -> Callable[[Tensor], Tensor]:
+        result: Callable[[Tensor], Tensor] = functionalize(lambda z: call(z * 2, inplace=True))
+        return result
+
+    z = sample(5, 3, device=device)
+    ours, theirs = functionalized(kind.call), functionalized(kind.reference)
+    assert_matches(ours, theirs, [z])
+    assert_same([jacfwd(ours)(z)], [jacfwd(theirs)(z)])
 
 
 @every_activation
