@@ -77,15 +77,11 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     apply_eager = super(Function, eager).apply
 
     def call(*args: object) -> Any:
-        if is_compiling():
-            if is_exporting() or transforms_are_active():
-                return function.forward(*args)
-            return compiled.apply(*_apart(args))
-        if transforms_are_active():
-            return function.forward(*args) if _no_function_can_pass() else function.apply(*args)
-        if _is_tracing():
+        if _wants_the_bare_forward():
             return function.forward(*args)
-        return apply_eager(*args)
+        if is_compiling():
+            return compiled.apply(*_apart(args))
+        return function.apply(*args) if transforms_are_active() else apply_eager(*args)
 
     return call
 
@@ -107,6 +103,12 @@ def is_foreign(node: object) -> bool:
     return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
         f"{__package__}."
     )
+
+
+def _wants_the_bare_forward() -> bool:
+    if is_compiling():
+        return is_exporting() or transforms_are_active()
+    return _no_function_can_pass() if transforms_are_active() else _is_tracing()
 
 
 def _no_function_can_pass() -> bool:
@@ -229,14 +231,11 @@ def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor
 
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
-    The bare forward writes over z as PyTorch's own does, in gradients of functionalize, too, which
-    has no derivative for the copying.
+    The bare forward writes over z itself: a functionalised copy_ has no derivative.
     """
-    is_bare = not is_compiling() and transforms_are_active() and _no_function_can_pass()
-    is_plain = not (
-        is_compiling() or transforms_are_active() or _forward_ad_may_be_on() or _is_tracing()
-    )
-    if not (is_plain or is_bare):
+    if not _wants_the_bare_forward() and (
+        is_compiling() or transforms_are_active() or _forward_ad_may_be_on()
+    ):
         return z.copy_(call(z.clone(), *options, False))
     a = call(z, *options, True)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z

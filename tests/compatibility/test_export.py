@@ -35,11 +35,16 @@ def test_export(subject: Subject, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_an_exported_model_trains_on(fuse: bool) -> None:
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # the exporter's, of itself
+def test_an_exported_model_trains_on(decomposed: bool, fuse: bool) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.ReLU(True)).double()
     convert(net, fuse=fuse)
     x = torch.randn(5, 3).double()
-    program = torch.export.export(net, (x,)).module()
+    exported_program = torch.export.export(net, (x,))
+    if decomposed:
+        exported_program = exported_program.run_decompositions()
+    program = exported_program.module()
     for model in (program, net):
         model.zero_grad()
         model(x).square().sum().backward()
