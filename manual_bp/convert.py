@@ -240,7 +240,7 @@ def _held(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _reason_against_weights(linear: nn.Module) -> str | None:
-    held = _held(linear)
+    held = vars(linear) | _held(linear)  # an attribute of its own, as pruning leaves one
     for name in ("weight", "bias"):
         value = held.get(name)
         if value is None:

@@ -291,6 +291,16 @@ def test_weights_that_ours_cannot_use_are_left_to_pytorch(
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_attributes_that_ours_cannot_use_are_left_to_pytorch(name: str) -> None:
+    layer = nn.Linear(3, 4)
+    value = layer.get_parameter(name).detach().as_subclass(Packed)
+    delattr(layer, name)
+    setattr(layer, name, value)
+    (left,) = convert(layer).left
+    assert left.reason.startswith(f"its {name} is a Packed")
+
+
 @pytest.mark.parametrize("kind", [Tagged, Silent])
 def test_other_subclasses_of_tensor_are_no_hindrance(kind: Any) -> None:
     layer = with_parameter("weight", lambda t: t.as_subclass(kind))
