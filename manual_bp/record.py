@@ -80,7 +80,7 @@ def record(
             dimension, as class prototypes, prompts, positions or the slots of an expert; named in
             the same way. They are recorded, but have no per-sample results, and their parameters
             are `elsewhere`. None for those whose input is made of nothing but the model's
-            parameters and buffers; an empty list for none.
+            parameters and buffers, and of `arange` and the like; an empty list for none.
 
     Returns:
         A context manager, which gives the Trace.
@@ -125,6 +125,7 @@ class _Pending:
         self.is_forked = False
         self.is_fused = is_fused  # and z is a already
         self.number = 0
+        self.is_own = False  # whether its input is the model's own
         # The node that the product made. Of a view, what is done to it in place makes another
         # its node, but leaves that of its base. And a node's hook comes after those of tensors,
         # which may change the gradient.
@@ -414,9 +415,9 @@ class _Recorder(TorchFunctionMode):
     @_below_modes
     def _see_output(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            inputs, outputs = _tensors((args, kwargs)), _tensors(output)
+            inputs, outputs = _contents((args, kwargs)), _contents(output)
             self.batches.add(_batch_of(inputs, outputs))
-            self.is_fed = bool(inputs)
+            self.is_fed = not all(isinstance(t, _SETTINGS) or self._is_own(t) for t in inputs)
             is_tensor = isinstance(output, Tensor)
             self.output = (
                 output.detach() if is_tensor else tree_map_only(Tensor, Tensor.detach, output)
@@ -432,6 +433,8 @@ class _Recorder(TorchFunctionMode):
             self.unseen.add(layer)
             return
         a_prev, w, b, is_fused = product
+        # Now, since what it holds may be written over once its gradient is there.
+        is_own = self._is_own(a_prev)
         place = f"of layer {self.names[layer]!r}"
         if a_prev.layout is not torch.strided and not a_prev.is_nested:
             a_prev = a_prev.detach().to_dense()  # a trace is made of rows
@@ -439,6 +442,7 @@ class _Recorder(TorchFunctionMode):
         _require.tensor(f"the weight {place}", w)
         pending = _Pending(is_fused, a_prev, w, b, output)
         pending.number = self.count = self.count + 1
+        pending.is_own = is_own
         calls.append(pending)
         self.leads_on[id(output)] = pending
 
@@ -468,6 +472,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _BACKWARDS:
             return self._watch_pass(func, args, kwargs)
+        may_be_own = self._may_be_own(args)
         if func in _ACTIVATION_OF:
             result = self._see_function(func, args, kwargs)
         else:
@@ -476,7 +481,7 @@ class _Recorder(TorchFunctionMode):
                 self.last_product = _Product(result, version(result), func, args, kwargs)
             elif func in _LOSSES:
                 self._see_loss(func, args, kwargs, result)
-        if isinstance(result, Tensor | tuple | list):
+        if may_be_own and isinstance(result, Tensor | tuple | list):
             self._see_whose(func, args, kwargs, result)
         return result
 
@@ -495,24 +500,32 @@ class _Recorder(TorchFunctionMode):
             if isinstance(t, Tensor):
                 self.own[id(t)] = weakref.ref(t), version(t)
 
-    def _is_own(self, t: Tensor) -> bool:
+    def _is_own(self, t: Any) -> bool:
         found = self.own.get(id(t))
-        return found is not None and found[0]() is t and version(t) == found[1]
+        if found is None or not isinstance(t, Tensor):
+            return False
+        return found[0]() is t and version(t) == found[1]
+
+    def _may_be_own(self, args: Sequence[Any]) -> bool:
+        """Whether a function of these may make something of the model's own: seldom."""
+        first = args[0] if args else None
+        return not isinstance(first, Tensor) or _is_factor(first) or self._is_own(first)
 
     def _see_whose(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note a result that is made of nothing but the model's own tensors.
 
         Its first dimension is then the model's as well, unless it was brought to another size.
+        What is written in place was seen to be the model's own before.
         """
-        if args and isinstance(args[0], Tensor) and not self._is_own(args[0]):
-            return  # as of most calls
         results = (result,) if isinstance(result, Tensor) else result
-        tensors = _tensors((args, kwargs))
-        own = [t for t in tensors if self._is_own(t)]
-        if func in _JOINING:  # where one has the same rows as the result, so have the others
-            is_own = any(t.ndim == result.ndim and 1 < len(t) == len(result) for t in own)
-        else:
-            is_own = 0 < len(own) == len(tensors) and func not in _RESIZING
+        tensors = [t for t in _tensors((args, kwargs)) if not _is_factor(t)]
+        own = [t for t in tensors if t is result or self._is_own(t)]
+        is_own = func in _COUNTING or (0 < len(own) == len(tensors) and func not in _RESIZING)
+        if func in _JOINING:
+            if len({id(t) for t in tensors}) < len(tensors):  # one of them is repeated
+                is_own = False
+            elif func is not torch.stack:  # where one has the same rows as the result, so have all
+                is_own |= any(t.ndim == result.ndim and 1 < len(t) == len(result) for t in own)
         if is_own:
             self._note_own(*results)
 
@@ -722,8 +735,8 @@ class _Recorder(TorchFunctionMode):
             calls = tuple(pending.call() for pending in reached)
         if self.no_samples is not None:
             has_samples = layer not in self.no_samples
-        else:  # a model that is given nothing makes its samples itself
-            is_own = any(self._is_own(pending.a_prev.tensor) for pending in reached)
+        else:  # a model that is given nothing else makes its samples itself
+            is_own = any(pending.is_own for pending in reached)
             has_samples = not (is_own and self.is_fed)
         first = reached[0]
 
@@ -787,10 +800,36 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _batch_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int | None:
-    """N, where the first dimensions of all that went in and came out agree on it."""
-    found, found_again = ({t.shape[0] for t in ts if t.ndim > 1} for ts in (inputs, outputs))
+def _is_factor(t: Tensor) -> bool:
+    """Whether it is a number, and no index: it makes no rows, and chooses none."""
+    return t.ndim == 0 and t.is_floating_point()
+
+
+def _contents(tree: Any) -> list[Any]:
+    """What a model is given or gives out; of objects, as of dataclasses, what they hold."""
+    found = []
+    for leaf in tree_leaves(tree):
+        is_object = hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor | nn.Module)
+        found += tree_leaves(dict(vars(leaf))) if is_object else [leaf]
+    return found
+
+
+def _batch_of(inputs: Sequence[Any], outputs: Sequence[Any]) -> int | None:
+    """N, where the first dimensions of all that went in and came out agree on it.
+
+    Where nothing with more than one dimension went in, or nothing but numbers came out, as of a
+    model that gives out its cost, the other side alone says it.
+    """
+    found, found_again = _first_dimensions(inputs, 2), _first_dimensions(outputs, 2)
+    if not found_again:
+        found_again = _first_dimensions(outputs, 1) or found
+    elif not found:
+        found = found_again
     return found.pop() if len(found) == 1 and found == found_again else None
+
+
+def _first_dimensions(values: Iterable[Any], least: int) -> set[int]:
+    return {t.shape[0] for t in values if isinstance(t, Tensor) and t.ndim >= least}
 
 
 def _is_among(tensors: Sequence[Any], tensor: Tensor | None) -> bool:
@@ -897,13 +936,17 @@ _LOSSES = {
     for function in vars(F).values()
     if isinstance(function, FunctionType) and "reduction" in signature(function).parameters
 } | {quadratic_cost, sigmoid_cross_entropy_cost, softmax_cross_entropy_cost}
-_JOINING = {torch.cat, torch.concat, torch.concatenate}
+_JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+# What makes rows of nothing, as of positions. Others that do (zeros, randn) may do so for samples.
+_COUNTING = {torch.arange, torch.linspace, torch.logspace, torch.eye}
 # What repeats rows, as many times as it is told: for all samples, say.
 _RESIZING = {
     torch.broadcast_to, torch.tile, torch.repeat_interleave, Tensor.broadcast_to, Tensor.tile,
     Tensor.repeat_interleave, Tensor.repeat, Tensor.expand, Tensor.expand_as, Tensor.new_empty,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full,
 }  # fmt: skip
+# What says how a model is to run, and holds no samples.
+_SETTINGS = (int, float, torch.device, torch.dtype, type(None))
 
 
 def _roots(tensors: Any, *_: Any, **__: Any) -> list[Tensor]:

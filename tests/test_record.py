@@ -4,7 +4,8 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -601,10 +602,12 @@ class TestElsewhere:
         model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
         model["head"].weight = model["embed"].weight
 
+        words = torch.arange(6)
+
         def run(**options: Any) -> Trace:
             with record(model, **options) as trace:
-                z = model["head"](model["embed"](torch.arange(6)))
-                F.cross_entropy(z, torch.arange(6)).backward()
+                z = model["head"](model["embed"](words))
+                F.cross_entropy(z, words).backward()
             return trace
 
         trace = run()
@@ -1798,6 +1801,57 @@ class Towers(nn.Module):
         return self.img(x) @ self.txt(self.classes()).mT  # type: ignore[no-any-return]
 
 
+class Held(NamedTuple):
+    x: Tensor
+
+
+@dataclass
+class Given:
+    x: Tensor
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Positions(nn.Module):
+    """Adds to (N, T, 4) what a layer makes of T positions, or of T prompts."""
+
+    WAYS: ClassVar[dict[str, Callable[[Any, int], Tensor]]] = {
+        "arange": lambda self, rows: self.embed(torch.arange(rows)),
+        "sinusoids": lambda self, rows: torch.outer(torch.arange(rows), self.scales).sin(),
+        "linspace": lambda self, rows: torch.linspace(0, 1, rows)[:, None] * self.scales,
+        "one hot": lambda _, rows: F.one_hot(torch.arange(rows), 4).double(),
+        "eye": lambda _, rows: torch.eye(rows, 4),
+        "indexed": lambda self, rows: self.embed.weight[torch.arange(rows)],
+        "joined": lambda self, rows: torch.cat([p[None] for p in self.embed.weight[:rows]]),
+        "chunks": lambda self, rows: torch.cat(self.embed.weight[:rows].chunk(2)),
+        "stacked": lambda self, rows: torch.stack(list(self.embed.weight[:rows])),
+        "scaled": lambda self, rows: self.embed.weight[:rows] * torch.tensor(2.0),
+        "scaled from the left": lambda self, rows: torch.tensor(2.0) * self.embed.weight[:rows],
+        "in place": lambda self, rows: self.embed.weight[:rows].clone().mul_(2).tanh_(),
+        "own function": lambda self, rows: Twice.apply(self.embed.weight[:rows]),
+    }
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embed, self.pos, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("scales", torch.rand(4))
+        self.double()
+
+    def forward(self, x: Any) -> Any:
+        x = x if isinstance(x, Tensor) else x.x
+        positions = self.WAYS[self.way](self, x.shape[1]).to(x.dtype)
+        return torch.tanh(self.fc(x) + self.pos(positions)).mean(1)
+
+
 class TestRowsThatAreNoSamples:
     @staticmethod
     def run(model: nn.Module, x: Tensor, **options: Any) -> Trace:
@@ -1827,6 +1881,47 @@ class TestRowsThatAreNoSamples:
         assert list(self.run(model, x, layers="img").clipped_grads(1.0)) == list(found)
         with pytest.raises(ValueError, match=r"chosen must have samples .* got 'txt', named"):
             self.run(model, x, layers=["img", "txt"]).per_sample_norms()
+
+    @pytest.mark.parametrize("way", Positions.WAYS)
+    @pytest.mark.parametrize("wrap", [lambda x: x, Held, Given], ids=["tensor", "tuple", "object"])
+    def test_positions_and_prompts_as_many_as_samples(self, way: str, wrap: Any) -> None:
+        model, x = Positions(way), torch.randn(4, 4, 4, dtype=torch.float64)
+        trace = recorded(model, wrap(x))
+        assert {layer.name: layer.has_samples for layer in trace} == {"fc": True, "pos": False}
+        found = trace.per_sample_grads()
+        assert list(found) == ["fc.weight", "fc.bias"]
+        for i in range(4):
+            alone = recorded(model, wrap(x[i : i + 1]))["fc"].grad_w
+            assert alone is not None
+            assert_same([found["fc.weight"][i]], [alone])
+
+    def test_an_optimiser_that_steps_within_backward(self) -> None:
+        model: Any = Towers(6, "buffer")
+        model.context = nn.Parameter(torch.randn(6, 3, dtype=torch.float64))
+        model.classes = lambda: model.context
+        x = torch.randn(6, 4, dtype=torch.float64)
+
+        def step(p: Tensor) -> None:
+            with torch.no_grad():
+                p.sub_(p.grad)  # type: ignore[arg-type]
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        trace = self.run(model, x)
+        assert [layer.has_samples for layer in trace] == [True, False]
+        assert list(trace.per_sample_grads()) == ["img.weight", "img.bias"]
+
+    def test_a_count_that_the_model_is_given_is_of_samples(self) -> None:
+        net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+        with record(net) as trace:
+            net(torch.linspace(0, 1, 6)[:, None]).square().sum(-1).mean().backward()
+        assert trace.per_sample_norms().shape == (6,)
+
+    def test_numbers_that_choose_a_row_are_no_factors(self) -> None:
+        """The id of one sample that came alone."""
+        net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+        trace = recorded(net, torch.tensor(3))
+        assert trace["1"].has_samples
 
     def test_named(self) -> None:
         class Experts(nn.Module):
@@ -1860,7 +1955,7 @@ class TestRowsThatAreNoSamples:
         with pytest.raises(TypeError, match="no_samples must be names or types; got int"):
             record(nn.Linear(3, 2), no_samples=[3])  # type: ignore[list-item]
 
-    @pytest.mark.parametrize("kind", ["expanded", "repeated", "zeros"])
+    @pytest.mark.parametrize("kind", ["expanded", "repeated", "zeros", "joined", "stacked"])
     def test_the_models_own_repeated_for_each_sample(self, kind: str) -> None:
         """As the first state of a recurrent network is, or the queries of an attention."""
 
@@ -1874,6 +1969,8 @@ class TestRowsThatAreNoSamples:
                 starts = {
                     "expanded": lambda: self.start.expand(len(x), -1),
                     "repeated": lambda: self.start.repeat(len(x), 1),
+                    "joined": lambda: torch.cat([self.start] * len(x)),
+                    "stacked": lambda: torch.stack([self.start[0] * 1] * len(x)),
                     "zeros": lambda: torch.zeros(len(x), 5, dtype=x.dtype),
                 }
                 h = starts[kind]()
@@ -1926,6 +2023,45 @@ class TestRowsThatAreNoSamples:
             trace.per_sample_norms()
         trace = recorded(Flat(comes_back=False), torch.randn(shape))
         assert trace.samples == rows  # what comes out is one cost a row
+
+    @pytest.mark.parametrize("out", ["cost", "object", "one number a sample", "one a row"])
+    def test_the_output_need_not_be_a_tensor_of_samples(self, out: str) -> None:
+        class Flat(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Any:
+                z = self.fc(x.flatten(0, 1)).square().sum(-1)
+                return {
+                    "cost": z.mean(),
+                    "object": Given(z.view(x.shape[:2])),
+                    "one number a sample": z.view(x.shape[:2]).sum(1),
+                    "one a row": z,
+                }[out]
+
+        model, x = Flat(), torch.randn(3, 5, 4)
+        with record(model) as trace:
+            z = model(x)
+            (z.x if isinstance(z, Given) else z).mean().backward()
+        if out == "one a row":
+            assert trace.samples == 15
+        else:
+            with pytest.raises(ValueError, match="got 15 in 'fc' and 3 in the model's input and"):
+                trace.per_sample_norms()
+
+    def test_what_comes_out_tells_n_where_what_goes_in_does_not(self) -> None:
+        class Bag(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed, self.fc, self.out = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+            def forward(self, words: Tensor) -> Tensor:
+                return self.out(self.fc(self.embed(words)).unflatten(0, (-1, 3)).mean(1))  # type: ignore[no-any-return]
+
+        trace = recorded(Bag(), torch.arange(6) % 5, layers="fc")
+        with pytest.raises(ValueError, match="got 6 in 'fc' and 2 in the model's input and"):
+            trace.per_sample_norms()
 
     def test_what_goes_in_and_out_need_not_agree(self) -> None:
         """Time first in, samples first within and out."""

@@ -299,8 +299,8 @@ class LayerTrace:
         if not self.has_samples:
             raise ValueError(
                 f"layer {self.name!r} must have samples in its input's first dimension; it was "
-                f"named as one without, or its input is made of nothing but the model's own "
-                f"parameters and buffers: see no_samples of record"
+                f"named as one without, or its input is made of nothing but what the model itself "
+                f"holds or counts: see no_samples of record"
             )
         counts = sorted({call.samples for call in self.calls})
         if len(counts) > 1:

@@ -30,7 +30,7 @@ class Trace:
         have no samples. Per-sample results do not have that part.
     chosen: Whether the layers are a choice out of all.
     is_assigned: Whether `.grad` has the gradients of this pass already, as `backward()` adds them.
-    batch: N, where all that went into the model and came out of it agrees on a first dimension.
+    batch: N, where what went into the model and came out of it tells it.
     """
 
     cost: Tensor
@@ -116,8 +116,8 @@ class Trace:
         """N, the number of samples: the first dimension of the input of every layer that has them.
 
         Raises:
-            ValueError: The layers do not agree, with each other or with the model's input; or
-                none has samples.
+            ValueError: The layers do not agree, with each other or with the model's input and
+                output; or none has samples.
         """
         return self._layers_of_samples()[0].samples
 
@@ -127,12 +127,12 @@ class Trace:
         if without and (self.chosen or not layers):
             raise ValueError(
                 f"layers that are chosen must have samples in their input; got {_some(without)}, "
-                f"named as one without, or fed with nothing but the model's own parameters and "
-                f"buffers: see no_samples of record"
+                f"named as one without, or fed with nothing but what the model itself holds or "
+                f"counts: see no_samples of record"
             )
         seen = [(layer.samples, repr(layer.name)) for layer in layers]
         if self.batch is not None:
-            seen.append((self.batch, "the model's input"))
+            seen.append((self.batch, "the model's input and output"))
         for samples, where in seen:
             if samples != seen[0][0]:
                 raise ValueError(
