@@ -593,7 +593,9 @@ class _Recorder(TorchFunctionMode):
             self.graphs.append(graph)
             with self._entered_within(graph):
                 return func(*args, **kwargs)
-        # It brings nothing into `.grad`: what comes to layers on its way is none of the pass.
+        # It brings nothing into `.grad`, but what it returns may be written there by hand.
+        self.others.update(t for t in _inputs(func, args, kwargs) or () if isinstance(t, Tensor))
+        # What comes to layers on its way is none of the pass.
         before = [(pending, pending.gradient) for pending in self.all_pending]
         try:
             return func(*args, **kwargs)

@@ -1656,6 +1656,19 @@ class TestGradientsThatBackwardMakesByItself:
         assert "block.0" not in trace
         assert trace.elsewhere == ("block.0.weight", "block.0.bias")
 
+    @pytest.mark.parametrize("how", ["by hand", "engine"])
+    def test_of_a_block_that_runs_after_it_as_well(self, how: str) -> None:
+        """What is written into .grad by hand then comes after what autograd brings there."""
+
+        class Again(WithHidden):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.block(RunsAgain.apply(self.block, how, self.first(x))))  # type: ignore[no-any-return]
+
+        trace = recorded(Again(nn.Linear(6, 6), nn.Tanh()), self.X)
+        assert trace.elsewhere == ("block.0.weight", "block.0.bias")
+        with pytest.raises(ValueError, match="used elsewhere as well"):
+            trace.per_sample_norms()
+
     def test_how_often_a_checkpoint_uses_a_weight_is_counted(self) -> None:
         class Tied(nn.Module):
             def __init__(self) -> None:
