@@ -10,6 +10,13 @@ Contenders take turns, round by round, and each round gives a ratio: so a machin
 now slow, is so for all of them. Results are checked equal before anything is timed.
 """
 
+if __name__ == "__main__":  # first, so that it may be interrupted while all else is imported
+    from importlib import import_module
+
+    from experiments.command_line import run
+
+    run(lambda: import_module("experiments.benchmark").main())
+
 import copy
 import statistics
 import sys
@@ -28,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import manual_bp
 from experiments import per_sample, steps
-from experiments.command_line import parse, require_counts, run
+from experiments.command_line import parse, require_counts
 from experiments.contending import sigmoid_network
 from experiments.measuring import Timed, limited_to, peak_bytes, quartiles, ratios, seconds
 from experiments.report import Row, Table, heading, save
@@ -405,7 +412,3 @@ _MISSING: dict[str, Callable[[str], list[str]]] = {
     "step": steps.left_out,
     "per-sample": lambda _: per_sample.left_out(),
 }
-
-
-if __name__ == "__main__":
-    run(main)

@@ -80,7 +80,15 @@ def refuse(program: str, reason: object) -> NoReturn:
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program as a command: an end from outside is an end without a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    received: list[KeyboardInterrupt] = []
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise received[-1]
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, stop)
     threading.excepthook = _in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -89,12 +97,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        code = stopped(stop)
+    except KeyboardInterrupt as interrupt:
+        code = stopped(interrupt)
     except BrokenPipeError:
         # Python flushes stdout once more at the end, which must find somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + 13  # as a shell reports the signal SIGPIPE
+    except Exception:
+        # An import that is interrupted may go on, and fail for what is missing: NumPy's does.
+        if not received:
+            raise
+        code = stopped(received[0])
     sys.exit(code)
 
 
@@ -108,10 +121,6 @@ def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:
     words = ["terminated" if is_terminated else "interrupted", *([kept] if kept else [])]
     print("; ".join(words), file=sys.stderr)
     return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports them
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    raise Terminated
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
@@ -138,6 +147,11 @@ def _reason(box: str, config: type) -> str:
     if several:
         option, values = several.groups()
         return f"{option} must be whole numbers, separated by spaces; got {values}"
+    number = re.fullmatch(r"Error parsing (--\S+): (invalid literal|could not) .*?: ('.*')", reason)
+    if number:
+        option, kind, value = number.groups()
+        wanted = "a whole number" if kind == "invalid literal" else "a number"
+        return f"{option} must be {wanted}; got {value}"
     meant = [
         option
         for paragraph in paragraphs[1:]

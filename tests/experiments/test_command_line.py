@@ -20,6 +20,8 @@ class Options:
     """Which kind."""
     count: int = 3
     """How many."""
+    rate: float = 0.5
+    """How fast."""
     loud: bool = False
     """Whether to shout."""
     sizes: tuple[int, ...] = (3, 2)
@@ -35,7 +37,7 @@ class Options:
 def test_options() -> None:
     assert parse(Options, [], "prog") == Options()
     arguments = ["--kind", "fancy", "--count", "5", "--loud"]
-    assert parse(Options, arguments, "prog") == Options("fancy", 5, True)
+    assert parse(Options, arguments, "prog") == Options("fancy", 5, loud=True)
     assert parse(Options, ["--sizes", "5", "4"], "prog").sizes == (5, 4)
     assert parse(Options, ["--sizes"], "prog").sizes == ()
     assert parse(Options, ["--folder=a=b"], "prog").folder == Path("a=b")
@@ -53,7 +55,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--count", "many"], "Error parsing --count: invalid literal for int()"),
+        (["--count", "many"], "prog: --count must be a whole number; got 'many'"),
+        (["--count", "1e3"], "prog: --count must be a whole number; got '1e3'"),
+        (["--rate", "fast: 3"], "prog: --rate must be a number; got 'fast: 3'"),
         (["--count", "0"], "prog: --count must be at least 1; got 0"),
         (["--count"], "Missing value for argument '--count'"),
         (["--kind", "odd"], "invalid choice 'odd' for argument '--kind'. Expected one of ('plain'"),
@@ -118,18 +122,45 @@ def started(main: str) -> "subprocess.Popen[str]":
     )
 
 
+IMPORTS = """
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise RecursionError("half a module")
+"""
+
+
+@pytest.mark.parametrize("main", ["time.sleep(60)", IMPORTS])
 @pytest.mark.parametrize(
     ("number", "word", "code"),
     [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
 )
-def test_a_signal_ends_a_program_in_one_line(number: signal.Signals, word: str, code: int) -> None:
-    """Whatever it is doing, as importing what takes long."""
-    with started("time.sleep(60)") as run:
+def test_a_signal_ends_a_program_in_one_line(
+    number: signal.Signals, word: str, code: int, main: str
+) -> None:
+    """Whatever it is doing, as importing what takes the signal for another error."""
+    with started(main) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "started\n"
         run.send_signal(number)
         assert run.communicate() == ("", f"{word}\n")
     assert run.returncode == code
+
+
+@pytest.mark.parametrize("name", ["train", "train_onnx", "benchmark"])
+def test_a_program_may_be_interrupted_while_it_imports(name: str) -> None:
+    """What takes long to import comes after `run`."""
+    program = f"""
+import runpy, sys
+from experiments import command_line
+command_line.run = lambda main: sys.exit(sorted({{"torch", "tyro", "numpy"}} & set(sys.modules)))
+runpy.run_module("experiments.{name}", run_name="__main__")
+sys.exit("run was not called")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stderr == "[]\n"
 
 
 def test_what_a_thread_of_tensorboard_raises_is_left_to_the_main_thread() -> None:
