@@ -347,8 +347,8 @@ def _verdict(layers: Sequence[LayerDiagnostics], trace: LayerTrace) -> str:
     if not rows:
         return "has seen no sample"
     if layer.nonfinite:
-        counts = " and ".join(f"{count} of {name}" for name, count in layer.nonfinite.items())
-        return f"is broken: not finite are {counts}"
+        counts = ", ".join(f"{count} of {name}" for name, count in layer.nonfinite.items())
+        return f"is broken: not finite: {counts}"
     if not (trace.learns_w or trace.learns_b) and trace.w_is_leaf:
         return "is frozen"
     if not trace.w.numel() and not (len(trace.w) and trace.learns_b):

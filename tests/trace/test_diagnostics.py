@@ -542,8 +542,8 @@ def test_not_finite() -> None:
     found = trace.diagnostics()
     assert found["0"].nonfinite == {name: count for name, count in expected.items() if count}
     assert found["0"].nonfinite["w"] == 2
-    assert found["0"].verdict.startswith("is broken: not finite are 2 of w and 10 of z and ")
-    assert found["2"].verdict.startswith("is broken: not finite are 10 of z and ")
+    assert found["0"].verdict.startswith("is broken: not finite: 2 of w, 10 of z, ")
+    assert found["2"].verdict.startswith("is broken: not finite: 10 of z, ")
     assert "not finite" in str(found)
 
 
@@ -673,7 +673,7 @@ class TestThresholds:
             (
                 {"nonfinite": {"w": 1, "δ": 2}},
                 {"nonfinite": {}},
-                "is broken: not finite are 1 of w",
+                "is broken: not finite: 1 of w",
             ),
             ({"grad_norm": 0.0}, {"grad_norm": 1e-30}, "does not learn: its inputs are 0"),
             ({"zeros": 1, "zeros_off": 1}, {"zeros": 0.99}, "does not learn: all its neurons are"),
