@@ -259,9 +259,15 @@ def observe(board: Board, training: Training, step: int) -> dict[str, float]:
     board.traces.log_histograms(trace, step)
     if training.data.image_shape is not None:
         board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
-    predictions = trace.output.argmax(-1)
-    board.log_confusion(training.data.label_test, predictions, training.data.class_names, step)
     return metrics
+
+
+def draw(board: Board, training: Training, step: int) -> None:
+    """Log the pictures that are drawn once, at the end: each takes as long as a small epoch."""
+    board.traces.log_heat_map(step)
+    data = training.data
+    predictions = training.trace(data.x_test, training.y_test).output.argmax(-1)
+    board.log_confusion(data.label_test, predictions, data.class_names, step)
 
 
 def train(
@@ -297,7 +303,7 @@ def train(
                 print(f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}  {line(metrics)}")
             if not (math.isfinite(cost) and math.isfinite(metrics["train_cost"])):
                 break
-        board.traces.log_heat_map(step)
+        draw(board, training, step)
         board.log_config(folder.config, metrics)
     return metrics, cost, board.traces.seconds
 
@@ -331,7 +337,7 @@ def print_verdicts(diagnostics: Diagnostics) -> None:
     for layer in diagnostics:
         names.setdefault(layer.verdict, []).append(layer.name)
     for verdict, those in names.items():
-        print(f"layer{'s' if len(those) > 1 else ''} {', '.join(those)}: {verdict}")
+        print(f"verdict on layer{'s' if len(those) > 1 else ''} {', '.join(those)}: {verdict}")
 
 
 def warn(training: Training, metrics: dict[str, float], cost: float) -> int:
@@ -368,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{training.net_name} {config.activation}, output {_output(config.cost)}, "
         f"{config.cost} cost, on {config.dataset}: "
         f"{len(training.y_train)} samples to learn from, {len(training.y_test)} to test; "
-        f"epochs: {config.epochs}, of {training.updates_per_epoch} updates; on {training.device}",
+        f"epochs: {config.epochs}, updates in each: {training.updates_per_epoch}; "
+        f"on {training.device}",
         flush=True,
     )
     if config.dry_run:
@@ -384,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = RunFolder(path, settings(config, training))
     except OSError as error:
-        refuse(PROGRAM, f"--run-folder must be a place to make folders in; got {error}")
+        refuse(PROGRAM, f"--run-folder must be a place to make folders in: {error}")
     kept = f"what was finished is in {folder.path}"
     started = time.perf_counter()
     try:
