@@ -17,6 +17,8 @@ from typing import NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
 
 def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -> Config:
     """The options of a dataclass; its own ValueErrors are refusals as well.
@@ -52,7 +54,7 @@ def require_counts(config: object, *names: str) -> None:
     """Refuse options that are below 1.
 
     Raises:
-        ValueError: One is; this and the next two are for a dataclass's `__post_init__`.
+        ValueError: One is; this and the next three are for a dataclass's `__post_init__`.
     """
     for name in names:
         value = getattr(config, name)
@@ -64,6 +66,14 @@ def require_sizes(sizes: Sequence[int]) -> None:
     """Refuse hidden layers without neurons."""
     if any(size < 1 for size in sizes):
         raise ValueError(f"--hidden must be sizes of at least 1; got {sizes}")
+
+
+def require_rate(rate: float) -> None:
+    """Refuse a learning rate that is not above 0, or that float32 does not hold."""
+    if not 0 < rate <= LARGEST_FLOAT32:
+        raise ValueError(
+            f"--learning-rate must be above 0 and at most {LARGEST_FLOAT32:.1e}; got {rate}"
+        )
 
 
 def require_seed(seed: int) -> None:
@@ -99,15 +109,14 @@ def run(main: Callable[[], int]) -> NoReturn:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         code = stopped(interrupt)
-    except BrokenPipeError:
-        # Python flushes stdout once more at the end, which must find somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + 13  # as a shell reports the signal SIGPIPE
-    except Exception:
+    except Exception as error:
         # An import that is interrupted may go on, and fail for what is missing: NumPy's does.
-        if not received:
+        if received:
+            code = stopped(received[0])
+        elif isinstance(error, OSError):
+            code = _failed(error)
+        else:
             raise
-        code = stopped(received[0])
     sys.exit(code)
 
 
@@ -121,6 +130,19 @@ def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:
     words = ["terminated" if is_terminated else "interrupted", *([kept] if kept else [])]
     print("; ".join(words), file=sys.stderr)
     return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports them
+
+
+def _failed(error: OSError) -> int:
+    """Say what could not be read or written, unless a reader just left; the exit code."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        # Python flushes stdout once more at the end, which must find somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 128 + 13  # as a shell reports the signal SIGPIPE
+    print(f"stopped: {error}", file=sys.stderr)
+    return 1
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:

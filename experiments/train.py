@@ -35,6 +35,7 @@ from experiments.command_line import (
     parse,
     refuse,
     require_counts,
+    require_rate,
     require_seed,
     require_sizes,
     stopped,
@@ -109,11 +110,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require_sizes(self.hidden)
-        most = torch.finfo(torch.float32).max
-        if not 0 < self.learning_rate <= most:
-            raise ValueError(
-                f"--learning-rate must be above 0 and at most {most:.1e}; got {self.learning_rate}"
-            )
+        require_rate(self.learning_rate)
         require_counts(self, "batch_size", "epochs", "log_every")
         require_seed(self.seed)
         if not can_be_made(self.run_folder):

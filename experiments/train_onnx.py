@@ -26,6 +26,7 @@ from experiments.command_line import (
     parse,
     refuse,
     require_counts,
+    require_rate,
     require_seed,
     require_sizes,
 )
@@ -54,8 +55,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require_sizes(self.hidden)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be above 0; got {self.learning_rate}")
+        require_rate(self.learning_rate)
         require_counts(self, "batch_size", "epochs")
         require_seed(self.seed)
         if not self.model.parent.is_dir():
@@ -135,7 +135,8 @@ def accuracy(parameters: dict[str, Array], x: Array, label: Array) -> float:
     a = x
     values = list(parameters.values())
     for w, b in zip(values[::2], values[1::2], strict=True):
-        a = 1 / (1 + np.exp(-(a @ w.T + b)))
+        with np.errstate(over="ignore"):  # where e^(-z) is infinite, a is 0, as it should be
+            a = 1 / (1 + np.exp(-(a @ w.T + b)))
     return float((a.argmax(-1) == label).mean())
 
 

@@ -147,6 +147,22 @@ def test_a_signal_ends_a_program_in_one_line(
     assert run.returncode == code
 
 
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        ("sys.stdout = open('/dev/full', 'w'); print(1); return 0", "[Errno 28] No space left on"),
+        ("open('/dev/null/x')", "[Errno 20] Not a directory: '/dev/null/x'"),
+    ],
+)
+def test_what_cannot_be_written_ends_a_program_in_one_line(main: str, said: str) -> None:
+    with started(main) as run:
+        out, err = run.communicate()
+    assert run.returncode == 1
+    assert out == "started\n"
+    assert err.startswith(f"stopped: {said}")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["train", "train_onnx", "benchmark"])
 def test_a_program_may_be_interrupted_while_it_imports(name: str) -> None:
     """What takes long to import comes after `run`."""

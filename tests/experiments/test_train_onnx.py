@@ -100,6 +100,12 @@ def prepare_nothing() -> tuple[dict[str, train_onnx.Array], train_onnx.Array, tr
     return parameters, np.array([[1, 0], [1, 0]], np.float32), np.array([0, 1])
 
 
+def test_accuracy_of_saturated_neurons() -> None:
+    parameters = {"w": np.array([[-1e4], [1e4]], np.float32), "b": np.zeros(2, np.float32)}
+    x, label = np.array([[1], [-1]], np.float32), np.array([1, 0])
+    assert accuracy(parameters, x, label) == 1
+
+
 def test_a_full_disk_is_a_refusal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -117,7 +123,8 @@ def test_a_full_disk_is_a_refusal(
         (["--epochs", "0"], "--epochs must be at least 1; got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--hidden", "0"], "--hidden must be sizes of at least 1; got (0,)"),
-        (["--learning-rate", "0"], "--learning-rate must be above 0; got 0.0"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0 and at most 3.4e+38; got 0.0"),
+        (["--learning-rate", "1e39"], "--learning-rate must be above 0 and at most 3.4e+38; got"),
         (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1; got -1"),
         (["--model", "/nowhere/step.onnx"], "--model must lead into a folder that is there"),
     ],
