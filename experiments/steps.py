@@ -6,6 +6,7 @@ the same data, numbers and learning rate, in float32; and give the cost of the b
 
 import copy
 import importlib
+import logging
 import shutil
 import tempfile
 import warnings
@@ -368,6 +369,8 @@ def _of_onnxruntime(task: Problem) -> dict[str, Contender]:
     options.intra_op_num_threads = task.threads
     # Between two runs its threads shall leave the cores to others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Which of PyTorch's own extensions it does without is nothing to anybody here.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
         with warnings.catch_warnings():

@@ -92,7 +92,10 @@ def prepare(config: Config) -> tuple[Data, dict[str, Array]]:
     digits = load("digits")
     torch.manual_seed(config.seed)
     sizes = (digits.features, *config.hidden, digits.classes)
-    net = build_net(sizes, "sigmoid", "quadratic")
+    try:
+        net = build_net(sizes, "sigmoid", "quadratic")
+    except (RuntimeError, TypeError) as error:  # what PyTorch raises for sizes beyond its memory
+        refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
     TrainingStep(net, QuadraticCost(), config.learning_rate).export_onnx(config.model)
     order = torch.Generator().manual_seed(config.seed)
     count = len(digits.label_train)

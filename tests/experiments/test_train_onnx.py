@@ -123,6 +123,7 @@ def test_a_full_disk_is_a_refusal(
     [
         (["--epochs", "0"], "--epochs must be at least 1; got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["--hidden", "10000000000000"], "the network cannot be made: "),
         (["--hidden", "0"], "--hidden must be sizes of at least 1; got (0,)"),
         (["--learning-rate", "0"], "--learning-rate must be above 0 and at most 3.4e+38; got 0.0"),
         (["--learning-rate", "1e39"], "--learning-rate must be above 0 and at most 3.4e+38; got"),
