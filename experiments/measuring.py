@@ -21,6 +21,9 @@ from torch.utils.benchmark import timer as clock
 TURN = 0.02
 PAUSE = 0.05
 
+# Else the profiler's library says on stderr, each time, that it starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 
 @dataclass(frozen=True)
 class Timed:

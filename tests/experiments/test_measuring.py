@@ -108,6 +108,11 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
     assert peak_bytes(together, "cpu") == 12000
 
 
+def test_measuring_memory_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    peak_bytes(lambda: torch.ones(10), "cpu")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_quartiles() -> None:
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
     assert quartiles([2.0]) == (2, 2, 2)
