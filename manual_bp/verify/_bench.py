@@ -174,8 +174,7 @@ class Bench:
                     more = _large_only(sample[i], got.get(i), expected[i])
                 if not more:
                     raise
-                found = str(mismatch).split("\ndiagnosis: ")[0]
-                raise Mismatch(f"{found}\ndiagnosis: {more}") from None
+                raise mismatch.diagnosed(more) from None
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:

@@ -9,6 +9,10 @@ from torch import Tensor
 class Mismatch(AssertionError):  # noqa: N818 (it is the case that is wrong, not the check)
     """A check failed: the message says where, what was expected, what came, and a diagnosis."""
 
+    def diagnosed(self, story: str) -> "Mismatch":
+        """The same with another diagnosis, by one who knows better."""
+        return Mismatch(str(self).split("\ndiagnosis: ")[0] + _diagnosis(story))
+
 
 class NotApplicable(Exception):  # noqa: N818 (it is no error)
     """A check has nothing to compare; the message says why."""

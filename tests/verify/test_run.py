@@ -175,6 +175,7 @@ def test_where_two_calls_differ_nothing_else_is_compared() -> None:
     report = check_function(lambda x: x * torch.rand_like(x), SAMPLES, square, slow=False)
     (failure,) = report.failures
     assert failure.check == "deterministic"
+    assert "diagnosis: random, or it remembers earlier calls" in failure.message
     assert message(report, "vmap") == (
         "two calls with the same arguments differ: see deterministic"
     )
@@ -257,6 +258,108 @@ def test_runs_leave_no_tensors_behind(case: Any) -> None:
     for _ in range(3):
         run(case, slow=False)
     assert not live() - before  # what other tests left may go in between
+
+
+class Masked(Function):
+    """x ⊙ mask, where the mask is to have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return grad * mask, None
+
+
+def test_an_argument_without_a_gradient_is_best_closed_over() -> None:
+    mask = torch.rand(5, 3, dtype=torch.float64)
+    report = check_function(Masked, [(*SAMPLES[0], mask)], only=["finite_differences"])
+    assert "is best closed over" in message(report, "finite_differences")
+    report = check_function(
+        lambda x: Masked.apply(x, mask.to(x.dtype)),
+        SAMPLES,
+        lambda x: x * mask.to(x.dtype),
+        slow=False,
+    )
+    report.raise_if_failed()
+    report = check_function(
+        lambda x: Masked.apply(x, mask),
+        SAMPLES,
+        lambda x: x * mask,
+        only=["float32"],
+    )
+    assert "promoted by a tensor of a wider dtype" in message(report, "float32")
+
+
+class Sine(Function):
+    """sin x, which saves what it computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.cos())
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        return grad * slope
+
+
+def test_what_forward_computes_and_saves_is_a_constant() -> None:
+    report = check_function(Sine, SAMPLES, torch.sin, slow=False)
+    assert {outcome.check for outcome in report.failures} == {"double_backward"}
+    assert "so is what forward computes and saves" in message(report, "double_backward")
+
+
+class Domain(Function):
+    """ln x, refused where it is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if not (x > 0).all():
+            raise ValueError("x must be above 0")
+        ctx.save_for_backward(x)
+        return x.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return grad / x
+
+
+class Narrow(Domain):
+    """ln x, refused where it is small, though the reference is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if not (x < 10).all():
+            raise ValueError("x must be small")
+        return Domain.forward(ctx, x)
+
+
+def test_what_the_reference_has_no_value_for_may_be_refused() -> None:
+    samples = [(torch.rand(5, 3, dtype=torch.float64) + 0.1,)]
+    report = check_function(Domain, samples, torch.log, slow=False, in_dims=(0,))
+    report.raise_if_failed()
+    assert status(report, "large_values") == "passed"
+    report = check_function(Narrow, samples, torch.log, slow=False, in_dims=(0,))
+    assert [outcome.check for outcome in report.failures] == ["large_values"]
+
+
+@pytest.mark.parametrize("check", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_an_output_is_the_references(check: str) -> None:
+    def wide(x: Tensor) -> Tensor:
+        return x.double().exp()
+
+    given: Any = {"only": [check], "supports": [check]}
+    check_function(wide, SAMPLES, wide, **given).raise_if_failed()
+    report = check_function(wide, SAMPLES, torch.exp, **given)
+    assert "as the reference, got torch.float64" in message(report, check)
+    report = check_function(torch.exp, SAMPLES, wide, **given)
+    assert "expected torch.float64, as the reference" in message(report, check)
 
 
 def test_every_check_has_a_description() -> None:

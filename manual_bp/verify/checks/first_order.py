@@ -22,6 +22,11 @@ from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
+_NO_GRADIENT = (
+    "\ndiagnosis: no gradient came at all; an argument that is to have none is best closed over, "
+    "as in lambda x: Layer.apply(x, mask.to(x.dtype))"
+)
+
 
 def telling_samples(bench: Bench) -> None:
     """No gradient is zero, empty or of one element at all samples: a mistake would show."""
@@ -64,8 +69,6 @@ def finite_differences(bench: Bench) -> None:
         for i in positions(sample):
             before = bench.comparisons
             gradient = found[i]
-            if gradient is None:
-                gradient = torch.zeros_like(sample[i])
             for direction in _directions(bench, sample[i]):
                 _compare_slope(bench, sample, i, direction, upstream, gradient)
             label = bench.case.label(i)
@@ -163,7 +166,7 @@ def _compare_slope(
     i: int,
     direction: Tensor,
     upstream: Sequence[Tensor],
-    gradient: Tensor,
+    gradient: Tensor | None,
 ) -> None:
     """Compare <gradient, direction> with the difference quotient, unless the slope jumps there."""
     largest = sample[i].abs().max().item() if sample[i].numel() else 0.0
@@ -179,7 +182,9 @@ def _compare_slope(
     here, ahead, behind = value(0.0), value(step), value(-step)
     right, left = (ahead - here) / step, (here - behind) / step
     numeric = (ahead - behind) / (2 * step)
-    slope = (gradient.conj() * direction).real
+    slope = (
+        torch.zeros_like(direction.real) if gradient is None else (gradient.conj() * direction).real
+    )
     size = slope.abs().sum() + numeric.abs()
     rounding = 1e-9 * here.abs() + 1e-9
     if (right - left).abs() > 1e-3 * size + 1e3 * rounding:
@@ -188,9 +193,10 @@ def _compare_slope(
     bench.comparisons += 1
     if (slope.sum() - numeric).abs() > 1e-6 * size + rounding:
         ratio = (slope.sum() / numeric).item()
+        story = "" if gradient is not None else _NO_GRADIENT
         raise Mismatch(
             f"slope along a direction of {bench.case.label(i)}: expected {numeric.item():.10g} by "
-            f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
+            f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}{story}"
         )
 
 

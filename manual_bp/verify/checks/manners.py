@@ -159,8 +159,14 @@ def deterministic(bench: Bench) -> None:
         kept = [u.clone() for u in upstream]  # whoever writes to it is found by writes_nothing
         one, of_one = gradients(bench.case.call, leaves(sample), kept)
         other, of_other = gradients(bench.case.call, leaves(sample), upstream)
-        bench.same_outputs(other, one, " of a second call")
-        bench.same_gradients(sample, of_other, of_one, " of a second call")
+        try:
+            bench.same_outputs(other, one, " of a second call")
+            bench.same_gradients(sample, of_other, of_one, " of a second call")
+        except Mismatch as mismatch:
+            raise mismatch.diagnosed(
+                "random, or it remembers earlier calls: draw random numbers outside of the call "
+                "and pass them as an argument, or seed them within it"
+            ) from None
 
 
 def interleaved_calls(bench: Bench) -> None:
@@ -177,9 +183,9 @@ def interleaved_calls(bench: Bench) -> None:
         for other in others:
             try:
                 above = bench.upstream(bench.trusted, other)
+                _, expected_other = gradients(call, leaves(other), above)
             except Exception:
                 continue  # out of the domain
-            _, expected_other = gradients(call, leaves(other), above)
             one, two = leaves(sample), leaves(other)
             result, result_other = call(*one), call(*two)
             # First in, first out: a stack would be right the other way round.

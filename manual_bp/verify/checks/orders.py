@@ -68,8 +68,10 @@ def _compare_order(bench: Bench, order: int) -> None:
             except Mismatch as mismatch:
                 if "diagnosis" in str(mismatch):
                     raise
-                raise Mismatch(
-                    f"{mismatch}\ndiagnosis: a term of order {order} is missing"
+                raise mismatch.diagnosed(
+                    f"a term of order {order} is missing: what is detached is a constant here, and "
+                    f"so is what forward computes and saves, unless it is an output "
+                    f"(once_differentiable refuses second derivatives)"
                 ) from None
 
 

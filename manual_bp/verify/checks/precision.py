@@ -77,8 +77,11 @@ def _compare_error(
     bench: Bench, what: str, got: Tensor, peer: Tensor, exact: Tensor, dtype: torch.dtype
 ) -> None:
     bench.comparisons += 1
-    if got.dtype is not dtype:
-        raise Mismatch(f"{what}: expected dtype {dtype}, got {got.dtype}\ndiagnosis: wrong dtype")
+    if got.dtype is not peer.dtype:
+        raise Mismatch(
+            f"{what}: expected {peer.dtype}, as the reference, got {got.dtype}\n"
+            f"diagnosis: wrong dtype"
+        )
     got, peer, exact = got.detach().double(), peer.detach().double(), exact.detach()
     error, allowed = (got - exact).norm(), 2 * (peer - exact).norm()
     allowed = allowed + 4 * torch.finfo(dtype).eps * exact.norm()
