@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from manual_bp.verify import run
+from manual_bp.verify import Case, run
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS, Mutant
 from manual_bp.verify.self_test import pytorchs_cases, pytorchs_own
@@ -31,7 +31,7 @@ def test_no_false_alarm_on_pytorchs_own_layers(seed: int) -> None:
         report.raise_if_failed()
 
 
-def test_nor_by_the_compilers_checks() -> None:
-    for case in pytorchs_cases():
-        report = run(case, only=[check.name for check in CHECKS if check.is_slow])
-        assert not report.failures, report
+@pytest.mark.parametrize("case", pytorchs_cases(), ids=lambda case: case.name)
+def test_nor_by_the_compilers_checks(case: Case) -> None:
+    report = run(case, only=[check.name for check in CHECKS if check.is_slow])
+    assert not report.failures, report
