@@ -95,7 +95,7 @@ class Cost(nn.Module):
         def error_(y: Tensor) -> Tensor:
             delta.copy_(checked_gradient(self, output, y))
             cost: Tensor = self(output, y)
-            return cost.detach()
+            return cost.detach().clone()  # which may be a part of the output or of y
 
         return error_, 1.0
 

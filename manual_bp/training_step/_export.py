@@ -73,8 +73,8 @@ def require_path(path: str | PathLike[str]) -> None:
         raise FileNotFoundError(f"path must lead into a folder that is there; got {str(path)!r}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"path must lead to a file; got a folder, {str(path)!r}")
-    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe, not to be replaced
-        raise OSError(f"path must lead to a file; got {str(path)!r}, which is something else")
+    if Path(path).exists() and not Path(path).is_file():
+        raise FileExistsError(f"path must lead to a file; got a device or pipe, {str(path)!r}")
 
 
 def save_program(program: ExportedProgram, path: str | PathLike[str]) -> None:

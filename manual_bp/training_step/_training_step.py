@@ -214,7 +214,7 @@ class TrainingStep:
 
         Raises:
             TypeError, ValueError: y does not suit the cost, or the parameters are of float16.
-            OSError: path leads into no folder, or to one.
+            OSError: path leads into no folder, or to what is there and no file.
         """
         _export.require_path(path)
         _export.save_program(self._program(y), path)

@@ -425,6 +425,16 @@ def test_a_path_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes as POSIX has them")
+@every_export
+def test_a_pipe_is_refused_and_is_still_there(export: Any, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="path must lead to a file; got a device or pipe"):
+        export(TrainingStep(network(), QuadraticCost(), 0.1), pipe)
+    assert pipe.is_fifo()
+
+
 def test_without_onnxscript_what_to_install_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

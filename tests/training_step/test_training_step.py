@@ -331,6 +331,25 @@ def test_each_cost_is_a_tensor_of_its_own() -> None:
     assert step(x, y).item() < value == first.item()
 
 
+class Itself(Cost):
+    """One output is the cost."""
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        return output.reshape(())
+
+    def gradient(self, output: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.ones_like(output)
+
+
+def test_a_cost_that_is_a_view_of_the_output_is_one_as_well() -> None:
+    net = network(sizes=(3, 1))
+    step = TrainingStep(net, Itself(), 0.5)
+    x, y = batch(net, step.cost, 1)
+    first = step(x, y)
+    value = first.item()
+    assert step(x, y).item() < value == first.item()
+
+
 def test_autograd_notices_that_weights_have_changed() -> None:
     net, cost = network(), QuadraticCost()
     x, y = batch(net, cost, 4)
