@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from manual_bp.verify._warnings import pytorchs_own_left_out
 
@@ -247,6 +248,13 @@ def _as_draw(
             raise TypeError(
                 f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
             )
+        for value in sample:
+            if not isinstance(value, Tensor) and any(map(is_differentiable, tree_leaves(value))):
+                raise TypeError(
+                    f"samples must hold each floating or complex tensor as an argument of its own, "
+                    f"for only those are judged; got one in a {type(value).__name__}, which "
+                    f"lambda *tensors: call(list(tensors)) would make"
+                )
     if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
         raise TypeError("samples must each hold a floating or complex tensor; got none")
     return samples if callable(samples) else lambda _: drawn

@@ -375,6 +375,11 @@ def test_every_check_has_a_description() -> None:
         ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
         ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
         ({"samples": [torch.ones(2)]}, TypeError, "argument tuples; got a Tensor"),
+        (
+            {"samples": [(*SAMPLES[0], [torch.ones(2)])]},
+            TypeError,
+            "an argument of its own, .* in a l",
+        ),
         ({"samples": [(1, 2)]}, TypeError, "samples must each hold a floating or complex tensor"),
         ({"supports": "vmap"}, TypeError, "supports must be names in a list or tuple; got 'vmap'"),
         ({"only": "vmap"}, TypeError, "only must be names in a list or tuple; got 'vmap'"),
