@@ -125,8 +125,8 @@ def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
 
 
 def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
-    # As a product of matrices: of a transposed matrix and a vector, onnxruntime 1.31 makes a wrong
-    # one (it takes the matrix as it was before it was transposed).
+    # As a product of matrices: onnxruntime 1.31 multiplies a transposed matrix with a vector as if
+    # it were not transposed.
     return (matrix @ vector.unsqueeze(1)).squeeze(1)
 
 
@@ -154,7 +154,7 @@ def _add(t: Tensor, other: Any, *, alpha: float = 1) -> Any:
 
 
 def _expm1(x: Tensor) -> Tensor:
-    # torch.onnx would write e^x − 1, of which nothing is left where x is small.
+    # torch.onnx would write e^x − 1, which loses its digits where x is small.
     t = torch.tanh(x / 2)
     return 2 * t / (1 - t)
 

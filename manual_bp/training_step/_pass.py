@@ -9,7 +9,7 @@ weights there is none: w is updated within the matrix product of its BP4,
 once BP2 has read it. With momentum, the product goes into the velocity instead.
 
 η is a number. In a CUDA graph or an exported program, where a number is there for good, it is a
-tensor: δ is then multiplied by it, once BP2 has read that. (float16 has not the range for that.)
+tensor: δ is then multiplied by it, once BP2 has read that. (float16 lacks the range for that.)
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What buffers and CUDA graphs were made for, to notice when it is so no more."""
+"""What buffers and CUDA graphs were made for, to notice when that has changed."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -23,7 +23,7 @@ from manual_bp.training_step._snapshot import Snapshot
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Of how many shapes of x a pass is kept: it is mere views, but there may be ever more of them.
+# For how many shapes of x a pass is kept: each is mere views, but there may be ever more of them.
 MOST_PASSES = 100
 
 
@@ -349,7 +349,7 @@ class TrainingStep:
         self._storages = {
             p.untyped_storage().data_ptr() for p in parameters.values() if p.requires_grad
         }
-        # Of a cost that says no more than forward and gradient, these may ask autograd.
+        # A cost that has only forward and gradient of its own may use autograd in them.
         self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
         self._forget()
 
@@ -416,7 +416,7 @@ class TrainingStep:
 # What a state_dict holds.
 _STATE = ("lr", "momentum", "weight_decay", "velocities")
 
-# What is made of the rest of a TrainingStep whenever that changes.
+# What is made anew from the rest of a TrainingStep whenever that changes.
 _MADE_ANEW = {
     "_capacity",
     "_device",
@@ -435,7 +435,7 @@ def _refuse_float16(what: str, dtype: torch.dtype) -> None:
     if dtype is torch.float16:
         raise TypeError(
             f"a step to be {what} must be of float64, float32 or bfloat16, for it multiplies δ by "
-            f"a rate in a tensor, which float16 has not the range for; got float16"
+            f"a rate in a tensor, and float16 lacks the range for that; got float16"
         )
 
 
@@ -462,8 +462,8 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
             )
         if parameter.is_inference():
             raise ValueError(
-                f"{name} of net must be made outside of inference mode, for it could not be "
-                f"changed there; got an inference tensor"
+                f"{name} of net must be made outside of inference mode, for a step cannot "
+                f"change it; got an inference tensor"
             )
     for other, name in overlapping(parameters):
         one, two = parameters[other], parameters[name]
@@ -474,7 +474,7 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
                 f"before BP2 has read it in the other; got {got} that is {other} as well"
             )
     for activation in (a for layer in layers for a in layer.activations):
-        activation.in_place(torch.empty(0))  # refuses an activation whose a says not what σ' is
+        activation.in_place(torch.empty(0))  # refuses an activation whose a does not tell σ'
 
 
 def _descent(momentum: object, weight_decay: object) -> Descent:
