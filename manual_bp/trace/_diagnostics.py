@@ -150,7 +150,10 @@ class Diagnostics:
         columns = {key: [row[key] for row in rows] for key in telling}
         table = tabulate(columns, "keys", stralign="right", disable_numparse=True)
         verdicts = tabulate(
-            [(layer.name, layer.verdict) for layer in self.layers], tablefmt="plain"
+            [(layer.name, layer.verdict) for layer in self.layers],
+            tablefmt="plain",
+            colalign=("right", "left"),
+            disable_numparse=True,
         )
         return f"{table}\n\n{verdicts}{self._rest()}"
 

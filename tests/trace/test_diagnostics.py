@@ -641,6 +641,15 @@ class TestVerdicts:
         assert lines[-1].split(maxsplit=1) == [found.layers[-1].name, found.layers[-1].verdict]
         assert max(map(len, lines)) < 140
 
+    def test_names_that_could_be_numbers_are_printed_as_they_are(self) -> None:
+        names = ["1e5", "1_000", "0017", "nan"]
+        net = nn.Sequential()
+        for name in names:
+            net.add_module(name, nn.Linear(3, 3))
+        lines = str(trace_of(net, torch.randn(9, 3)).diagnostics()).splitlines()
+        assert [line.split()[0] for line in lines[2:6]] == names
+        assert [line.split()[0] for line in lines[-4:]] == names
+
     def test_what_is_elsewhere_is_said_below(self) -> None:
         net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
         printed = str(trace_of(net, torch.randn(9, 4)).diagnostics())
