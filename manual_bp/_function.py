@@ -72,8 +72,10 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     The forms are variables of the closure, because the compiler follows those and does not follow
     an attribute of a Function class.
     """
-    eager = _with_ctx_in_forward(function)
-    compiled = _with_copies_saved(function)
+    setup_context = function.setup_context
+    eager = _with_ctx_in_forward(function, setup_context, **_boxed_form(function))
+    no_jvp = staticmethod(Function.jvp)
+    compiled = _with_ctx_in_forward(function, _on_copies(setup_context), jvp=no_jvp)
     apply_eager = super(Function, eager).apply
 
     def call(*args: object) -> Any:
@@ -130,37 +132,32 @@ def _apart(args: tuple[Any, ...]) -> list[Any]:
     return apart
 
 
-def _with_ctx_in_forward(function: Any) -> Any:
-    function_forward, setup_context = function.forward, function.setup_context
+def _with_ctx_in_forward(function: Any, setup_context: Callable[..., None], **others: Any) -> Any:
+    function_forward = function.forward
 
     def forward(ctx: Any, *args: object) -> Any:
         output = function_forward(*args)
         setup_context(ctx, args, output)
         return output
 
-    form: dict[str, Any] = {
+    form = {
         "forward": staticmethod(forward),
         "setup_context": staticmethod(Function.setup_context),
     }
+    return type(function.__name__, (function,), form | others)
+
+
+def _boxed_form(function: Any) -> dict[str, Any]:
     if hasattr(function, "backward_boxed") and hasattr(Function, "boxed_grads_call"):
-        form |= {"backward": staticmethod(function.backward_boxed), "boxed_grads_call": True}
-    return type(function.__name__, (function,), form)
+        return {"backward": staticmethod(function.backward_boxed), "boxed_grads_call": True}
+    return {}
 
 
-def _with_copies_saved(function: Any) -> Any:
-    function_forward, setup_context = function.forward, function.setup_context
+def _on_copies(setup_context: Callable[..., None]) -> Callable[..., None]:
+    def setup_context_on_copies(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        setup_context(ctx, tuple(_copy(arg) for arg in args), output.clone())
 
-    def forward(ctx: Any, *args: object) -> Any:
-        output = function_forward(*args)
-        setup_context(ctx, tuple(_copy(arg) for arg in args), _copy(output))
-        return output
-
-    form: dict[str, Any] = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(Function.setup_context),
-        "jvp": staticmethod(Function.jvp),
-    }
-    return type(function.__name__, (function,), form)
+    return setup_context_on_copies
 
 
 def _copy(value: Any) -> Any:
