@@ -70,21 +70,27 @@ def mistaken(diff: str) -> str:
     return layer
 
 
-def test_the_function_from_scratch_is_right(tmp_path: Path) -> None:
-    (command,) = blocks("bash")
-    assert command == "python -m manual_bp.verify my_layer:SCALE\n"
-    (tmp_path / "my_layer.py").write_text(LAYER, encoding="utf-8")
+def beside_the_layer(folder: Path, *arguments: str) -> list[str]:
+    """What Python prints in a process of its own, in a folder with the page's layer."""
+    (folder / "my_layer.py").write_text(LAYER, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, *command.split()[1:]],
-        cwd=tmp_path,
+        [sys.executable, *arguments],
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{done.stdout.splitlines()[-1]}\n" == RIGHT
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [
+    return done.stdout.splitlines()
+
+
+def test_the_function_from_scratch_is_right(tmp_path: Path) -> None:
+    (command,) = blocks("bash")
+    assert command == "python -m manual_bp.verify my_layer:SCALE\n"
+    lines = beside_the_layer(tmp_path, *command.split()[1:])
+    assert f"{lines[-1]}\n" == RIGHT
+    assert [line.split()[0] for line in lines[1:-1]] == [
         check.name for check in CHECKS if not check.is_for_modules
     ]
 
@@ -181,13 +187,4 @@ def test_it_needs_what_the_page_says(tmp_path: Path) -> None:
     """The kit judges a case where all else that is installed cannot be imported."""
     assert "PyTorch, NumPy and tabulate" in " ".join(PAGE.split())
     assert "PyTorch, NumPy and tabulate" in " ".join(README.split())
-    (tmp_path / "my_layer.py").write_text(LAYER, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    beside_the_layer(tmp_path, "-c", ALONE)
