@@ -46,6 +46,13 @@ def share_memory(t: Tensor, other: Tensor) -> bool:
     return bool(_bytes_of(other, touched, first).any())
 
 
+def memory_of(t: Tensor) -> tuple[int, int]:
+    """Where the memory that it is a view of begins and ends."""
+    memory = t.untyped_storage()
+    start = memory.data_ptr()
+    return start, start + memory.nbytes()
+
+
 def _reach(t: Tensor) -> tuple[int, int]:
     """The address of the first byte, and that behind the last."""
     last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))

@@ -17,7 +17,7 @@ from manual_bp._function import any_autocast_is_on, below_autograd, transforms_a
 from manual_bp.costs._cost import Cost, has_own_in_place
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
-from manual_bp.training_step._overlap import overlapping, overlaps_itself
+from manual_bp.training_step._overlap import memory_of, overlapping, overlaps_itself
 from manual_bp.training_step._pass import Allocate, Descent, Pass, Plan, fresh_buffers
 from manual_bp.training_step._snapshot import Snapshot
 
@@ -148,7 +148,7 @@ class TrainingStep:
         if run is None:
             run = self._prepare(x)
         with self._guard():
-            if x.untyped_storage().data_ptr() in self._storages:
+            if self._may_share_memory(x):
                 x = x.clone()  # it is read until the first layer's BP4, when others have learned
             return run(x, y, self._lr)
 
@@ -346,9 +346,7 @@ class TrainingStep:
         self._snapshot: Snapshot = snapshot
         self._dtype: torch.dtype = w.dtype
         self._device: torch.device = w.device
-        self._storages = {
-            p.untyped_storage().data_ptr() for p in parameters.values() if p.requires_grad
-        }
+        self._memories = [memory_of(p) for p in parameters.values() if p.requires_grad]
         # A cost that has only forward and gradient of its own may use autograd in them.
         self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
         self._forget()
@@ -367,6 +365,11 @@ class TrainingStep:
             and x.layout is strided
             and not x.is_nested
         )
+
+    def _may_share_memory(self, x: Tensor) -> bool:
+        """Whether x may be a part of a parameter that learns."""
+        start, end = memory_of(x)
+        return any(start < last and first < end for first, last in self._memories)
 
     def _prepare(self, x: Tensor) -> Pass:
         """A pass for x, kept for all batches of its shape."""
@@ -422,12 +425,12 @@ _MADE_ANEW = {
     "_device",
     "_dtype",
     "_guard",
+    "_memories",
     "_memory",
     "_parameters",
     "_passes",
     "_plan",
     "_snapshot",
-    "_storages",
 }
 
 

@@ -1162,6 +1162,21 @@ def test_a_batch_that_is_a_part_of_a_parameter(name: str, descent: dict[str, flo
     assert_follows(net, reference.net)
 
 
+def test_a_batch_that_overlaps_a_parameter_of_another_storage() -> None:
+    """As slices of one NumPy array do."""
+    numbers = torch.randn(60, dtype=torch.float64).numpy()
+    net, cost = network(sizes=(5, 5, 5)), QuadraticCost()
+    net[0].weight = nn.Parameter(torch.from_numpy(numbers[:25]).view(5, 5))
+    x = torch.from_numpy(numbers[10:35]).view(5, 5)
+    assert x.untyped_storage().data_ptr() != net[0].weight.untyped_storage().data_ptr()
+    step, reference = TrainingStep(net, cost, 0.5), Reference(net, cost, 0.5)
+    for _ in range(3):
+        y = torch.rand(5, 5, dtype=torch.float64)
+        expected = reference(x.clone(), y)
+        torch.testing.assert_close(step(x, y), expected)
+    assert_follows(net, reference.net)
+
+
 GOOD_X, GOOD_Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
 NESTED = torch.nested.nested_tensor([torch.zeros(3).double()], layout=torch.jagged)
 
