@@ -21,45 +21,24 @@ same reason every forward must be differentiable everywhere by PyTorch too.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import BackwardCFunction
+from torch.autograd import Function
 from torch.compiler import is_compiling, is_exporting
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 
-# Private names, asked at every call because they are cheap. Should they go, the answer given here
-# leads to the way that works everywhere and only costs more.
-transforms_are_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: True
+from manual_bp._torch import (
+    below_modes,
+    count_dispatch_modes,
+    forward_ad_level,
+    functorch_transforms,
+    is_mapped_by_autograd,
+    is_tracing,
+    transforms_are_active,
 )
-any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-# Under is_grads_batched=True, which maps backwards in a way of its own.
-_is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
-    torch._C._functorch, "is_legacy_batchedtensor", lambda _: True
-)
-# Leaves autograd out of every operation inside, where no_grad only tells it to record nothing: the
-# operations of a small step are so short that this is a twentieth of it.
-below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
-    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
-)
-# Leaves modes like that of record out of what they need not see, each call of which takes 2 µs.
-below_modes: Callable[[], AbstractContextManager[Any]] = getattr(
-    torch._C, "DisableTorchFunction", nullcontext
-)
-# Of all modules, as register_module_forward_hook registers them.
-has_global_hooks: Callable[[], bool] = getattr(
-    torch.nn.modules.module, "_has_any_global_hook", lambda: True
-)
-# Should these two go, what they serve goes with them: nested forward mode and functionalize, and
-# torch.jit.trace.
-_transforms: Callable[[], Any] = getattr(torch._C._functorch, "get_interpreter_stack", tuple)
-_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 
 
 def as_callable(function: Any) -> Callable[..., Tensor]:
@@ -88,29 +67,10 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     return call
 
 
-def version(t: Tensor) -> int:
-    """A number that changes when the tensor is written to in place."""
-    try:
-        return t._version
-    except RuntimeError:  # inference tensors have none
-        return 0
-
-
-def is_foreign(node: object) -> bool:
-    """Whether a node of autograd's graph is of a Function of somebody else's, written in Python.
-
-    Its backward may do anything, such as run a part of the model again and call backward() there.
-    """
-    function = getattr(type(node), "_forward_cls", Function)
-    return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
-        f"{__package__}."
-    )
-
-
 def _wants_the_bare_forward() -> bool:
     if is_compiling():
         return is_exporting() or transforms_are_active()
-    return _no_function_can_pass() if transforms_are_active() else _is_tracing()
+    return _no_function_can_pass() if transforms_are_active() else is_tracing()
 
 
 def _no_function_can_pass() -> bool:
@@ -118,9 +78,8 @@ def _no_function_can_pass() -> bool:
 
     These are forward mode within forward mode, as in jacfwd(jacfwd(f)), and functionalize.
     """
-    kinds = [interpreter.key() for interpreter in _transforms() or ()]
-    known = torch._C._functorch.TransformType
-    return kinds.count(known.Jvp) > 1 or known.Functionalize in kinds
+    kinds = functorch_transforms()
+    return kinds.count("Jvp") > 1 or "Functionalize" in kinds
 
 
 def _apart(args: tuple[Any, ...]) -> list[Any]:
@@ -177,7 +136,7 @@ def save_for_forward(ctx: Any, *tensors: Tensor) -> bool:
 
 
 def _forward_ad_may_be_on() -> bool:
-    return getattr(forward_ad, "_current_level", 0) >= 0
+    return forward_ad_level() >= 0
 
 
 def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -203,7 +162,7 @@ def is_watched() -> bool:
 
     Checkpointing by a policy does: what it keeps must not be written over behind its back.
     """
-    return not is_compiling() and _count_dispatch_modes() > 0
+    return not is_compiling() and count_dispatch_modes() > 0
 
 
 def may_write_over_what_was_made_of(t: Tensor) -> bool:
@@ -213,7 +172,7 @@ def may_write_over_what_was_made_of(t: Tensor) -> bool:
         or is_compiling()
         or transforms_are_active()
         or _forward_ad_may_be_on()
-        or _is_mapped_by_autograd(t)
+        or is_mapped_by_autograd(t)
     )
 
 
@@ -223,7 +182,7 @@ def release_saved(ctx: Any) -> None:
         ctx.maybe_clear_saved_tensors()
 
 
-def in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor:
+def call_in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor:
     """Call `call(z, *options, True)`, which writes over z; or do what amounts to the same.
 
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
@@ -245,52 +204,4 @@ def values_are_at_hand(value: Tensor) -> bool:
         and not is_compiling()
         and not transforms_are_active()
         and not is_watched()
-    )
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an autocast region hands them to a matrix product; unchanged outside of one.
-
-    The cast must stand before the Function, as a step of its own: a backward runs outside the
-    region, so a Function that cast inside would meet gradients of another dtype than it saved.
-    """
-    return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device_type: str) -> bool:
-    # Asked once for each graph, since the compiler of PyTorch 2.11 cannot trace it.
-    return torch.amp.is_autocast_available(device_type)
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """A region in which the products of such tensors are what their dtype says."""
-    device_type = t.device.type
-    if any_autocast_is_on() and _has_autocast(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def autocast_to_float32(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an autocast region hands them to a loss: in float32; unchanged outside."""
-    return _cast(tensors, lambda _: torch.float32) if any_autocast_is_on() else tensors
-
-
-def _cast(
-    tensors: tuple[Tensor | None, ...], dtype_for: Callable[[str], torch.dtype]
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        tensor.to(dtype_for(tensor.device.type)) if _is_castable(tensor) else tensor
-        for tensor in tensors
-    )
-
-
-def _is_castable(tensor: object) -> TypeGuard[Tensor]:
-    # As PyTorch's own rule: float64, integers and complex numbers pass unchanged.
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.dtype is not torch.float64
-        and _has_autocast(tensor.device.type)
-        and torch.is_autocast_enabled(tensor.device.type)
     )

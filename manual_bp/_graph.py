@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from manual_bp._function import is_foreign, version
+from manual_bp._torch import is_foreign, version
 
 # Nodes that hand on a leaf as it is, in another shape or dtype, and may do so to several others:
 # autocast makes its cast once, and double backward uses the transposed weight of forward again.

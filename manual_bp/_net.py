@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from manual_bp import _require
-from manual_bp._function import autocast
+from manual_bp._autocast import autocast
 from manual_bp.costs._cost import Cost
-from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers._activation import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid

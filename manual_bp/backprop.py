@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from manual_bp._net import read, require_cost, require_input
 from manual_bp.costs._cost import Cost, checked_gradient
-from manual_bp.layers import Activation
+from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.layers.linear import linear
 from manual_bp.trace import Call, LayerTrace, Trace
@@ -120,8 +120,8 @@ def _sigma_prime(activations: Sequence[Activation], z: Tensor, a: Tensor) -> Ten
         return 1  # a = z
     *inner, outer = activations
     if not inner:
-        return outer.prime(a)
-    return outer.prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
+        return outer.sigma_prime(a)
+    return outer.sigma_prime(a) * _sigma_prime(inner, z, _sigma(inner, z))
 
 
 def _in_dtype_of(parameter: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from manual_bp import _require
-from manual_bp._function import has_global_hooks
-from manual_bp.layers import ACTIVATIONS
+from manual_bp._torch import has_global_hooks
+from manual_bp.layers._activation import ACTIVATIONS
+from manual_bp.layers._formula import torch_class_of
 from manual_bp.layers.leaky_relu import LeakyReLU
 from manual_bp.layers.linear import Linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid
@@ -30,7 +31,7 @@ Class = type[Any]
 
 # Ours, and the torch.nn layer that it stands for and is a subclass of.
 _OURS: tuple[Class, ...] = (Linear, *ACTIVATIONS)
-LAYERS: dict[Class, Class] = {ours: ours.__bases__[0] for ours in _OURS}
+LAYERS: dict[Class, Class] = {ours: torch_class_of(ours) for ours in _OURS}
 
 # Where a module keeps the class that it had: within itself, so that copies of it and what was
 # pickled can be restored as well.

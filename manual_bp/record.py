@@ -33,12 +33,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from manual_bp import _require
-from manual_bp._function import below_modes, transforms_are_active, version, without_autocast
+from manual_bp._autocast import without_autocast
 from manual_bp._graph import Arrivals, Graph, reduction_of
+from manual_bp._torch import below_modes, transforms_are_active, version
 from manual_bp.costs.quadratic import quadratic_cost
 from manual_bp.costs.sigmoid_cross_entropy import sigmoid_cross_entropy_cost
 from manual_bp.costs.softmax_cross_entropy import softmax_cross_entropy_cost
-from manual_bp.layers import ACTIVATIONS, Activation
+from manual_bp.layers._activation import ACTIVATIONS, Activation
 from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
 from manual_bp.layers.linear import Linear, linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid, linear_sigmoid

@@ -12,8 +12,9 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 import manual_bp
-from manual_bp import Linear, Sigmoid, _function
-from manual_bp._function import as_callable, autocast, autocast_to_float32, values_are_at_hand
+from manual_bp import Linear, Sigmoid, _autocast, _function
+from manual_bp._autocast import autocast, autocast_to_float32
+from manual_bp._function import as_callable, values_are_at_hand
 from tests.helpers import assert_same
 
 
@@ -138,7 +139,7 @@ def test_compiled_transforms() -> None:
 
 def test_without_the_private_names_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_function, "transforms_are_active", lambda: True)
-    monkeypatch.setattr(_function, "any_autocast_is_on", lambda: True)
+    monkeypatch.setattr(_autocast, "any_autocast_is_on", lambda: True)
     x = torch.tensor(2.0, requires_grad=True)
     assert torch.autograd.grad(cube(x), x)[0].item() == 12
     assert autocast(x, None) == (x, None)

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from manual_bp import _require
-from manual_bp._function import autocast_to_float32
+from manual_bp._autocast import autocast_to_float32
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -34,7 +34,7 @@ def reduce_gradient(gradient: Tensor, reduction: Reduction) -> Tensor:
     return gradient / math.prod(gradient.shape[:-1]) if reduction == "mean" else gradient
 
 
-def share(output: Tensor, reduction: Reduction) -> float:
+def sample_weight(output: Tensor, reduction: Reduction) -> float:
     """What each sample's loss counts for in C: 1/n under "mean", otherwise 1."""
     samples = math.prod(output.shape[:-1])
     return 1 / samples if reduction == "mean" and samples else 1.0
@@ -77,7 +77,7 @@ class Cost(nn.Module):
         """∂C/∂output, shaped as output, of the reduced cost; under "none", a loss a row."""
         raise NotImplementedError(f"{type(self).__name__} must define gradient(output, y)")
 
-    def in_place(self, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    def bind(self, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         """C and ∂C/∂output in the memory of delta: what a `TrainingStep` calls.
 
         A cost may define this anew, to need no temporaries, and must then do without autograd.
@@ -113,13 +113,13 @@ def checked_gradient(cost: Cost, output: Tensor, y: Tensor) -> Tensor:
     return gradient.to(output.dtype)  # autocast has costs in float32
 
 
-def has_own_in_place(cost: Cost) -> bool:
-    """Whether a cost's `in_place` is of the same cost as its `forward` and `gradient`.
+def has_own_bind(cost: Cost) -> bool:
+    """Whether a cost's `bind` is of the same cost as its `forward` and `gradient`.
 
     Somebody may have changed those two alone, in a subclass.
     """
     kind = type(cost)
-    owner = next(each for each in kind.__mro__ if "in_place" in vars(each))
+    owner = next(each for each in kind.__mro__ if "bind" in vars(each))
     return (
         owner is not Cost
         and all(getattr(kind, name) is getattr(owner, name) for name in ("forward", "gradient"))
@@ -127,7 +127,7 @@ def has_own_in_place(cost: Cost) -> bool:
     )
 
 
-def in_place(cost: Cost, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """`cost.in_place`, or what amounts to its `forward` and `gradient`."""
-    own = cost.in_place if has_own_in_place(cost) else partial(Cost.in_place, cost)
+def bind(cost: Cost, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    """`cost.bind`, or what amounts to its `forward` and `gradient`."""
+    own = cost.bind if has_own_bind(cost) else partial(Cost.bind, cost)
     return own(output, delta)

@@ -20,7 +20,7 @@ from manual_bp.costs._cost import (
     checked_pair,
     reduce_gradient,
     reduce_losses,
-    share,
+    sample_weight,
 )
 
 # How many squares a dot product may add up; beyond, PyTorch's sum is more exact.
@@ -135,9 +135,9 @@ class QuadraticCost(Cost):
         """∇_a C, shaped as a."""
         return quadratic_gradient(*checked_pair("a", a, y), self.reduction)
 
-    def in_place(self, a: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        """C, and a − y in the memory of delta: see `Cost.in_place`."""
-        weight = share(a, self.reduction)
+    def bind(self, a: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C, and a − y in the memory of delta: see `Cost.bind`."""
+        weight = sample_weight(a, self.reduction)
         half = delta.new_full((), weight / 2)
         components = delta.view(-1)
         rows = delta.view(math.prod(a.shape[:-1]), 1, a.shape[-1])

@@ -19,7 +19,7 @@ from manual_bp.costs._cost import (
     checked_pair,
     reduce_gradient,
     reduce_losses,
-    share,
+    sample_weight,
 )
 
 
@@ -141,12 +141,12 @@ class SigmoidCrossEntropyCost(Cost):
         """δ^L = ∂C/∂z, shaped as z."""
         return sigmoid_cross_entropy_gradient(*checked_pair("z", z, y), self.reduction)
 
-    def in_place(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        """C, and a − y in the memory of delta: see `Cost.in_place`."""
+    def bind(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C, and a − y in the memory of delta: see `Cost.bind`."""
 
         def error_(y: Tensor) -> Tensor:
             cost: Tensor = self(z, y).detach()
             torch.sigmoid(z, out=delta).sub_(y)  # BP1: δ = a − y
             return cost
 
-        return error_, share(z, self.reduction)
+        return error_, sample_weight(z, self.reduction)

@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import as_callable, autocast_to_float32, hand_over, save_for_forward
+from manual_bp._autocast import autocast_to_float32
+from manual_bp._function import as_callable, hand_over, save_for_forward
 from manual_bp.costs._cost import (
     REDUCTIONS,
     Cost,
@@ -18,7 +19,7 @@ from manual_bp.costs._cost import (
     checked_pair,
     reduce_gradient,
     reduce_losses,
-    share,
+    sample_weight,
 )
 
 
@@ -171,8 +172,8 @@ class SoftmaxCrossEntropyCost(Cost):
         """δ^L = ∂C/∂z, shaped as z."""
         return softmax_cross_entropy_gradient(*_checked(z, y), self.reduction)
 
-    def in_place(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-        """C, and a − y in the memory of delta: see `Cost.in_place`."""
+    def bind(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+        """C, and a − y in the memory of delta: see `Cost.bind`."""
         minus_one = delta.new_full((), -1)
 
         def error_(y: Tensor) -> Tensor:
@@ -185,4 +186,4 @@ class SoftmaxCrossEntropyCost(Cost):
                 delta.scatter_add_(-1, index, minus_one.expand(index.shape))  # BP1: δ = a − y
             return cost
 
-        return error_, share(z, self.reduction)
+        return error_, sample_weight(z, self.reduction)

@@ -6,9 +6,14 @@ from typing import Any
 from torch import nn
 
 
+def torch_class_of(ours: type[Any]) -> type[Any]:
+    """The class of torch.nn that a layer of ours is a subclass of."""
+    return next(base for base in ours.__bases__ if base.__module__.startswith("torch."))
+
+
 def is_kind_of(ours: Any, module: Any) -> bool:
     """Whether a module is ours, or torch's own that ours is a subclass of."""
-    return has_formula_of(ours, module) or has_formula_of(ours.__base__, module)
+    return has_formula_of(ours, module) or has_formula_of(torch_class_of(ours), module)
 
 
 def has_formula_of(kind: Any, module: Any) -> bool:

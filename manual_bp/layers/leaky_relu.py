@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, in_place, is_nested
+from manual_bp._function import as_callable, call_in_place, hand_over, is_nested
+from manual_bp.layers._activation import Activation
 
 
 def leaky_relu_prime(a: Tensor, negative_slope: float) -> Tensor:
@@ -105,10 +106,10 @@ def _checked_leaky_relu(z: Tensor, negative_slope: float, inplace: bool, name: s
     _require.at_least("negative_slope", negative_slope, 0)
     if not inplace:
         return _leaky_relu(z, negative_slope, False)
-    return in_place(_leaky_relu, z, negative_slope)
+    return call_in_place(_leaky_relu, z, negative_slope)
 
 
-class LeakyReLU(nn.LeakyReLU):
+class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
     """`torch.nn.LeakyReLU`, differentiated by hand: the same but for its backward.
 
     Args:
@@ -131,27 +132,31 @@ class LeakyReLU(nn.LeakyReLU):
         """From weighted inputs z to activations a."""
         return _checked_leaky_relu(input, self.negative_slope, self.inplace, "input")
 
-    def prime(self, a: Tensor) -> Tensor:
+    def require_options(self) -> None:
+        """Raise a ValueError if negative_slope is below 0."""
+        _require.at_least("negative_slope", self.negative_slope, 0)
+
+    def sigma_prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need."""
         return leaky_relu_prime(a, self.negative_slope)
 
-    def prime_of_z(self, z: Tensor) -> Tensor:
+    def sigma_prime_from_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, shaped as z."""
         return leaky_relu_prime(z, self.negative_slope)  # a > 0 just where z > 0
 
-    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+    def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        self.require_options()
         slope = self.negative_slope
-        _require.at_least("negative_slope", slope, 0)
 
-        def times_prime_(grad_a: Tensor) -> None:
+        def times_sigma_prime_(grad_a: Tensor) -> None:
             is_off = a <= 0
             torch.mul(grad_a, slope, out=a)
             torch.where(is_off, a, grad_a, out=grad_a)  # BP1, BP2: the factor ⊙ σ'(z)
 
-        return partial(F.leaky_relu_, a, slope), times_prime_
+        return partial(F.leaky_relu_, a, slope), times_sigma_prime_
 
     @property
-    def slopes(self) -> tuple[float, float]:
+    def slope_bounds(self) -> tuple[float, float]:
         """The least and the largest that σ' comes to."""
         return min(1.0, self.negative_slope), max(1.0, self.negative_slope)

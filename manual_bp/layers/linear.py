@@ -6,14 +6,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
-from manual_bp._function import (
-    any_autocast_is_on,
-    as_callable,
-    autocast,
-    hand_over,
-    is_nested,
-    save_for_forward,
-)
+from manual_bp._autocast import autocast
+from manual_bp._function import as_callable, hand_over, is_nested, save_for_forward
+from manual_bp._torch import any_autocast_is_on
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
 

@@ -8,18 +8,17 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
+from manual_bp._autocast import autocast
 from manual_bp._function import (
-    any_autocast_is_on,
     as_callable,
-    autocast,
     hand_over,
     is_nested,
     is_watched,
     may_write_over_what_was_made_of,
     release_saved,
     save_for_forward,
-    transforms_are_active,
 )
+from manual_bp._torch import any_autocast_is_on, transforms_are_active
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
 
 

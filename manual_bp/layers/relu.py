@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, in_place, is_nested
+from manual_bp._function import as_callable, call_in_place, hand_over, is_nested
+from manual_bp.layers._activation import Activation
 
 
 def relu_prime(a: Tensor) -> Tensor:
@@ -96,10 +97,10 @@ def _checked_relu(z: Tensor, inplace: bool, name: str) -> Tensor:
     if has_torch_function_unary(z) and not is_nested(z):
         return hand_over(relu, z, inplace)
     _require.ordered(name, z)
-    return in_place(_relu, z) if inplace else _relu(z, False)
+    return call_in_place(_relu, z) if inplace else _relu(z, False)
 
 
-class ReLU(nn.ReLU):
+class ReLU(Activation, nn.ReLU, function=relu):
     """`torch.nn.ReLU`, differentiated by hand: the same but for its backward.
 
     Args:
@@ -109,24 +110,24 @@ class ReLU(nn.ReLU):
     `ReLUFunction` for the gradient.
     """
 
-    slopes = (0.0, 1.0)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.ReLU gives it)
         """From weighted inputs z to activations a."""
         return _checked_relu(input, self.inplace, "input")
 
-    def prime(self, a: Tensor) -> Tensor:
+    def sigma_prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = max(0, z), shaped as a, for explicit BP1 and BP2."""
         return relu_prime(a)
 
-    def prime_of_z(self, z: Tensor) -> Tensor:
+    def sigma_prime_from_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, shaped as z; 0 where the neuron is off."""
         return relu_prime(z)  # a > 0 just where z > 0
 
-    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+    def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
 
-        def times_prime_(grad_a: Tensor) -> None:
+        def times_sigma_prime_(grad_a: Tensor) -> None:
             grad_a.masked_fill_(a <= 0, 0)  # BP1, BP2: the factor ⊙ σ'(z)
 
-        return partial(torch.relu_, a), times_prime_
+        return partial(torch.relu_, a), times_sigma_prime_

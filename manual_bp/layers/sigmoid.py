@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
 from manual_bp._function import as_callable, hand_over, is_nested
+from manual_bp.layers._activation import Activation
 
 
 def sigmoid_prime(a: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def sigmoid_prime(a: Tensor) -> Tensor:
     return a * (1 - a)
 
 
-def sigmoid_prime_of_z(z: Tensor) -> Tensor:
+def sigmoid_prime_from_z(z: Tensor) -> Tensor:
     """σ'(z) = e^(−|z|) / (1 + e^(−|z|))², which does not cancel as 1 − a does. Shape as z.
 
     It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
@@ -102,33 +103,33 @@ def _checked_sigmoid(z: Tensor, name: str) -> Tensor:
     return _sigmoid(z)
 
 
-class Sigmoid(nn.Sigmoid):
+class Sigmoid(Activation, nn.Sigmoid, function=sigmoid):
     """`torch.nn.Sigmoid`, differentiated by hand: the same but for its backward.
 
     Input and output are of the same, any shape. See `sigmoid` for the errors raised and
     `SigmoidFunction` for the gradient.
     """
 
-    slopes = (0.0, 0.25)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 0.25)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
         """From weighted inputs z to activations a."""
         return _checked_sigmoid(input, "input")
 
-    def prime(self, a: Tensor) -> Tensor:
+    def sigma_prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = σ(z), shaped as a; the factor that explicit BP1 and BP2 need."""
         return sigmoid_prime(a)
 
-    def prime_of_z(self, z: Tensor) -> Tensor:
+    def sigma_prime_from_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
-        return sigmoid_prime_of_z(z)
+        return sigmoid_prime_from_z(z)
 
-    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+    def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
         zero = a.new_zeros(())
 
-        def times_prime_(grad_a: Tensor) -> None:
+        def times_sigma_prime_(grad_a: Tensor) -> None:
             # From x to 0 by the share a of the way is x (1 − a), without rounding x a first.
             grad_a.mul_(a).lerp_(zero, a)  # BP1, BP2: the factor ⊙ σ'(z)
 
-        return partial(torch.sigmoid_, a), times_prime_
+        return partial(torch.sigmoid_, a), times_sigma_prime_

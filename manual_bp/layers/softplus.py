@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
 from manual_bp._function import as_callable, hand_over, is_nested
+from manual_bp.layers._activation import Activation
 
 # From a threshold of 20 on, ln(1 + e^t) above it is t but for 2e-9, so that a tells on which side
 # of it z was. Below, one and the same a comes from either side.
@@ -22,7 +23,7 @@ def softplus_prime(a: Tensor, beta: float, threshold: float) -> Tensor:
     return torch.where(beta * a > threshold, 1, -torch.expm1(-beta * a))
 
 
-def softplus_prime_of_z(z: Tensor, beta: float, threshold: float) -> Tensor:
+def softplus_prime_from_z(z: Tensor, beta: float, threshold: float) -> Tensor:
     """σ'(z) = 1 / (1 + e^(−β z)), and 1 where a = z. Shape as z."""
     t = beta * z.to(torch.promote_types(z.dtype, torch.float32))  # as PyTorch compares it
     return torch.where(t > threshold, 1, torch.sigmoid(t)).to(z.dtype)
@@ -69,14 +70,14 @@ class SoftplusFunction(Function):
         if grad_a is None:
             return None, None, None
         (z,) = ctx.saved_tensors
-        prime = softplus_prime_of_z(z, ctx.beta, ctx.threshold)
+        prime = softplus_prime_from_z(z, ctx.beta, ctx.threshold)
         return grad_a * prime, None, None  # BP1, BP2: the factor ⊙ σ'(z)
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor, _: None, __: None) -> Tensor:
         """From a tangent dz to da = σ'(z) dz."""
         (z,) = ctx.saved_tensors
-        return dz * softplus_prime_of_z(z, ctx.beta, ctx.threshold)
+        return dz * softplus_prime_from_z(z, ctx.beta, ctx.threshold)
 
 
 _softplus = as_callable(SoftplusFunction)
@@ -110,7 +111,7 @@ def _checked_softplus(z: Tensor, beta: float, threshold: float, name: str) -> Te
     return _softplus(z, beta, threshold)
 
 
-class Softplus(nn.Softplus):
+class Softplus(Activation, nn.Softplus, function=softplus):
     """`torch.nn.Softplus`, differentiated by hand: the same but for its backward.
 
     Args:
@@ -128,39 +129,47 @@ class Softplus(nn.Softplus):
         _require.not_zero("beta", beta)
         super().__init__(beta, threshold)
 
-    slopes = (0.0, 1.0)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Softplus gives it)
         """From weighted inputs z to activations a."""
         return _checked_softplus(input, self.beta, self.threshold, "input")
 
-    def prime(self, a: Tensor) -> Tensor:
+    def require_options(self) -> None:
+        """Raise a ValueError if beta is 0."""
+        _require.not_zero("beta", self.beta)
+
+    def require_slope_from_a(self) -> None:
+        """Raise a ValueError if the threshold is below 20: a does not tell which side z was on."""
+        _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
+
+    def sigma_prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need.
 
         Raises:
             ValueError: The threshold is below 20, and a does not tell on which side of it z was.
         """
-        _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
+        self.require_slope_from_a()
         return softplus_prime(a, self.beta, self.threshold)
 
-    def prime_of_z(self, z: Tensor) -> Tensor:
+    def sigma_prime_from_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, whatever the threshold, and never 0; shaped as z."""
-        prime = softplus_prime_of_z(z, self.beta, self.threshold)
+        prime = softplus_prime_from_z(z, self.beta, self.threshold)
         return prime.clamp(min=torch.finfo(z.dtype).tiny)
 
-    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
-        _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
-        _require.not_zero("beta", self.beta)
+    def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        self.require_options()
+        self.require_slope_from_a()
         beta, threshold = self.beta, self.threshold
         softplus_into: Any = F.softplus  # says the schema, though not the type
 
         def sigma_() -> None:
             softplus_into(a, beta, threshold, out=a)
 
-        def times_prime_(grad_a: Tensor) -> None:
+        def times_sigma_prime_(grad_a: Tensor) -> None:
             is_line = a.mul_(beta) > threshold
             prime = a.neg_().expm1_().neg_().masked_fill_(is_line, 1)
             grad_a.mul_(prime)  # BP1, BP2: the factor ⊙ σ'(z)
 
-        return sigma_, times_prime_
+        return sigma_, times_sigma_prime_

@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
 from manual_bp._function import as_callable, hand_over, is_nested
+from manual_bp.layers._activation import Activation
 
 
 def tanh_prime(a: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def tanh_prime(a: Tensor) -> Tensor:
     return (1 - a) * (1 + a)
 
 
-def tanh_prime_of_z(z: Tensor) -> Tensor:
+def tanh_prime_from_z(z: Tensor) -> Tensor:
     """σ'(z) = 4 e^(−2|z|) / (1 + e^(−2|z|))², which does not cancel as 1 − a does. Shape as z.
 
     It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
@@ -105,33 +106,33 @@ def _checked_tanh(z: Tensor, name: str) -> Tensor:
     return _tanh(z)
 
 
-class Tanh(nn.Tanh):
+class Tanh(Activation, nn.Tanh, function=tanh):
     """`torch.nn.Tanh`, differentiated by hand: the same but for its backward.
 
     Input and output are of the same, any shape. See `tanh` for the errors raised and
     `TanhFunction` for the gradient.
     """
 
-    slopes = (0.0, 1.0)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Tanh gives it)
         """From weighted inputs z to activations a."""
         return _checked_tanh(input, "input")
 
-    def prime(self, a: Tensor) -> Tensor:
+    def sigma_prime(self, a: Tensor) -> Tensor:
         """σ'(z) in terms of a = tanh(z), shaped as a; the factor that explicit BP1 and BP2 need."""
         return tanh_prime(a)
 
-    def prime_of_z(self, z: Tensor) -> Tensor:
+    def sigma_prime_from_z(self, z: Tensor) -> Tensor:
         """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
-        return tanh_prime_of_z(z)
+        return tanh_prime_from_z(z)
 
-    def in_place(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.in_place`."""
+    def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
+        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
         zero = a.new_zeros(())
 
-        def times_prime_(grad_a: Tensor) -> None:
+        def times_sigma_prime_(grad_a: Tensor) -> None:
             # From x to 0 by the share a of the way is x (1 − a), without rounding x a first.
             grad_a.lerp_(zero, a).lerp_(zero, a.neg_())  # BP1, BP2: the factor ⊙ σ'(z)
 
-        return partial(torch.tanh_, a), times_prime_
+        return partial(torch.tanh_, a), times_sigma_prime_

@@ -15,8 +15,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from manual_bp import _require
-from manual_bp._function import without_autocast
-from manual_bp.layers import Activation
+from manual_bp._autocast import without_autocast
+from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace._layer import Call, LayerTrace, wide
 from manual_bp.trace._per_sample import norm_of
@@ -256,18 +256,18 @@ def _slope_of(call: Call) -> _Slope:
     least = largest = 1.0
     for activation in call.activations:
         a = activation.forward(z)
-        exact = activation.prime_of_z(wide(z))
+        exact = activation.sigma_prime_from_z(wide(z))
         prime = prime * exact
         is_lost |= (_prime_in_terms_of(a, activation, exact) == 0) & (exact > 0)
-        least *= activation.slopes[0]
-        largest *= activation.slopes[1]
+        least *= activation.slope_bounds[0]
+        largest *= activation.slope_bounds[1]
         z = a
     return _Slope(prime, is_lost, least, largest)
 
 
 def _prime_in_terms_of(a: Tensor, activation: Activation, exact: Tensor) -> Tensor:
     try:
-        return activation.prime(a)
+        return activation.sigma_prime(a)
     except ValueError:  # a Softplus from whose a the slope does not follow keeps z instead
         return exact
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp._function import version, without_autocast
-from manual_bp.layers import Activation
+from manual_bp._autocast import without_autocast
+from manual_bp._torch import version
+from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
 from manual_bp.trace import _per_sample
 

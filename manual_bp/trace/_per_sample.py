@@ -25,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from manual_bp._function import without_autocast
+from manual_bp._autocast import without_autocast
 
 Norm = Callable[..., Tensor]
 

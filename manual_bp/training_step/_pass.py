@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from manual_bp import _net
-from manual_bp.costs._cost import Cost, in_place
-from manual_bp.layers import Activation
+from manual_bp.costs._cost import Cost, bind
+from manual_bp.layers._activation import Activation
 
 Allocate = Callable[[str, int], Tensor]
 
@@ -139,7 +139,7 @@ class Pass:
             place.below = below
         self._top = top = self._places[-1]
         shape = (*samples, top.a.shape[-1])
-        self._error_, self._share = in_place(plan.cost, top.a.view(shape), top.delta.view(shape))
+        self._error_, self._share = bind(plan.cost, top.a.view(shape), top.delta.view(shape))
         self._rate_is_tensor = rate_is_tensor
         share = 1.0 if rate_is_tensor else self._share
         self._shares = top.delta.new_full((top.delta.shape[0],), share)
@@ -171,7 +171,7 @@ class Pass:
 
         # 3. Output error.
         cost = self._error_(y)  # BP1: ∇_a C
-        self._top.times_prime_(self._top.delta)  # BP1: ⊙ σ'(z)
+        self._top.times_sigma_prime_(self._top.delta)  # BP1: ⊙ σ'(z)
 
         # 4. Backward, and 5. gradients, each added to its parameter as it is found.
         if self._rate_is_tensor or lr != self._lr:
@@ -194,7 +194,9 @@ class Pass:
                 a_prev = a_first if place.a_prev is None else place.a_prev
                 place.sum_w.addmm_(place.delta_t, a_prev, **to_w)  # BP4
             if place.below is not None:
-                place.below.times_prime_(place.below.delta)  # BP2: ⊙ σ'(z); a is needed no more
+                place.below.times_sigma_prime_(
+                    place.below.delta
+                )  # BP2: ⊙ σ'(z); a is needed no more
         if self._descent.momentum:
             self._follow_velocities(lr)
         return cost
@@ -247,7 +249,7 @@ class _Place:
         a: What the last activation made: z itself, unless there are several.
         a_prev: The a of the layer below; None for the first layer.
         sigma_: Makes a of z, which stand in the buffers.
-        times_prime_: Makes δ of the ∂C/∂a that it is given.
+        times_sigma_prime_: Makes δ of the ∂C/∂a that it is given.
         delta: Its error, (N, out); delta_t: the same, (out, N).
         grad_b: For ∂C/∂b, (out,).
         below: The layer that δ is carried down to, if any.
@@ -255,7 +257,7 @@ class _Place:
 
     __slots__ = (
         "a", "a_prev", "b", "below", "delta", "delta_t", "grad_b", "sigma_", "sum_b", "sum_w",
-        "times_prime_", "w", "w_t", "z",
+        "times_sigma_prime_", "w", "w_t", "z",
     )  # fmt: skip
 
     def __init__(self, layer: TrainedLayer, l: int, allocate: Allocate) -> None:
@@ -276,11 +278,11 @@ class _Place:
             if i > 0:  # the inner a is needed for its own σ'
                 inner, self.a = self.a, allocate(f"z {l} {i}", len(self.w))
                 sigmas.append(partial(self.a.copy_, inner))
-            sigma_, times_prime_ = activation.in_place(self.a)
+            sigma_, times_sigma_prime_ = activation.bind(self.a)
             sigmas.append(sigma_)
-            primes.append(times_prime_)
+            primes.append(times_sigma_prime_)
         self.sigma_ = _in_turn(sigmas)
-        self.times_prime_ = _in_turn(primes[::-1])
+        self.times_sigma_prime_ = _in_turn(primes[::-1])
 
 
 def _in_turn(calls: Sequence[Callable[..., object]]) -> Callable[..., object]:

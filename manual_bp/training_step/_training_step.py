@@ -13,8 +13,8 @@ from torch.compiler import is_compiling, is_exporting
 from torch.export import ExportedProgram
 
 from manual_bp import _net, _require
-from manual_bp._function import any_autocast_is_on, below_autograd, transforms_are_active
-from manual_bp.costs._cost import Cost, has_own_in_place
+from manual_bp._torch import any_autocast_is_on, below_autograd, transforms_are_active
+from manual_bp.costs._cost import Cost, has_own_bind
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
 from manual_bp.training_step._overlap import memory_of, overlapping, overlaps_itself
@@ -348,7 +348,7 @@ class TrainingStep:
         self._device: torch.device = w.device
         self._memories = [memory_of(p) for p in parameters.values() if p.requires_grad]
         # A cost that has only forward and gradient of its own may use autograd in them.
-        self._guard: Any = below_autograd if has_own_in_place(self.cost) else torch.no_grad
+        self._guard: Any = below_autograd if has_own_bind(self.cost) else torch.no_grad
         self._forget()
 
     def _forget(self) -> None:
@@ -477,7 +477,7 @@ def _require_trainable(layers: Sequence[_net.Layer]) -> None:
                 f"before BP2 has read it in the other; got {got} that is {other} as well"
             )
     for activation in (a for layer in layers for a in layer.activations):
-        activation.in_place(torch.empty(0))  # refuses an activation whose a does not tell σ'
+        activation.bind(torch.empty(0))  # refuses an activation whose a does not tell σ'
 
 
 def _descent(momentum: object, weight_decay: object) -> Descent:

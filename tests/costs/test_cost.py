@@ -299,7 +299,7 @@ def test_in_place_is_the_same(
     cost = case.cost(reduction)
     output = torch.empty(shape, dtype=dtype, device=device)
     delta = torch.empty_like(output)
-    error_, share = cost.in_place(output, delta)
+    error_, share = cost.bind(output, delta)
     for _ in range(2):
         output.copy_(torch.rand(shape))
         y = case.targets(output)
@@ -321,6 +321,6 @@ def test_a_cost_of_ones_own_needs_nothing_more() -> None:
             return (output - y).sign()
 
     output, delta = torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2)
-    error_, share = Absolute("sum").in_place(output, delta)
+    error_, share = Absolute("sum").bind(output, delta)
     assert error_(torch.zeros(1, 2)).item() == 3
     assert (delta.tolist(), share) == ([[1, -1]], 1)

@@ -26,7 +26,7 @@ from manual_bp import (
     softplus,
     tanh,
 )
-from manual_bp.layers import ACTIVATIONS
+from manual_bp.layers._activation import ACTIVATIONS
 from tests.helpers import (
     LAYOUTS,
     Operations,
@@ -168,7 +168,7 @@ def test_prime_is_the_derivative(kind: Activation) -> None:
     z = leaf(torch.linspace(-5, 5, 20, dtype=torch.float64))
     a = kind.reference(z)
     (expected,) = torch.autograd.grad(a.sum(), z)
-    found = kind.module().prime(a.detach())
+    found = kind.module().sigma_prime(a.detach())
     assert found.dtype is torch.float64
     assert_same([found], [expected])
 
@@ -299,12 +299,12 @@ def test_other_dtypes_are_taken_or_refused_as_by_pytorch(
 
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_sigma_prime_of_z_is_exact_however_far_out(
+def test_sigma_prime_from_z_is_exact_however_far_out(
     kind: Activation, dtype: torch.dtype, device: torch.device
 ) -> None:
     far = torch.tensor([0.5, 3, 8.75, 17, 30, 80], dtype=dtype, device=device)
     z = torch.cat([far, -far])
-    found = kind.module().prime_of_z(z)
+    found = kind.module().sigma_prime_from_z(z)
     assert (found.dtype, found.shape) == (dtype, z.shape)
     slopes = {
         "sigmoid": lambda z: math.exp(-abs(z)) / (1 + math.exp(-abs(z))) ** 2,
@@ -323,19 +323,21 @@ def test_sigma_prime_of_z_is_exact_however_far_out(
 def test_slopes_are_the_bounds_of_sigma_prime(kind: Activation) -> None:
     z = torch.linspace(-60, 60, 24001, dtype=torch.float64)
     module = kind.module()
-    prime = module.prime_of_z(z)
-    assert (prime.min().item(), prime.max().item()) == pytest.approx(module.slopes, abs=1e-12)
+    prime = module.sigma_prime_from_z(z)
+    assert (prime.min().item(), prime.max().item()) == pytest.approx(module.slope_bounds, abs=1e-12)
 
 
 def test_slopes_of_a_leaky_relu_that_is_steeper_below() -> None:
-    assert LeakyReLU(3.0).slopes == (1.0, 3.0)
+    assert LeakyReLU(3.0).slope_bounds == (1.0, 3.0)
 
 
-def test_sigma_prime_of_z_where_a_does_not_tell_it() -> None:
+def test_sigma_prime_from_z_where_a_does_not_tell_it() -> None:
     module = Softplus(threshold=1.0)
     z = torch.tensor([-1.0, 0.5, 1.5])
-    assert_same([module.prime_of_z(z)], [torch.tensor([0.26894142, 0.62245933, 1.0])], rtol=1e-6)
-    assert module.prime_of_z(torch.tensor(-500.0)) > 0
+    assert_same(
+        [module.sigma_prime_from_z(z)], [torch.tensor([0.26894142, 0.62245933, 1.0])], rtol=1e-6
+    )
+    assert module.sigma_prime_from_z(torch.tensor(-500.0)) > 0
 
 
 EXTREMES = [0.0, -0.0, 1e-30, 0.3, -0.3, 5.0, -5.0, 12.0, -12.0, 16.5, -16.5, 40.0, -40.0, 100.0]
@@ -350,15 +352,15 @@ def test_in_place_is_the_same(kind: Activation, dtype: torch.dtype, device: torc
     z = z.to(dtype).view(4, 11)
     grad_a = sample(4, 11, device=device).to(dtype)
     a = module(z)
-    expected = (grad_a.double() * module.prime(a).double()).to(dtype)
+    expected = (grad_a.double() * module.sigma_prime(a).double()).to(dtype)
     buffer, delta = z.clone(), grad_a.clone()
-    sigma_, times_prime_ = module.in_place(buffer)
+    sigma_, times_sigma_prime_ = module.bind(buffer)
     for _ in range(2):  # the calls may be used again
         buffer.copy_(z)
         delta.copy_(grad_a)
         sigma_()
         assert torch.equal(buffer, a)
-        times_prime_(delta)
+        times_sigma_prime_(delta)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(delta, expected, rtol=3 * eps, atol=0)
 
@@ -366,23 +368,23 @@ def test_in_place_is_the_same(kind: Activation, dtype: torch.dtype, device: torc
 @every_activation
 def test_in_place_needs_no_derivative_kernel(kind: Activation) -> None:
     a = sample(3, 4, device=torch.device("cpu"))
-    sigma_, times_prime_ = kind.module().in_place(a)
+    sigma_, times_sigma_prime_ = kind.module().bind(a)
     operations = Operations()
     with operations:
         sigma_()
-        times_prime_(torch.ones_like(a))
+        times_sigma_prime_(torch.ones_like(a))
     assert operations.names
     assert not [name for name in operations.names if name.endswith("_backward")]
 
 
 def test_infinite_errors_stay_out_in_place_where_a_relu_is_off() -> None:
     a = torch.tensor([0.0, 2.0])
-    _, times_prime_ = ReLU().in_place(a)
+    _, times_sigma_prime_ = ReLU().bind(a)
     delta = torch.tensor([math.inf, math.inf])
-    times_prime_(delta)
+    times_sigma_prime_(delta)
     assert delta.tolist() == [0, math.inf]
 
 
 def test_a_softplus_that_does_not_tell_is_refused_in_place() -> None:
     with pytest.raises(ValueError, match=r"threshold must be at least 20\.0; got 5"):
-        Softplus(1, 5).in_place(torch.zeros(2))
+        Softplus(1, 5).bind(torch.zeros(2))

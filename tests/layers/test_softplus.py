@@ -68,7 +68,7 @@ def test_small_slopes_lose_no_digits(device: torch.device) -> None:
 def test_a_low_threshold_leaves_the_slope_unknown_from_a() -> None:
     a = torch.rand(5)
     with pytest.raises(ValueError, match=r"threshold must be at least 20.0; got 0.2"):
-        Softplus(threshold=0.2).prime(a)
+        Softplus(threshold=0.2).sigma_prime(a)
 
 
 def test_beta_0_is_refused() -> None:

@@ -33,6 +33,6 @@ def test_complex_derivatives(device: torch.device) -> None:
 def test_saturated_neurons_keep_their_small_gradients(device: torch.device) -> None:
     z = torch.linspace(-8, 8, 101, device=device)
     a = tanh(leaf(z))
-    found = Tanh().prime(a.detach())
+    found = Tanh().sigma_prime(a.detach())
     exact = 1 - a.detach().double() ** 2  # exact to 1e-16, for an a of float32
     torch.testing.assert_close(found.double(), exact, rtol=3e-7, atol=0)

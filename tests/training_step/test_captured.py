@@ -173,8 +173,8 @@ def test_what_has_changed_is_not_trained_as_it_was(
 class FailsLater(QuadraticCost):
     """At its second call."""
 
-    def in_place(self, a: Tensor, delta: Tensor) -> Any:
-        error_, share = super().in_place(a, delta)
+    def bind(self, a: Tensor, delta: Tensor) -> Any:
+        error_, share = super().bind(a, delta)
         calls = iter([error_])
         return lambda y: next(calls)(y), share
 

@@ -1320,8 +1320,8 @@ def whose_gradient_fails(step: TrainingStep) -> None:
 
 
 class InPlaceFails(QuadraticCost):
-    def in_place(self, a: Tensor, delta: Tensor) -> Any:
-        error_, share = super().in_place(a, delta)
+    def bind(self, a: Tensor, delta: Tensor) -> Any:
+        error_, share = super().bind(a, delta)
         return lambda y: fail(error_(y)), share
 
 

@@ -1,0 +1,58 @@
+"""What an autocast region does to the arguments of products and losses."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from manual_bp._torch import any_autocast_is_on
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as an autocast region hands them to a matrix product; unchanged outside of one.
+
+    The cast must stand before the Function, as a step of its own: a backward runs outside the
+    region, so a Function that cast inside would meet gradients of another dtype than it saved.
+    """
+    return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    # Asked once for each graph, since the compiler of PyTorch 2.11 cannot trace it.
+    return torch.amp.is_autocast_available(device_type)
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A region in which the products of such tensors are what their dtype says."""
+    device_type = t.device.type
+    if any_autocast_is_on() and _has_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast_to_float32(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as an autocast region hands them to a loss: in float32; unchanged outside."""
+    return _cast(tensors, lambda _: torch.float32) if any_autocast_is_on() else tensors
+
+
+def _cast(
+    tensors: tuple[Tensor | None, ...], dtype_for: Callable[[str], torch.dtype]
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        tensor.to(dtype_for(tensor.device.type)) if _is_castable(tensor) else tensor
+        for tensor in tensors
+    )
+
+
+def _is_castable(tensor: object) -> TypeGuard[Tensor]:
+    # As PyTorch's own rule: float64, integers and complex numbers pass unchanged.
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype is not torch.float64
+        and _has_autocast(tensor.device.type)
+        and torch.is_autocast_enabled(tensor.device.type)
+    )

@@ -1,0 +1,77 @@
+"""Every private name of PyTorch that the package uses: what it is for, and what happens without it.
+
+Each is looked up once, with a fallback. A fallback leads to the way that works everywhere and only
+costs more, or to a refusal; never to a wrong number.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import BackwardCFunction
+
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
+# Private names, asked at every call because they are cheap. Should they go, the answer given here
+# leads to the way that works everywhere and only costs more.
+transforms_are_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: True
+)
+any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Under is_grads_batched=True, which maps backwards in a way of its own.
+is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_legacy_batchedtensor", lambda _: True
+)
+# Leaves autograd out of every operation inside, where no_grad only tells it to record nothing: the
+# operations of a small step are so short that this is a twentieth of it.
+below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
+# Leaves modes like that of record out of what they need not see, each call of which takes 2 µs.
+below_modes: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "DisableTorchFunction", nullcontext
+)
+# Of all modules, as register_module_forward_hook registers them.
+has_global_hooks: Callable[[], bool] = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)
+# Should it go, torch.jit.trace has gone with it.
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+
+
+def functorch_transforms() -> list[str]:
+    """The names of the transforms of torch.func that are active, from the outermost on.
+
+    Without it, Functions meet nested forward mode and functionalize, and PyTorch refuses.
+    """
+    interpreters: Any = getattr(_functorch, "get_interpreter_stack", tuple)() or ()
+    return [interpreter.key().name for interpreter in interpreters]
+
+
+def forward_ad_level() -> int:
+    """How deep forward mode is nested; below 0 outside of it."""
+    level: int = getattr(forward_ad, "_current_level", 0)
+    return level
+
+
+def version(t: Tensor) -> int:
+    """A number that changes when the tensor is written to in place."""
+    try:
+        return t._version
+    except RuntimeError:  # inference tensors have none
+        return 0
+
+
+def is_foreign(node: object) -> bool:
+    """Whether a node of autograd's graph is of a Function of somebody else's, written in Python.
+
+    Its backward may do anything, such as run a part of the model again and call backward() there.
+    """
+    function = getattr(type(node), "_forward_cls", Function)
+    return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
+        f"{__package__}."
+    )
