@@ -1,7 +1,7 @@
 """What one pass leaves behind: of every layer the pairs (a, δ), and all that follows from them."""
 
+from manual_bp.trace._call import Call as Call
 from manual_bp.trace._diagnostics import Diagnostics as Diagnostics
 from manual_bp.trace._diagnostics import LayerDiagnostics as LayerDiagnostics
-from manual_bp.trace._layer import Call as Call
 from manual_bp.trace._layer import LayerTrace as LayerTrace
 from manual_bp.trace._trace import Trace as Trace

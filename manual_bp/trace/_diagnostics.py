@@ -18,7 +18,8 @@ from manual_bp import _require
 from manual_bp._autocast import without_autocast
 from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
-from manual_bp.trace._layer import Call, LayerTrace, wide
+from manual_bp.trace._call import Call, wide
+from manual_bp.trace._layer import LayerTrace
 from manual_bp.trace._per_sample import norm_of
 
 # A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.

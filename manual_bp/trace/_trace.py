@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 from manual_bp import _require
 from manual_bp._function import values_are_at_hand
 from manual_bp.trace import _per_sample
+from manual_bp.trace._call import Pair, SharedMemory, joined
 from manual_bp.trace._diagnostics import Diagnostics, diagnose
-from manual_bp.trace._layer import LayerTrace, Pair, SharedMemory, joined
+from manual_bp.trace._layer import LayerTrace
 
 
 @dataclass(eq=False, repr=False)
