@@ -13,8 +13,9 @@ from manual_bp import _require
 from manual_bp._function import values_are_at_hand
 from manual_bp.trace import _per_sample
 from manual_bp.trace._call import Pair, SharedMemory, joined
-from manual_bp.trace._diagnostics import Diagnostics, diagnose
+from manual_bp.trace._diagnostics import Diagnostics
 from manual_bp.trace._layer import LayerTrace
+from manual_bp.trace._measure import diagnose
 
 
 @dataclass(eq=False, repr=False)

@@ -22,7 +22,7 @@ from manual_bp import (
     convert,
     record,
 )
-from manual_bp.trace import _diagnostics
+from manual_bp.trace import _measure, _verdict
 from tests.helpers import assert_same
 
 
@@ -347,7 +347,7 @@ class TestWhereBP2DoesNotHold:
         model = Turned()
         with record(model) as trace:
             model(torch.randn(4, 4)).square().sum(-1).mean().backward()
-        assert _diagnostics._reader(trace["first"], [trace["second"]]) is None
+        assert _measure._reader(trace["first"], [trace["second"]]) is None
 
     def test_a_slope_of_more_than_the_activation(self) -> None:
         class Swish(nn.Module):
@@ -494,7 +494,7 @@ def test_factors_whose_product_is_less_than_a_float() -> None:
     first, last = trace.diagnostics().layers
     for by_w, by_sigma, cause in ((1e-200, 1e-210, "σ'"), (1e-210, 1e-200, "wᵀ")):
         faded = replace(first, delta_norm=1e-30, by_w=by_w, by_sigma=by_sigma)
-        verdict = _diagnostics._verdict([faded, faded, last], trace["0"])
+        verdict = _verdict._verdict([faded, faded, last], trace["0"])
         assert verdict.endswith(f"most of it by {cause}")
 
 
@@ -674,7 +674,7 @@ class TestThresholds:
         first, last = trace.diagnostics(0.1).layers
         healthy = replace(first, delta_norm=1.0, update=0.1, by_w=0.9, by_sigma=0.9)
         last = replace(last, delta_norm=1.0)
-        return _diagnostics._verdict([replace(healthy, **numbers), last], trace["0"])
+        return _verdict._verdict([replace(healthy, **numbers), last], trace["0"])
 
     @pytest.mark.parametrize(
         ("enough", "not_enough", "begins"),
@@ -703,7 +703,7 @@ class TestThresholds:
         (last,) = trace.diagnostics()
         for saturated, passed, is_stopped in [(0.9, 0.009, 1), (0.9, 0.011, 0), (0.89, 0.009, 0)]:
             numbers = replace(last, saturated=saturated, passed=passed)
-            verdict = _diagnostics._verdict([numbers], trace["0"])
+            verdict = _verdict._verdict([numbers], trace["0"])
             assert verdict.startswith("learns slowly: 90%" if is_stopped else "learns")
             assert ("saturated" in verdict) == is_stopped
 
