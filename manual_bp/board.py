@@ -1,4 +1,4 @@
-"""Traces in TensorBoard: what the equations talk about, layer by layer, step by step.
+"""Traces in TensorBoard: what the equations talk about, for every layer and step.
 
     writer = SummaryWriter("runs/mine")
     board = TraceBoard(writer)
@@ -8,8 +8,8 @@
     board.log(trace, step, learning_rate=0.1)
     optimizer.step()
 
-The writer is yours, and stays the only one. This needs what writes it, and matplotlib for the heat
-map: the extra `board`. Nothing else of this package does.
+The writer is yours, and no other is created. This module needs TensorBoard, and matplotlib for the
+heat map (the extra `board`); the rest of the package needs neither.
 """
 
 import math
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard.writer import SummaryWriter
 
-# All layers in one chart, a chart for each question.
+# One chart for each question, with all layers in it.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "what the equations talk about": {
         "‖δ‖ of every layer (BP1, BP2)": ["Multiline", ["delta/.*"]],
-        "share of saturated neurons (σ' ≈ 0)": ["Multiline", ["sat/.*"]],
+        "fraction of saturated neurons (σ' ≈ 0)": ["Multiline", ["sat/.*"]],
         "‖∂C/∂w‖ of every layer (BP4)": ["Multiline", ["grad/.*"]],
-        "update beside weights": ["Multiline", ["update/.*"]],
+        "update relative to weights": ["Multiline", ["update/.*"]],
     },
 }
 
-# The last bin of a TensorBoard histogram ends at 1e20; what lies beyond is as good as infinite.
+# The last bin of a TensorBoard histogram ends at 1e20, so larger numbers are treated as infinite.
 HISTOGRAM_LIMIT = 1e20
 
-# How many letters of a layer's name stand beside the heat map, which has to have some room, too.
+# The most letters of a layer's name that are shown beside the heat map, to leave room for it.
 LABEL_LENGTH = 60
 
 
@@ -50,14 +50,14 @@ class TraceBoard:
 
     Args:
         writer: Yours; it is neither opened nor closed here.
-        layout: Further charts for the tab of custom scalars, as
-            `SummaryWriter.add_custom_scalars` wants them: a writer has one layout.
+        layout: Further charts for the tab of custom scalars, in the form that
+            `SummaryWriter.add_custom_scalars` takes, since a writer has only one layout.
 
     Attributes:
-        seconds: What observing has cost so far.
+        seconds: The time that logging has taken so far.
 
     Raises:
-        TypeError: writer is none.
+        TypeError: writer is not a SummaryWriter.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class TraceBoard:
         self._writer.add_custom_scalars({**(layout or {}), **LAYOUT})
 
     def log(self, trace: Trace, step: int, learning_rate: float | None = None) -> None:
-        """The numbers of one pass, for every layer, before the weights are updated.
+        """Log the numbers of one pass for every layer. Call it before the weights are updated.
 
-        delta/ has ‖δ‖, sat/ the share of saturated neurons, grad/ ‖∂C/∂w‖, and update/, with a
-        learning rate, how large an update is beside the weights: see `LayerDiagnostics`. What is
-        not known of a layer is left out.
+        delta/ is ‖δ‖, sat/ the fraction of saturated neurons, grad/ ‖∂C/∂w‖, and update/, if
+        learning_rate is given, the size of an update relative to the weights: see
+        `LayerDiagnostics`. Numbers that are not known for a layer are left out.
 
         Raises:
-            TypeError: trace is none.
-            RuntimeError: The weights have been updated since.
+            TypeError: trace is not a Trace.
+            RuntimeError: The weights have been updated since the pass.
         """
         _require_trace(trace)
         with self._timed():
@@ -97,14 +97,14 @@ class TraceBoard:
             self._history[step] = {layer.name: layer.delta_norm for layer in found.layers}
 
     def log_histograms(self, trace: Trace, step: int) -> None:
-        """Weights, biases, activations and errors of every layer.
+        """Log histograms of the weights, biases, activations and errors of every layer.
 
-        Of finite numbers; how many there were besides is under nonfinite/, where there were any.
-        Errors as of `log`.
+        Numbers that are not finite are left out, and their count is logged under nonfinite/.
+        Raises the same errors as `log`.
         """
         _require_trace(trace)
         for layer in trace.layers:
-            layer.require_as_it_was()
+            layer.require_unchanged()
         with self._timed():
             for layer in trace.layers:
                 self._histogram(_tag("weights", layer.name), [layer.w], step)
@@ -114,10 +114,10 @@ class TraceBoard:
                 self._histogram(_tag("errors", layer.name), [c.delta for c in layer.calls], step)
 
     def log_heat_map(self, step: int) -> None:
-        """All ‖δ‖ that were logged so far as one picture: layers upwards, steps to the right.
+        """Log all ‖δ‖ so far as one picture: layers upwards, steps to the right.
 
         Raises:
-            RuntimeError: None was logged so far.
+            RuntimeError: `log` has not been called.
         """
         if not self._history:
             raise RuntimeError("log must have been called before log_heat_map; it was not")
@@ -134,7 +134,7 @@ class TraceBoard:
         size = (8 + 0.1 * max(map(len, labels)), 1.5 + 0.3 * len(names))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="layer", title="log₁₀ ‖δ‖")
-        axes.set_facecolor("lightgrey")  # where there is none, or it is 0 or not finite
+        axes.set_facecolor("lightgrey")  # shows where ‖δ‖ is missing, 0 or not finite
         figure.colorbar(axes.pcolormesh(steps, range(len(names)), logs, shading="nearest"))
         axes.set_yticks(range(len(names)), labels, parse_math=False, usetex=False)
         return figure
@@ -163,10 +163,10 @@ def _require_trace(value: object) -> None:
 
 
 def _tag(kind: str, name: str) -> str:
-    """A tag of a layer's own, whatever its name.
+    """A tag that no other layer has, whatever the layers are called.
 
-    TensorBoard replaces each character that is neither a letter nor one of - / . by _, so that "a$"
-    and "a_" would share one tag. Here such a character is replaced by its code: "a$" is "a-x24-".
+    TensorBoard replaces each character that is neither a letter, a digit nor one of - / . by _, so
+    "a$" and "a_" would have the same tag. Here its code replaces it: "a$" becomes "a-x24-".
     """
     return f"{kind}/" + re.sub(
         r"[^-/\w.]|-(?=x[0-9a-f]+-)", lambda found: f"-x{ord(found[0]):x}-", name
@@ -174,7 +174,7 @@ def _tag(kind: str, name: str) -> str:
 
 
 def _label(name: str) -> str:
-    """A name in the letters that the font has, and no longer than there is room for."""
+    """The name, with characters that the font lacks escaped, shortened to LABEL_LENGTH."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))

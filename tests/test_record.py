@@ -1328,7 +1328,7 @@ class TestUnusualWays:
             cost.backward()
         found = trace.diagnostics()["0"]
         assert found.nonfinite == {}
-        assert found.mean_prime is None
+        assert found.mean_sigma_prime is None
         assert found.verdict == "is frozen"
 
     def test_a_part_is_as_old_as_the_whole(self) -> None:

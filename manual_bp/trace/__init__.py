@@ -1,4 +1,4 @@
-"""What one pass leaves behind: of every layer the pairs (a, δ), and all that follows from them."""
+"""What one pass leaves behind: the pairs (a, δ) of every layer, and all that follows from them."""
 
 from manual_bp.trace._call import Call as Call
 from manual_bp.trace._diagnostics import Diagnostics as Diagnostics

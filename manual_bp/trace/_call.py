@@ -1,4 +1,4 @@
-"""One time that a linear layer ran in a pass: the pair (a, δ), and what it was computed with."""
+"""One run of a linear layer in a pass: its pair (a, δ), and the activations that follow it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Call:
-    """One time that a layer ran, and the activations that its z went through.
+    """One run of a layer, and the activations that its z went through.
 
-    Where an activation is not one of ours or of torch.nn's of the same kind, a is z.
+    If the activation is neither ours nor one that ours replaces, a is z.
 
-    z_is_known: False where z was written over, and so was what it could be computed from: z, and
-        where there is no activation a, are nan then.
-    versions: What `version` of a_prev, z, a and delta was in the pass; None for what it is now.
+    z_is_known: False if z was overwritten, and what it could be recomputed from was too. Then z is
+        nan, and so is a if there is no activation.
+    versions: The `version` of a_prev, z, a and delta in the pass; None for the present ones.
     """
 
     a_prev: Tensor
@@ -44,12 +44,12 @@ class Call:
         return tuple(version(getattr(self, name)) for name in TENSORS)
 
     def _writes(self) -> tuple[int, ...]:
-        """How often each of a_prev, z, a and delta was written to since the pass."""
+        """How often each of the tensors was written to since the pass."""
         pairs = zip(self._versions_now(), self.versions or (), strict=True)
         return tuple(now - before for now, before in pairs)
 
-    # Versions belong to the tensor objects, and those of a copy start anew. So a copy is given how
-    # often each tensor was written to.
+    # Versions belong to tensor objects, and a copy's start from zero. So a copy is told how often
+    # each tensor was written to.
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "versions": self._writes()}
 
@@ -59,7 +59,7 @@ class Call:
         vars(self)["versions"] = tuple(now - writes for now, writes in pairs)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        """The same, with other tensors that hold the same numbers."""
+        """The same call with `change` applied to each tensor, which must not change its numbers."""
         call = object.__new__(Call)
         state = self.__getstate__()
         call.__setstate__(state | {name: change(state[name]) for name in TENSORS})
@@ -67,12 +67,12 @@ class Call:
 
     @property
     def changed(self) -> set[str]:
-        """Which of a_prev, z, a and delta are no longer what they were, but written over."""
+        """Which of a_prev, z, a and delta were written to since the pass."""
         return {name for name, writes in zip(TENSORS, self._writes(), strict=True) if writes}
 
     @property
     def samples(self) -> int:
-        """N: the first dimension, or 1 for a sample that came alone."""
+        """N: the first dimension, or 1 for a single sample without a batch dimension."""
         return self.delta.shape[0] if self.delta.ndim > 1 else 1
 
     def _require_unchanged(self) -> None:
@@ -83,7 +83,7 @@ class Call:
 
     @property
     def rows(self) -> Pair:
-        """(a, δ) as (rows, components): a as the layer multiplied it, in the dtype of its output.
+        """(a, δ) as (rows, components), with a in the dtype of the layer's output.
 
         Raises:
             RuntimeError: They were changed in place since the pass.
@@ -103,53 +103,52 @@ class Call:
         return _by_sample(a_prev, self.samples), _by_sample(self.delta, self.samples)
 
     def part(self, start: int, stop: int) -> "Call":
-        """The same, of some samples."""
+        """The same for the samples from start to stop."""
         if self.delta.ndim == 1:
             return self
-        some = slice(start, stop)
-        return replace(
-            self,
-            a_prev=self.a_prev[some],
-            z=self.z[some],
-            a=self.a[some],
-            delta=self.delta[some],
-        )
+        tensors: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in TENSORS}
+        return replace(self, **tensors)
 
 
-class SharedMemory:
-    """Prepares tensors for being copied together; called with one after the other.
+class DistinctMemory:
+    """Prepares tensors that are to be copied together; call it with one after the other.
 
-    Tensors that are the same piece of memory become one object. A tensor that shares memory with an
-    earlier one in any other way becomes a tensor with a memory of its own. Their copies would share
-    the memory otherwise, but not the version, which tells that it was written to.
+    Tensors that view the same memory in the same way become one object. A tensor that shares memory
+    with an earlier one in any other way is cloned. Otherwise their copies would share the memory,
+    but not the version that shows when it was written to.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, Tensor] = {}
-        self._memories: set[int] = set()
+        self._known: dict[tuple[object, ...], Tensor] = {}
+        self._storages: set[int] = set()
 
     def __call__(self, t: Tensor) -> Tensor:
-        memory = t.untyped_storage().data_ptr() if type(t) is Tensor else 0
-        if not memory:  # none of its own: it is empty, or of another kind
+        storage = t.untyped_storage().data_ptr() if type(t) is Tensor else 0
+        if not storage:  # empty, on the meta device, or of a subclass
             return t
-        key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
-        if key not in self._known:
-            self._known[key] = t.clone() if memory in self._memories else t
-            self._memories.add(memory)
-        return self._known[key]
+        memory = memory_of(t)
+        if memory not in self._known:
+            self._known[memory] = t.clone() if storage in self._storages else t
+            self._storages.add(storage)
+        return self._known[memory]
+
+
+def memory_of(t: Tensor) -> tuple[object, ...]:
+    """Which memory a tensor reads, and how: equal for tensors that always have equal numbers."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
 
 
 def joined(pairs: Iterator[Pair]) -> Pair:
-    """Pairs of the same samples as one, of all their rows."""
+    """Several pairs of the same samples as one pair, with the rows of all."""
     a, delta = zip(*pairs, strict=True)
     return (a[0], delta[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(delta, 1))
 
 
 def _by_sample(t: Tensor, samples: int) -> Tensor:
     rows = t.shape[1:-1].numel() if t.ndim > 1 else 1
-    return wide(t.reshape(samples, rows, t.shape[-1]))
+    return at_least_float32(t.reshape(samples, rows, t.shape[-1]))
 
 
-def wide(t: Tensor) -> Tensor:
-    """The numbers in at least single precision."""
+def at_least_float32(t: Tensor) -> Tensor:
+    """The tensor, in float32 if its dtype is float16 or bfloat16."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

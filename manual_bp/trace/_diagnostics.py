@@ -1,4 +1,4 @@
-"""What the diagnostics of a trace found: the numbers and the verdict of every layer, as a table."""
+"""What the diagnostics of a trace found: numbers and a verdict for each layer; print as a table."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,41 +8,41 @@ from tabulate import tabulate
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """The numbers of one layer; all norms are Frobenius norms, of the reduced cost.
+    """The numbers of one layer. Norms are Frobenius norms, and δ is that of the reduced cost.
 
-    name            the layer's
-    delta_norm      ‖δ^l‖
-    ratio           ‖δ^l‖ / ‖δ^(l+1)‖, to the layer that reads this one's a, else to the next one
-    by_w            ‖wᵀδ^(l+1)‖ / ‖δ^(l+1)‖, the first factor of that ratio by BP2
-    by_sigma        ‖δ^l‖ / ‖wᵀδ^(l+1)‖, the second one: what ⊙ σ' did
-    mean_prime      the mean of σ'(z) over the batch
-    saturated       the share of neurons, counted for each sample, whose σ' is under 5 % of the
-                    largest possible, though not 0
-    passed          ‖δ^l‖ / ‖∂C/∂a^l‖ beside the largest possible σ', where σ' is not 0: how much of
-                    the error passes ⊙ σ'
-    off             the share of neurons whose σ' is 0 for every sample: dead ReLUs
-    zeros           the share of δ that is exactly 0, and is so because
-    zeros_rounded     σ'(z) > 0, or what it was multiplied with, got lost by rounding;
-    zeros_from_above  nothing came from above;
-    zeros_off         σ'(z) is 0: a ReLU that is off
-    nonfinite       how many numbers of w, z, a and δ, by name, are nan or infinite, if any
-    grad_norm       ‖∂C/∂w‖
-    update          learning rate · ‖∂C/∂w‖ / ‖w‖
-    dead_inputs     the share of inputs that are near 0 in the whole batch
-    verdict         all that in a line
+    name              the layer's name
+    delta_norm        ‖δ^l‖
+    ratio             ‖δ^l‖ / ‖δ^(l+1)‖; l+1 is the layer that reads a^l, or else the next layer
+    by_w              ‖wᵀδ^(l+1)‖ / ‖δ^(l+1)‖, the first factor of that ratio in BP2
+    by_sigma_prime    ‖δ^l‖ / ‖wᵀδ^(l+1)‖, the second factor, the effect of ⊙ σ'
+    mean_sigma_prime  the mean of σ'(z) over the batch
+    saturated         the fraction of neurons, counted for each sample, whose σ' is not 0 but less
+                      than 5 % of the largest possible
+    passed            ‖δ^l‖ / ‖∂C/∂a^l‖ relative to the largest possible σ', where σ' is not 0: how
+                      much of the error passes ⊙ σ'
+    off               the fraction of neurons whose σ' is 0 for every sample: dead ReLUs
+    zeros             the fraction of δ that is exactly 0, of which
+    zeros_rounded       σ'(z) > 0, but it or its product with the error was rounded to 0;
+    zeros_from_above    no error came from above;
+    zeros_off           σ'(z) is 0: a ReLU that is off
+    nonfinite         how many numbers in w, z, a and δ are nan or infinite, by name, if any
+    grad_norm         ‖∂C/∂w‖
+    update            learning rate · ‖∂C/∂w‖ / ‖w‖
+    dead_inputs       the fraction of inputs that are near 0 in the whole batch
+    verdict           a summary in one line
 
-    None stands for what there is not: a ratio for the last layer; its factors where BP2 does not
-    hold, because a does not go straight into another layer, or not only there; σ' where no known
-    activation follows; a gradient where w is frozen; an update without a learning rate; dead inputs
-    where they were written over.
+    A number is None if it does not exist or is not known: the ratio of the last layer; by_w and
+    by_sigma_prime if BP2 does not hold, because a does not go directly into another layer, or not
+    only there; what needs σ', if no known activation follows; the norm of a gradient if w is
+    frozen; the update if no learning rate is given; dead_inputs if the inputs were overwritten.
     """
 
     name: str
     delta_norm: float
     ratio: float | None
     by_w: float | None
-    by_sigma: float | None
-    mean_prime: float | None
+    by_sigma_prime: float | None
+    mean_sigma_prime: float | None
     saturated: float | None
     passed: float | None
     off: float | None
@@ -59,9 +59,11 @@ class LayerDiagnostics:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Every layer's numbers and verdict; `print` shows them as a table.
+    """The numbers and the verdict of every layer; `print` shows them as a table.
 
-    The table leaves out what there is nothing to say of in any layer: columns of nothing but 0.
+    The table leaves out columns that are empty or 0 in all layers.
+
+    elsewhere: The names of parameters whose gradient comes from elsewhere than these layers.
     """
 
     layers: tuple[LayerDiagnostics, ...]
@@ -83,56 +85,56 @@ class Diagnostics:
         raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
 
     def __str__(self) -> str:
-        rows = [
-            {
-                "layer": layer.name,
-                "‖δ‖": _number(layer.delta_norm),
-                "to next": _number(layer.ratio),
-                "by wᵀ": _number(layer.by_w),
-                "by σ'": _number(layer.by_sigma),
-                "mean σ'": _number(layer.mean_prime),
-                "saturated": _share(layer.saturated),
-                "off": _share(layer.off),
-                "δ = 0": _share(layer.zeros),
-                "rounded": _share(layer.zeros_rounded),
-                "from above": _share(layer.zeros_from_above),
-                "not finite": str(sum(layer.nonfinite.values())),
-                "‖∂C/∂w‖": _number(layer.grad_norm),
-                "update": _number(layer.update),
-                "dead inputs": _share(layer.dead_inputs),
-            }
-            for layer in self.layers
-        ]
+        rows = [_row(layer) for layer in self.layers]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
         always = ("layer", "‖δ‖", "‖∂C/∂w‖")
-        telling = [
-            key
-            for key in rows[0]
-            if key in always or any(row[key] not in ("", "0", "0%") for row in rows)
-        ]
-        columns = {key: [row[key] for row in rows] for key in telling}
-        table = tabulate(columns, "keys", stralign="right", disable_numparse=True)
+        shown = {n: c for n, c in columns.items() if n in always or set(c) - {"", "0", "0%"}}
+        table = tabulate(shown, "keys", stralign="right", disable_numparse=True)
         verdicts = tabulate(
             [(layer.name, layer.verdict) for layer in self.layers],
             tablefmt="plain",
             colalign=("right", "left"),
             disable_numparse=True,
         )
-        return f"{table}\n\n{verdicts}{self._rest()}"
+        return f"{table}\n\n{verdicts}{self._elsewhere()}"
 
-    def _rest(self) -> str:
-        if not self.elsewhere:
-            return ""
-        names = ", ".join(self.elsewhere[:3]) + (", ..." if len(self.elsewhere) > 3 else "")
-        return f"\n\nnot in this table: {len(self.elsewhere)} parameters elsewhere ({names})"
-
-
-def _over(above: float | None, below: float | None) -> float | None:
-    return None if above is None or not below else above / below
+    def _elsewhere(self) -> str:
+        count = len(self.elsewhere)
+        names = ", ".join(self.elsewhere[:3]) + (", ..." if count > 3 else "")
+        text = f"\n\nnot in this table: {count} parameters with gradients from elsewhere ({names})"
+        return text if count else ""
 
 
-def _number(value: float | None) -> str:
+def _row(layer: LayerDiagnostics) -> dict[str, str]:
+    return {
+        "layer": layer.name,
+        "‖δ‖": number(layer.delta_norm),
+        "to next": number(layer.ratio),
+        "by wᵀ": number(layer.by_w),
+        "by σ'": number(layer.by_sigma_prime),
+        "mean σ'": number(layer.mean_sigma_prime),
+        "saturated": percent(layer.saturated),
+        "off": percent(layer.off),
+        "δ = 0": percent(layer.zeros),
+        "rounded": percent(layer.zeros_rounded),
+        "from above": percent(layer.zeros_from_above),
+        "not finite": str(sum(layer.nonfinite.values())),
+        "‖∂C/∂w‖": number(layer.grad_norm),
+        "update": number(layer.update),
+        "dead inputs": percent(layer.dead_inputs),
+    }
+
+
+def number(value: float | None) -> str:
+    """The number with three digits; None is empty."""
     return "" if value is None else f"{value:.3g}"
 
 
-def _share(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """The number as a percentage without decimals; None is empty."""
     return "" if value is None else f"{value:.0%}"
+
+
+def quotient(above: float | None, below: float | None) -> float | None:
+    """The quotient of two numbers; None if either is None, or the second is 0."""
+    return None if above is None or not below else above / below

@@ -1,4 +1,4 @@
-"""One linear layer as one pass saw it: its parameters, and a pair (a, δ) for each time it ran."""
+"""One linear layer in one pass: its parameters, and a pair (a, δ) for each time it ran."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -16,33 +16,33 @@ from manual_bp.trace._call import Call, Pair, joined
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerTrace:
-    """One linear layer, and the activations that follow it, as one pass saw them.
+    """One linear layer, and the activations that follow it, in one pass.
 
-    For N samples, a layer of in_features and out_features:
+    For N samples and a layer of in_features and out_features:
 
-        name     the layer's key in the network, as "0", or its path in a model
+        name     the layer's key in the network, such as "0", or its path in a model
         w, b     its parameters: the nn.Parameter objects themselves; b may be None
         a_prev   a^(l-1), its input            (N, in)
         z        its weighted inputs           (N, out)
         a        a^l = σ(z), its output        (N, out)
-        delta    δ^l = ∂C/∂z of the reduced cost, one sample a row      (N, out)
-        grad_w   ∂C/∂w, summed over the rows of delta                   (out, in)
-        grad_b   ∂C/∂b, likewise                                        (out,)
+        delta    δ^l = ∂C/∂z of the reduced cost, a row for each sample     (N, out)
+        grad_w   ∂C/∂w, summed over the rows of delta                       (out, in)
+        grad_b   ∂C/∂b, likewise                                            (out,)
 
-    or (N, ..., in) and (N, ..., out), where a sample has several rows; or (in,) and (out,).
+    or (N, ..., in) and (N, ..., out) if a sample has several rows; or (in,) and (out,).
 
-    Under the mean over samples, a row of delta carries its 1/N. A gradient is None where the
-    parameter is frozen or absent, as `.grad` would be. The first layer's a_prev shares the memory
-    of x: nothing is copied.
+    Under the mean over samples, each row of delta includes the factor 1/N. A gradient is None if
+    the parameter is frozen or absent, as `.grad` would be. The first layer's a_prev shares the
+    memory of x: nothing is copied.
 
-    calls: All of a_prev, z, a and delta, once for each time that the layer ran. Where that was
-        more than once, they are to be had from here alone; the gradients are of all of them.
-    scale: What a row of delta is multiplied with to be of C_x: N under "mean", 1 under "sum".
-    learns_w, learns_b: Whether gradients of them were wanted in this pass; None for what is now.
-    w_is_leaf: Whether w was a leaf, and not computed from others; None for what is now.
-    given: ∂C/∂w and ∂C/∂b where they are known already; else they are computed when asked for.
-    has_samples: Whether the first dimension is of samples, and not of the model's own making.
-    w_version: What `version(w)` was in the pass; None for what it is now.
+    calls: a_prev, z, a and delta for each time that the layer ran. If it ran more than once, they
+        are found only here; the gradients are sums over all calls.
+    scale: The factor that turns a row of delta into ∂C_x/∂z: N under "mean", 1 under "sum".
+    learns_w, learns_b: Whether this pass wanted their gradients; None to ask w and b now.
+    w_is_leaf: Whether w was a leaf, not computed from other tensors; None to ask w now.
+    given: ∂C/∂w and ∂C/∂b if they are known already; else they are computed when asked for.
+    has_samples: Whether the input's first dimension is the samples, and not made by the model.
+    w_version: What `version(w)` was in the pass; None for the present one.
     """
 
     name: str
@@ -62,7 +62,7 @@ class LayerTrace:
             object.__setattr__(self, "w_version", version(self.w))
         if self.w_is_leaf is None:
             object.__setattr__(self, "w_is_leaf", self.w.is_leaf)
-        # As it was then: it may be frozen, or set to learn, before results are asked for.
+        # Noted now, since a parameter may be frozen or unfrozen before results are asked for.
         if self.learns_w is None or self.learns_b is None:
             object.__setattr__(self, "learns_w", learns(self.w))
             object.__setattr__(self, "learns_b", self.b is not None and learns(self.b))
@@ -70,20 +70,20 @@ class LayerTrace:
     def __getstate__(self) -> dict[str, Any]:
         w, b = (p if p is None or p.is_leaf else p.detach() for p in (self.w, self.b))
         writes = version(self.w) - (self.w_version or 0)
-        # Graphs cannot be copied, and a copy's w counts its versions anew.
+        # A tensor with a graph cannot be copied, and the version of a copied w starts from zero.
         return {**vars(self), "w": w, "b": b, "w_version": writes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, w_version=version(state["w"]) - state["w_version"])
 
     def with_calls(self, calls: tuple[Call, ...]) -> "LayerTrace":
-        """The same, with other calls that hold the same numbers."""
+        """The same layer with calls that hold the same numbers."""
         layer = object.__new__(LayerTrace)
         vars(layer).update(vars(self), calls=calls)
         return layer
 
-    def require_as_it_was(self) -> None:
-        """Refuse to go on with weights, z, a or δ that are no longer those of the pass.
+    def require_unchanged(self) -> None:
+        """Check that w, z, a and delta are still those of the pass.
 
         Raises:
             RuntimeError: One of them was changed in place.
@@ -91,13 +91,13 @@ class LayerTrace:
         changed = set[str]().union(*(call.changed for call in self.calls)) - {"a_prev"}
         if changed:
             raise RuntimeError(
-                f"z, a and delta of layer {self.name!r} must still be those of the pass; changed "
-                f"in place was {' and '.join(sorted(changed))}"
+                f"z, a and delta of layer {self.name!r} must still be those of the pass; got "
+                f"{' and '.join(sorted(changed))} changed in place"
             )
         if version(self.w) != self.w_version:
             raise RuntimeError(
                 f"the weights of layer {self.name!r} must still be those of the pass; they were "
-                f"changed: ask before the optimiser's step"
+                f"changed since: ask before the optimiser's step"
             )
 
     @property
@@ -112,7 +112,7 @@ class LayerTrace:
 
     @property
     def a(self) -> Tensor:
-        """a^l = σ(z); z itself where no activation follows that is known."""
+        """a^l = σ(z); z itself if no known activation follows."""
         return self._call.a
 
     @property
@@ -122,7 +122,7 @@ class LayerTrace:
 
     @property
     def activations(self) -> tuple[Activation, ...]:
-        """What z went through, as modules of ours: none, one, or several in that order."""
+        """The activations that z went through, in order, as modules of ours; may be empty."""
         return self._call.activations
 
     @property
@@ -159,12 +159,13 @@ class LayerTrace:
     def per_sample_grad_w(self) -> Tensor | None:
         """∂C_x/∂w of every sample x, (N, out, in); None if w is frozen.
 
-        In the unit of the notes: of the sample's own cost C_x, so that their mean is grad_w where
-        the cost is the mean over samples, and their sum where it is the sum.
+        In the unit of the notes, that of the sample's own cost C_x: grad_w is their mean if the
+        cost is the mean over samples, and their sum if it is the sum.
 
         Raises:
-            ValueError: The layer did not see the same number of samples each time that it ran, or
-                none at all.
+            ValueError: The layer has no samples, or did not see the same number of them each time
+                that it ran.
+            RuntimeError: a_prev or delta was changed in place since the pass.
         """
         if not self.learns_w:
             return None
@@ -174,7 +175,7 @@ class LayerTrace:
     def per_sample_grad_b(self) -> Tensor | None:
         """∂C_x/∂b of every sample x, (N, out); None if b is frozen or absent.
 
-        Unit and errors as of `per_sample_grad_w`.
+        In the same unit as `per_sample_grad_w`, and with the same errors.
         """
         if self.b is None or not self.learns_b:
             return None
@@ -186,7 +187,7 @@ class LayerTrace:
         """N.
 
         Raises:
-            ValueError: It was not the same each time that the layer ran, or it has no samples.
+            ValueError: The layer has no samples, or N was not the same each time that it ran.
         """
         self._require_same_samples()
         return self.calls[0].samples
@@ -194,25 +195,25 @@ class LayerTrace:
     def _require_same_samples(self) -> None:
         if not self.has_samples:
             raise ValueError(
-                f"layer {self.name!r} must have samples in its input's first dimension; it was "
-                f"named as one without, or its input is made of nothing but what the model itself "
-                f"holds or counts: see no_samples of record"
+                f"layer {self.name!r} must have samples in its input's first dimension; it is "
+                f"named in no_samples of record, or its input is made only of parameters, buffers "
+                f"and positions of the model itself"
             )
         counts = sorted({call.samples for call in self.calls})
         if len(counts) > 1:
             raise ValueError(
-                f"layer {self.name!r} must see the same samples each time that it runs, in its "
-                f"input's first dimension; got {' and '.join(map(str, counts))} of them"
+                f"layer {self.name!r} must see the same samples in its input's first dimension "
+                f"each time that it runs; got {' and '.join(map(str, counts))} of them"
             )
 
     @property
     def pair(self) -> Pair:
-        """(a, δ) of all calls, (N, T, in) and (N, T, out): several calls are as rows of one."""
+        """(a, δ) of all calls, (N, T, in) and (N, T, out): every call adds rows."""
         self._require_same_samples()
         return joined(call.pair for call in self.calls)
 
     def part(self, start: int, stop: int) -> "LayerTrace":
-        """The same, of some samples; its gradients are their share of the whole ones."""
+        """The same for the samples from start to stop; its gradients are sums over these."""
         return replace(self, calls=tuple(c.part(start, stop) for c in self.calls), given=None)
 
     def __repr__(self) -> str:
@@ -221,5 +222,5 @@ class LayerTrace:
 
 
 def learns(parameter: Tensor) -> bool:
-    """Whether a gradient is wanted of it, and it is no tensor computed from others."""
+    """Whether it is a leaf that wants a gradient."""
     return parameter.requires_grad and parameter.is_leaf

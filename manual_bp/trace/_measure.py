@@ -1,8 +1,8 @@
-"""How well each layer learns, read off its pairs (a, δ), and why not.
+"""How well each layer learns, measured from its pairs (a, δ).
 
-The equations name what can go wrong. BP2 makes δ^l of δ^(l+1) in two steps, ·w and ⊙ σ'; each has
-its share in how fast an error fades or grows on its way down. σ' ≈ 0 is a saturated neuron. BP4
-multiplies δ with a^(l-1): where that is near 0, weights hardly move.
+The equations name what can go wrong. BP2 turns δ^(l+1) into δ^l in two steps, wᵀ and ⊙ σ', and an
+error may fade or grow in either. A neuron with σ' ≈ 0 is saturated. BP4 multiplies δ by a^(l-1):
+where that is near 0, weights hardly move.
 """
 
 import math
@@ -17,15 +17,15 @@ from manual_bp import _require
 from manual_bp._autocast import without_autocast
 from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
-from manual_bp.trace._call import Call, wide
-from manual_bp.trace._diagnostics import Diagnostics, LayerDiagnostics, _over
+from manual_bp.trace._call import Call, at_least_float32, memory_of
+from manual_bp.trace._diagnostics import Diagnostics, LayerDiagnostics, quotient
 from manual_bp.trace._layer import LayerTrace
 from manual_bp.trace._per_sample import norm_of
-from manual_bp.trace._verdict import _verdict
+from manual_bp.trace._verdict import verdict_on
 
-# A neuron is saturated, for a sample, if its σ' is less than this share of the largest possible.
+# A neuron is saturated for a sample if its σ' is less than this fraction of the largest possible.
 SATURATED = 0.05
-# An input is dead if it never has this share of the inputs' root mean square.
+# An input is dead if it is never above this fraction of the root mean square of all inputs.
 DEAD = 0.01
 
 
@@ -37,163 +37,151 @@ def diagnose(
     if learning_rate is not None:
         _require.above("learning_rate", learning_rate, 0)
     for layer in layers:
-        layer.require_as_it_was()
+        layer.require_unchanged()
     with without_autocast(layers[0].w):
-        found = [_numbers(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
-    verdicts = [_verdict(found[i:], layer) for i, layer in enumerate(layers)]
+        found = [_measured(layer, layers[i + 1 :], learning_rate) for i, layer in enumerate(layers)]
+    verdicts = [verdict_on(layer, found[i:]) for i, layer in enumerate(layers)]
     return Diagnostics(
         tuple(replace(d, verdict=verdict) for d, verdict in zip(found, verdicts, strict=True)),
         elsewhere,
     )
 
 
-def _numbers(
+def _measured(
     layer: LayerTrace, later: Sequence[LayerTrace], learning_rate: float | None
 ) -> LayerDiagnostics:
     _require.real(f"the output of layer {layer.name!r}", layer.calls[0].z)
     a_prev, z, a, delta = (_rows(layer, name) for name in ("a_prev", "z", "a", "delta"))
-    delta_norm = norm_of(delta)
+    delta_norm, grad_norm = norm_of(delta), _norm(layer.grad_w)
     z_is_known = all(call.z_is_known for call in layer.calls)
-    slope = _slope(layer) if z_is_known else None
+    sigma_prime = _sigma_prime(layer) if z_is_known else None
     reader = _reader(layer, later)
-    grad_a = None if reader is None else _grad_a(reader, layer, delta, slope)
-    zeros = _zeros(delta, slope, grad_a)
+    grad_a = None if reader is None else _grad_a(reader, layer, delta, sigma_prime)
+    grad_a_norm = _norm(grad_a)
     above = reader or (later[0] if later else None)
     above_norm = None if above is None else norm_of(_rows(above, "delta"))
-    grad_a_norm = None if grad_a is None else norm_of(grad_a)
-    grad_norm = None if layer.grad_w is None else norm_of(layer.grad_w)
+    zeros_rounded, zeros_from_above, zeros_off = _zeros(delta, sigma_prime, grad_a)
     update = None if learning_rate is None or grad_norm is None else learning_rate * grad_norm
     return LayerDiagnostics(
         name=layer.name,
         delta_norm=delta_norm,
-        ratio=_over(delta_norm, above_norm),
-        by_w=_over(grad_a_norm, above_norm),
-        by_sigma=_over(delta_norm, grad_a_norm),
-        mean_prime=None if slope is None else _mean(slope.prime),
-        saturated=None if slope is None else _mean(slope.is_saturated()),
-        passed=None if slope is None else _passed(delta, slope, grad_a),
-        off=None if slope is None else _mean((slope.prime == 0).all(0)) if len(delta) else 0.0,
+        ratio=quotient(delta_norm, above_norm),
+        by_w=quotient(grad_a_norm, above_norm),
+        by_sigma_prime=quotient(delta_norm, grad_a_norm),
+        mean_sigma_prime=None if sigma_prime is None else _mean(sigma_prime.values),
+        saturated=None if sigma_prime is None else sigma_prime.saturated(),
+        passed=None if sigma_prime is None else _passed(delta, sigma_prime, grad_a),
+        off=None if sigma_prime is None else sigma_prime.off(),
         zeros=_mean(delta == 0),
-        zeros_rounded=_mean(zeros.rounded),
-        zeros_from_above=_mean(zeros.from_above),
-        zeros_off=_mean(zeros.off),
+        zeros_rounded=zeros_rounded,
+        zeros_from_above=zeros_from_above,
+        zeros_off=zeros_off,
         nonfinite=_nonfinite(
             {"w": layer.w} | ({"z": z, "a": a} if z_is_known else {}) | {"δ": delta}
         ),
         grad_norm=grad_norm,
-        update=_over(update, norm_of(layer.w)),
+        update=quotient(update, norm_of(layer.w)),
         dead_inputs=None if any(call.changed for call in layer.calls) else _dead(a_prev),
-        verdict="",
+        verdict="",  # given when all layers are measured
     )
 
 
-class _Slope(NamedTuple):
-    """σ' of a layer's activations, one row for each of δ."""
+class _SigmaPrime(NamedTuple):
+    """σ'(z) of a layer's activations, one row for each row of δ."""
 
-    prime: Tensor  # from z, exact
-    is_lost: Tensor  # whether in terms of a, as a backward has it, it is rounded to 0
-    least: float  # that it can come close to
-    largest: float  # that it can be
+    values: Tensor  # computed from z: 0 only where σ is flat
+    is_lost: Tensor  # where σ' in terms of a, as a backward computes it, is rounded to 0
+    bounds: tuple[float, float]
 
-    def is_saturated(self) -> Tensor:
-        # Where it stays above 0 for good, as a LeakyReLU's does, nothing saturates.
-        is_small = (self.prime > 0) & (self.prime < SATURATED * self.largest)
-        return is_small if self.least == 0 else torch.zeros_like(is_small)
+    def saturated(self) -> float:
+        # If σ' cannot come close to 0, as with a LeakyReLU, nothing saturates.
+        least, largest = self.bounds
+        is_small = (self.values > 0) & (self.values < SATURATED * largest)
+        return _mean(is_small) if least == 0 else 0.0
+
+    def off(self) -> float:
+        return _mean((self.values == 0).all(0)) if len(self.values) else 0.0
 
 
-def _slope(layer: LayerTrace) -> _Slope | None:
-    """None where no known activation follows, each time that the layer ran."""
+def _sigma_prime(layer: LayerTrace) -> _SigmaPrime | None:
+    """None if in any call no known activation followed."""
     if not all(call.activations for call in layer.calls):
         return None
-    slopes = [_slope_of(call) for call in layer.calls]
-    return _Slope(
-        prime=torch.cat([slope.prime for slope in slopes]),
-        is_lost=torch.cat([slope.is_lost for slope in slopes]),
-        least=min(slope.least for slope in slopes),
-        largest=max(slope.largest for slope in slopes),
-    )
+    values, is_lost, bounds = zip(*map(_sigma_prime_of, layer.calls), strict=True)
+    least, largest = zip(*bounds, strict=True)
+    return _SigmaPrime(torch.cat(values), torch.cat(is_lost), (min(least), max(largest)))
 
 
-def _slope_of(call: Call) -> _Slope:
+def _sigma_prime_of(call: Call) -> _SigmaPrime:
     z = as_rows(call.z)
-    prime = torch.ones_like(wide(z))
+    values = torch.ones_like(at_least_float32(z))
     is_lost = torch.zeros_like(z, dtype=torch.bool)
     least = largest = 1.0
     for activation in call.activations:
         a = activation.forward(z)
-        exact = activation.sigma_prime_from_z(wide(z))
-        prime = prime * exact
-        is_lost |= (_prime_in_terms_of(a, activation, exact) == 0) & (exact > 0)
+        exact = activation.sigma_prime_from_z(at_least_float32(z))
+        values = values * exact
+        is_lost |= (_sigma_prime_from_a(a, activation, exact) == 0) & (exact > 0)
         least *= activation.slope_bounds[0]
         largest *= activation.slope_bounds[1]
         z = a
-    return _Slope(prime, is_lost, least, largest)
+    return _SigmaPrime(values, is_lost, (least, largest))
 
 
-def _prime_in_terms_of(a: Tensor, activation: Activation, exact: Tensor) -> Tensor:
+def _sigma_prime_from_a(a: Tensor, activation: Activation, exact: Tensor) -> Tensor:
     try:
         return activation.sigma_prime(a)
-    except ValueError:  # a Softplus from whose a the slope does not follow keeps z instead
+    except ValueError:  # a Softplus whose a does not determine σ' keeps z instead
         return exact
 
 
-def _passed(delta: Tensor, slope: _Slope, grad_a: Tensor | None) -> float | None:
-    """How much of the error σ' lets pass; where not known, what came follows from what passed."""
-    came = delta.double() / slope.prime if grad_a is None else grad_a
-    share = _over(norm_of(delta), norm_of(came.where(slope.prime > 0, 0)))
-    return None if share is None else share / slope.largest
+def _passed(delta: Tensor, sigma_prime: _SigmaPrime, grad_a: Tensor | None) -> float | None:
+    """‖δ‖ / ‖∂C/∂a‖ where σ' is not 0, relative to the largest σ'."""
+    values, (_, largest) = sigma_prime.values, sigma_prime.bounds
+    if grad_a is None:
+        grad_a = delta.double() / values  # BP1 and BP2 solved for it
+    passed = quotient(norm_of(delta), norm_of(grad_a.where(values > 0, 0)))
+    return None if passed is None else passed / largest
 
 
-class _Zeros(NamedTuple):
-    """Where δ is exactly 0, and why."""
-
-    rounded: Tensor
-    from_above: Tensor
-    off: Tensor
-
-
-def _zeros(delta: Tensor, slope: _Slope | None, grad_a: Tensor | None) -> _Zeros:
+def _zeros(
+    delta: Tensor, sigma_prime: _SigmaPrime | None, grad_a: Tensor | None
+) -> tuple[float, float, float]:
+    """The fraction of δ that is exactly 0, by reason: rounded, from above, off."""
     zero = delta == 0
-    off = zero & (slope.prime == 0) if slope else torch.zeros_like(zero)
+    off = zero & (sigma_prime.values == 0) if sigma_prime else torch.zeros_like(zero)
     if grad_a is not None:
-        off &= grad_a != 0  # where nothing came, σ' is not to blame
+        off &= grad_a != 0  # if no error came, σ' is not to blame
         was_rounded = grad_a != 0
-    elif slope is not None:
-        was_rounded = slope.is_lost  # what reached a is not known, but could not have passed
+    elif sigma_prime is not None:
+        was_rounded = sigma_prime.is_lost  # whether an error came is unknown, but none could pass
     else:
-        return _Zeros(*[torch.zeros_like(zero)] * 3)  # an activation that is not known may be off
-    return _Zeros(zero & ~off & was_rounded, zero & ~off & ~was_rounded, off)
+        return 0.0, 0.0, 0.0  # an unknown activation may be off
+    return _mean(zero & ~off & was_rounded), _mean(zero & ~off & ~was_rounded), _mean(off)
 
 
 def _reader(layer: LayerTrace, later: Sequence[LayerTrace]) -> LayerTrace | None:
-    """The later layer that takes this one's a for its input, as it is; both ran once."""
+    """The later layer whose input is this layer's a itself, if both ran only once."""
     if len(layer.calls) != 1:
         return None
     for other in later:
-        if len(other.calls) == 1 and _is_same_memory(layer.a, other.a_prev):
+        if len(other.calls) == 1 and memory_of(layer.a) == memory_of(other.a_prev):
             return other
     return None
 
 
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
-
-
 def _grad_a(
-    reader: LayerTrace, layer: LayerTrace, delta: Tensor, slope: _Slope | None
+    reader: LayerTrace, layer: LayerTrace, delta: Tensor, sigma_prime: _SigmaPrime | None
 ) -> Tensor | None:
-    """wᵀδ^(l+1), if it is all that reached a and ⊙ σ' makes δ^l of it: if BP2 holds here."""
+    """wᵀδ^(l+1), if BP2 holds here: if δ^l is that ⊙ σ', up to rounding."""
     grad_a = _rows(reader, "delta").to(delta.dtype) @ reader.w.to(delta.dtype)  # BP2: wᵀδ
+    values, largest = (sigma_prime.values, sigma_prime.bounds[1]) if sigma_prime else (1, 1)
     dtype = layer.delta.dtype
-    share = 0.001 if dtype in (torch.float32, torch.float64) else 0.05
-    # σ' in terms of a is exact but for some units of rounding in a.
-    rounding = 8 * torch.finfo(dtype).eps * (slope.largest if slope else 1) * norm_of(grad_a)
-    difference = delta - grad_a * (slope.prime if slope else 1)
-    return grad_a if norm_of(difference) <= share * norm_of(delta) + rounding else None
+    tolerance = 0.001 if dtype in (torch.float32, torch.float64) else 0.05
+    # σ' in terms of a is exact up to some units of rounding in a.
+    rounding = 8 * torch.finfo(dtype).eps * largest * norm_of(grad_a)
+    difference = norm_of(delta - grad_a * values)
+    return grad_a if difference <= tolerance * norm_of(delta) + rounding else None
 
 
 def _nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -209,8 +197,12 @@ def _dead(a_prev: Tensor) -> float:
 
 
 def _rows(layer: LayerTrace, name: str) -> Tensor:
-    """a_prev, z, a or delta of all calls, (rows, components), in at least single precision."""
-    return wide(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
+    """a_prev, z, a or delta of all calls, (rows, components), in at least float32."""
+    return at_least_float32(torch.cat([as_rows(getattr(call, name)) for call in layer.calls]))
+
+
+def _norm(t: Tensor | None) -> float | None:
+    return None if t is None else norm_of(t)
 
 
 def _mean(t: Tensor) -> float:

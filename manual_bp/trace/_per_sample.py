@@ -5,17 +5,17 @@ For one sample x of T rows (T = 1 where a sample is one row):
     ∂C/∂b  = Σ_t δ_xt                    BP3
     ∂C/∂w  = Σ_t δ_xt a_xtᵀ              BP4
 
-and their norms, without making the gradient itself:
+and their norms, without computing the gradient itself:
 
     ‖∂C/∂w‖ = ‖δ_x‖ ‖a_x‖                                     where T = 1
     ‖∂C/∂w‖² = Σ_tt' (δ_xt · δ_xt') (a_xt · a_xt')            Gram's form
 
-The first is Goodfellow's (Efficient Per-Example Gradient Computations, 2015); the second follows
-from ‖Σ_t δ_t a_tᵀ‖² = Σ_tt' ⟨δ_t a_tᵀ, δ_t' a_t'ᵀ⟩, and ⟨δ aᵀ, δ' a'ᵀ⟩ = (δ·δ')(a·a').
+The first is due to Goodfellow (Efficient Per-Example Gradient Computations, 2015); the second
+follows from ‖Σ_t δ_t a_tᵀ‖² = Σ_tt' ⟨δ_t a_tᵀ, δ_t' a_t'ᵀ⟩, and ⟨δ aᵀ, δ' a'ᵀ⟩ = (δ·δ')(a·a').
 
-Here a is (N, T, in) and δ (N, T, out). Norms come as float64. A norm is the root of squares, which
-leave the range of a dtype long before it does: beyond 1e±19 in float32, 1e±154 in float64. Where
-they do, the norm is computed of numbers divided by the largest of them.
+Here a is (N, T, in) and δ (N, T, out). Norms are float64. A norm is the root of a sum of squares,
+which leave the range of a dtype long before the norm does: beyond 1e±19 in float32, 1e±154 in
+float64. If they do, the norm is computed from numbers divided by the largest of them.
 """
 
 import math
@@ -29,10 +29,10 @@ from manual_bp._autocast import without_autocast
 
 Norm = Callable[..., Tensor]
 
-# How many numbers a norm may hold at any one time, some samples after others: 32 MB in float32.
+# The most numbers that computing a norm may hold at once, chunk by chunk: 32 MB in float32.
 CHUNK = 2**23
-# How much smaller than the sum of its terms' magnitudes the sum in Gram's form may be: a hundred
-# times leaves float32 five digits of the norm.
+# How many times smaller than the sum of its terms' magnitudes the sum in Gram's form may be. A
+# hundred times leaves float32 five digits of the norm.
 CANCELLED = 100
 
 
@@ -52,8 +52,8 @@ def weighted_grad_w(a: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     weights = weights[:, None, None]
     largest = _largest(delta, 2)
     if ((largest > 0) & (largest * weights < _least(delta.dtype))).any():
-        # Here weight · δ is too small for the dtype, though a large a may make up for it. So δ is
-        # multiplied by the size of a, which is divided by it, row by row.
+        # weight · δ is too small for the dtype, though its product with a large a may not be. So
+        # each row of a is divided by its size, and that of δ multiplied by it.
         size = _divisor(_largest(a, 2))
         a, weights = (a / size).to(a.dtype), weights * size
     with without_autocast(a):
@@ -67,7 +67,7 @@ def weighted_grad_b(delta: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighted(delta: Tensor, weights: Tensor) -> Tensor:
-    if (weights < _least(delta.dtype)).any():  # in float32, they might be rounded to 0
+    if (weights < _least(delta.dtype)).any():  # they might be rounded to 0 in delta's dtype
         return (delta * weights).to(delta.dtype)
     return delta * weights.to(delta.dtype.to_real())
 
@@ -91,7 +91,7 @@ def norm_b(delta: Tensor) -> Tensor:
 
 
 def norm_w(a: Tensor, delta: Tensor, delta_norm: Tensor | None = None) -> Tensor:
-    """‖∂C/∂w‖ of every sample, (N,); of few gradients at once. delta_norm is ‖δ‖, where known."""
+    """‖∂C/∂w‖ of every sample, (N,), a chunk of samples at a time. delta_norm: ‖δ‖, if known."""
     if a.shape[1] == 1:
         return (norm_b(delta) if delta_norm is None else delta_norm) * norm_b(a)
     is_gram = gram_is_cheaper(a.shape[1], a.shape[2], delta.shape[2])
@@ -116,7 +116,7 @@ def _gram_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
         products = ((delta @ delta.mH) * (a @ a.mH).conj()).real
     squares = products.sum((1, 2), dtype=torch.float64)
     found = squares.sqrt().to(products.dtype)
-    # Where rows cancel, what is left of the squares is mostly rounding.
+    # If rows cancel, most of what is left is rounding error.
     is_lost = squares < products.abs().sum((1, 2), dtype=torch.float64) / CANCELLED
     if is_lost.any():
         found[is_lost] = _direct_norm(a[is_lost], delta[is_lost])
@@ -129,14 +129,14 @@ def _direct_norm_at_once(a: Tensor, delta: Tensor) -> Tensor:
 
 
 def _by_chunks(norm: Norm, a: Tensor, delta: Tensor, numbers: int) -> Tensor:
-    """The norms of some samples after others; numbers is how many each sample takes meanwhile."""
+    """The norms, a chunk of samples at a time; numbers is how many each sample takes meanwhile."""
     chunk = max(1, CHUNK // max(1, numbers))
     parts = zip(torch.split(a, chunk), torch.split(delta, chunk), strict=True)
     return torch.cat([norm(*part) for part in parts])
 
 
 def _in_range(norm: Norm, *factors: Tensor) -> Tensor:
-    """The norms as float64, of scaled numbers where squares leave the range of the dtype.
+    """The norms as float64, from scaled numbers where squares leave the range of the dtype.
 
     norm: A function of the factors, δ alone or a and δ, that is proportional to each of them.
     """
@@ -146,7 +146,7 @@ def _in_range(norm: Norm, *factors: Tensor) -> Tensor:
     least = _least(factors[0].dtype)
     is_out = found.clamp(least, 1 / least) != found  # nan is out, too
     if len(factors) > 1:
-        # Their product may be in range where one of them is not. Rows that add nothing don't count.
+        # Their product may be in range when one of them is not. Rows that add nothing don't count.
         a, delta = (_largest(t, 2)[..., 0] for t in factors)
         counts = a * delta > torch.finfo(factors[0].dtype).eps * found[:, None]
         is_out |= (counts & (torch.minimum(a, delta) < least)).any(1)
@@ -166,21 +166,21 @@ def _scaled(norm: Norm, *factors: Tensor) -> Tensor:
 
 
 def _largest(t: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """The largest magnitudes over dimensions, which are kept, as float64; of no numbers, 0."""
+    """The largest magnitudes over dims, which are kept, as float64; 0 if there are no numbers."""
     magnitudes = t.abs()  # vector_norm(t, inf) takes 70 times as long on a CPU
     reduce = magnitudes.amax if t.numel() else magnitudes.sum
     return reduce(dims, keepdim=True).double()
 
 
 def _divisor(size: Tensor) -> Tensor:
-    """The size, or the nearest number that one can divide by: neither 0 nor infinite."""
+    """The size, or the nearest number to it that is neither 0 nor infinite, to divide by."""
     limits = torch.finfo(size.dtype)
     return size.clamp(limits.tiny, limits.max)
 
 
 @cache
 def _least(dtype: torch.dtype) -> float:
-    """The least norm whose square is to be trusted; the largest is one over it."""
+    """The smallest norm whose square is accurate; the largest is its reciprocal."""
     limits = torch.finfo(dtype)
     return math.sqrt(limits.tiny / limits.eps)
 

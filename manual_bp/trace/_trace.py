@@ -1,4 +1,4 @@
-"""One pass of the algorithm, whole: its cost, its output, and its layers."""
+"""One whole pass of the algorithm: its cost, its output, and its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from manual_bp import _require
 from manual_bp._function import values_are_at_hand
 from manual_bp.trace import _per_sample
-from manual_bp.trace._call import Pair, SharedMemory, joined
+from manual_bp.trace._call import DistinctMemory, Pair, joined
 from manual_bp.trace._diagnostics import Diagnostics
 from manual_bp.trace._layer import LayerTrace
 from manual_bp.trace._measure import diagnose
@@ -23,16 +23,16 @@ class Trace:
     """One pass of the algorithm: the cost, the output, and every linear layer in forward order.
 
     cost: The cost, of shape ().
-    output: What the network gave.
+    output: The network's output.
     layers: The linear layers that an error reached.
-    parameter_names: The name of every parameter, as `named_parameters()` of the network has it.
-    missed: The linear layers that no error reached, each with the reason.
+    parameter_names: The name of every parameter in the network's `named_parameters()`.
+    missed: The linear layers that no error reached, with the reason for each.
     elsewhere: The names of parameters whose gradient comes, wholly or in part, from elsewhere than
-        `layers`: a LayerNorm's, or a weight that is an Embedding's as well; or from layers that
-        have no samples. Per-sample results do not have that part.
-    chosen: Whether the layers are a choice out of all.
-    is_assigned: Whether `.grad` has the gradients of this pass already, as `backward()` adds them.
-    batch: N, where what went into the model and came out of it tells it.
+        `layers`, such as a LayerNorm's or that of a weight which is also an Embedding's; or from
+        layers that have no samples. Per-sample results lack that part.
+    chosen: Whether the user chose the layers.
+    is_assigned: Whether `backward()` has added the gradients of this pass to `.grad` already.
+    batch: N, if the model's input and output show it.
     """
 
     cost: Tensor
@@ -51,15 +51,15 @@ class Trace:
         return trace
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deep copies, pickles and files are made of; these answer as the trace does."""
+        """The state for deep copies, pickles and files, which behave as the trace does."""
         state = dict(vars(self))
         if self._is_filled:
-            shared = SharedMemory()
+            distinct = DistinctMemory()
             state["layers"] = tuple(
-                layer.with_calls(tuple(call.with_tensors(shared) for call in layer.calls))
+                layer.with_calls(tuple(call.with_tensors(distinct) for call in layer.calls))
                 for layer in self.layers
             )
-            state["output"] = tree_map_only(Tensor, shared, self.output)
+            state["output"] = tree_map_only(Tensor, distinct, self.output)
         return state
 
     def __iter__(self) -> Iterator[LayerTrace]:
@@ -74,7 +74,7 @@ class Trace:
         """The layer of that name.
 
         Raises:
-            KeyError: No layer has that name; the message lists those that there are.
+            KeyError: No layer has that name; the message lists the names.
         """
         for layer in self.layers:
             if layer.name == name:
@@ -87,7 +87,6 @@ class Trace:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # Of the attributes that each trace has once it is filled: asked for too early.
             if name in Trace.__dataclass_fields__:
                 raise AttributeError(
                     f"this trace has no {name} yet: record fills it when backward() has run"
@@ -97,12 +96,11 @@ class Trace:
     def assign_grads(self) -> None:
         """Add every ∂C/∂w and ∂C/∂b to its parameter's `.grad`, as `backward()` would.
 
-        Adding means that a second pass accumulates, and that a parameter used by two layers gets
-        the sum of both. The trace keeps its own tensors: what is later done to `.grad` does not
-        reach it.
+        So a second pass accumulates, and a parameter used by two layers gets the sum of both. The
+        trace keeps its own tensors: later changes to `.grad` do not affect it.
 
         Raises:
-            RuntimeError: `backward()` has done so already, as it has for what `record` made.
+            RuntimeError: `backward()` has added them already, as it does under `record`.
         """
         if self.is_assigned:
             raise RuntimeError(
@@ -118,8 +116,8 @@ class Trace:
         """N, the number of samples: the first dimension of the input of every layer that has them.
 
         Raises:
-            ValueError: The layers do not agree, with each other or with the model's input and
-                output; or none has samples.
+            ValueError: The layers disagree with each other, or with the model's input and output;
+                or none has samples.
         """
         return self._layers_of_samples()[0].samples
 
@@ -129,8 +127,8 @@ class Trace:
         if without and (self.chosen or not layers):
             raise ValueError(
                 f"layers that are chosen must have samples in their input; got {_some(without)}, "
-                f"named as one without, or fed with nothing but what the model itself holds or "
-                f"counts: see no_samples of record"
+                f"named in no_samples of record, or fed only with parameters, buffers and "
+                f"positions of the model itself"
             )
         seen = [(layer.samples, repr(layer.name)) for layer in layers]
         if self.batch is not None:
@@ -140,66 +138,67 @@ class Trace:
                 raise ValueError(
                     f"every layer must see the same samples in its input's first dimension; got "
                     f"{seen[0][0]} in {seen[0][1]} and {samples} in {where}: name layers whose "
-                    f"rows are no samples, as record(model, no_samples=[...])"
+                    f"rows are not samples, in record(model, no_samples=[...])"
                 )
         return layers
 
     def per_sample_grads(self) -> dict[str, Tensor]:
         """Every sample's own gradient: for each parameter that learns, (N, *its shape), by name.
 
-        In the unit of the notes, dC_x/dw: their mean over samples is `.grad` where the cost is
-        the mean, and their sum where it is the sum. A parameter that several layers use has one
-        entry, of all of them. This takes N times the memory of the gradients: see `split`.
+        In the unit of the notes, dC_x/dw: `.grad` is their mean over samples if the cost is the
+        mean, and their sum if it is the sum. A parameter that several layers use has one entry,
+        for all of them. This takes N times the memory of the gradients: see `split`.
 
         Raises:
             ValueError: The layers saw different numbers of samples; or the gradient of one of
                 these parameters comes in part from elsewhere (see `elsewhere`), and the layers
-                are not chosen; or there is none that learns.
-            RuntimeError: a or δ was written over since the pass.
+                are not chosen; or no parameter learns.
+            RuntimeError: a or δ was changed in place since the pass.
         """
-        return {share.name: share.grads() for share in self._shares()}
+        return {gradient.name: gradient.per_sample() for gradient in self._gradients()}
 
     def per_sample_norms(self) -> Tensor:
         """The norm of every sample's gradient over all parameters of `layers`: (N,).
 
-        In the unit of the notes, ‖dC_x/d(all w and b)‖, and in at least single precision. From the
-        pairs (a, δ), without making the gradients. What is `elsewhere`, a LayerNorm's gradient
-        say, is not in it. Errors as of `per_sample_grads`.
+        In the unit of the notes, ‖dC_x/d(all w and b)‖, and in float32 or float64. They come from
+        the pairs (a, δ), without computing the gradients. What is `elsewhere`, such as a
+        LayerNorm's gradient, is not included. Raises the same errors as `per_sample_grads`.
         """
         dtype = torch.promote_types(self.layers[0].w.dtype.to_real(), torch.float32)
-        return _norms(self._shares()).to(dtype)
+        return _norms(self._gradients()).to(dtype)
 
     def clipped_grads(self, max_norm: float) -> dict[str, Tensor]:
         """The gradient with each sample's own scaled down to a norm of at most max_norm, by name.
 
-        Reduced as the cost is: the mean, or the sum, of the scaled gradients dC_x/dw. As in
-        differentially private training, before the noise.
+        Reduced as the cost is: the mean, or the sum, of the scaled gradients dC_x/dw. This is what
+        differentially private training adds its noise to.
 
         Args:
-            max_norm: The most that the norm of a sample's gradient, over all parameters of
-                `layers` together, may be; in the unit of `per_sample_norms`.
+            max_norm: The largest norm that a sample's gradient, over all parameters of `layers`
+                together, may have; in the unit of `per_sample_norms`.
 
         Raises:
-            TypeError: max_norm is no number.
-            ValueError: max_norm is not above 0; or as of `per_sample_grads`; or there are
-                parameters whose gradients are not in this trace, which this would leave
-                unclipped, and the layers are not chosen.
+            TypeError: max_norm is not a number.
+            ValueError: max_norm is not above 0; or the layers are not chosen, and some parameters
+                have gradients that are not in this trace and would stay unclipped; or for the same
+                reasons as `per_sample_grads`.
+            RuntimeError: a or δ was changed in place since the pass.
         """
         _require.above("max_norm", max_norm, 0)
         if self.elsewhere and not self.chosen:
             raise ValueError(
                 f"clipped_grads must have the whole gradient of a sample; got a model where that "
                 f"of {_some(self.elsewhere)} comes from elsewhere than linear layers: freeze "
-                f"these, or choose what is to be clipped, as record(model, layers=[...])"
+                f"these, or choose the layers to clip, with record(model, layers=[...])"
             )
-        shares = self._shares()
-        norms = _norms(shares)
+        gradients = self._gradients()
+        norms = _norms(gradients)
         # An infinite norm gives no usable weight: 0 would drop the sample silently.
         weights = (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
-        return {share.name: share.weighted(weights) for share in shares}
+        return {gradient.name: gradient.weighted(weights) for gradient in gradients}
 
     def split(self, size: int) -> Iterator["Trace"]:
-        """This trace some samples at a time, so that per-sample gradients fit into the memory.
+        """This trace a few samples at a time, so that per-sample gradients fit into memory.
 
         Layers that have no samples are left out.
 
@@ -207,12 +206,11 @@ class Trace:
             size: How many samples at a time; the last part may have fewer.
 
         Yields:
-            Traces of `size` samples each, in the same unit. Their gradients, and their clipped
-            ones, are shares of the whole: they add up to it. Cost and output are still the whole
-            ones.
+            Traces of `size` samples each, in the same unit. Their gradients add up to those of the
+            whole, and so do their clipped ones. Cost and output are still those of the whole batch.
 
         Raises:
-            TypeError: size is no integer.
+            TypeError: size is not an integer.
             ValueError: size is below 1; or the layers saw different numbers of samples.
         """
         _require.count("size", size)
@@ -222,15 +220,16 @@ class Trace:
             yield replace(self, layers=parts, batch=None)
 
     def diagnostics(self, learning_rate: float | None = None) -> Diagnostics:
-        """How well each layer learns, and why not: numbers, and a verdict; prints as a table.
+        """How well each layer learns, or why it does not: numbers and a verdict; prints as a table.
 
         Args:
-            learning_rate: That of plain gradient descent, to tell how large an update is beside
-                the weights.
+            learning_rate: The learning rate of plain gradient descent, to compare the size of an
+                update with that of the weights.
 
         Raises:
-            TypeError: The layers are of complex numbers.
-            RuntimeError: The weights are no longer those of the pass: ask before they are updated.
+            TypeError: The layers are complex; or learning_rate is not a number.
+            ValueError: learning_rate is not above 0.
+            RuntimeError: w, z, a or δ was changed since the pass: ask before the optimiser's step.
         """
         without = [layer for layer in self.layers if not layer.has_samples]
         shown = {p for layer in without for p in (layer.w, layer.b) if p is not None}
@@ -238,14 +237,13 @@ class Trace:
         elsewhere = tuple(name for name in self.elsewhere if name not in names)
         return diagnose(self.layers, learning_rate, elsewhere)
 
-    def _shares(self) -> list["_Share"]:
-        """Each parameter that learns once, with all pairs that its gradient is made of."""
+    def _gradients(self) -> list["_Gradient"]:
+        """The gradient of each parameter that learns, as all the pairs that it is made of."""
         layers = self._layers_of_samples()
-        pairs: dict[Tensor, list[Pair]] = {}
         names = dict(self.parameter_names)
-        weights = set()
+        pairs: dict[Tensor, list[Pair]] = {}
         for layer in layers:
-            # What torch.func.functional_call put in place is none of the network's own.
+            # Parameters put in place by torch.func.functional_call are not in parameter_names.
             names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
             if layer.b is not None:
                 names.setdefault(layer.b, f"{layer.name}.bias".lstrip("."))
@@ -254,26 +252,26 @@ class Trace:
             a, delta = layer.pair
             if layer.learns_w:
                 pairs.setdefault(layer.w, []).append((a, delta))
-                weights.add(layer.w)
             if layer.b is not None and layer.learns_b:
-                pairs.setdefault(layer.b, []).append((delta, delta))  # no a in BP3
-        shares = [
-            _Share(p, names[p], p in weights, joined(iter(of_p)), layers[0].scale)
+                pairs.setdefault(layer.b, []).append((delta, delta))  # BP3 has no a
+        weights = {layer.w for layer in layers}
+        gradients = [
+            _Gradient(p, names[p], p in weights, joined(iter(of_p)), layers[0].scale)
             for p, of_p in pairs.items()
         ]
-        if not shares:
+        if not gradients:
             raise ValueError(
                 "a layer of the trace must have a parameter that learns; all are frozen, or "
                 "computed from others"
             )
-        partly = [s.name for s in shares if s.name in self.elsewhere]
+        partly = [gradient.name for gradient in gradients if gradient.name in self.elsewhere]
         if partly and not self.chosen:
             raise ValueError(
                 f"a parameter's whole gradient must come from linear layers; got {_some(partly)}, "
-                f"used elsewhere as well: choose layers, as record(model, layers=[...]), to have "
-                f"what comes through them"
+                f"used elsewhere as well: choose layers, with record(model, layers=[...]), to get "
+                f"only what comes through them"
             )
-        return shares
+        return gradients
 
     @property
     def _is_filled(self) -> bool:
@@ -285,8 +283,8 @@ class Trace:
         return f"Trace(cost={_as_text(self.cost)}, layers={list(self.layers)})"
 
 
-class _Share(NamedTuple):
-    """A parameter, and the pairs (a, δ) that its gradient is made of, whatever layers saw them."""
+class _Gradient(NamedTuple):
+    """A parameter's gradient, as the pairs (a, δ) of all the layers that use it."""
 
     parameter: Tensor
     name: str
@@ -294,7 +292,7 @@ class _Share(NamedTuple):
     pair: Pair
     scale: int
 
-    def grads(self) -> Tensor:
+    def per_sample(self) -> Tensor:
         a, delta = self.pair
         delta = delta * self.scale  # before the product, which is far larger
         grads = _per_sample.grad_w(a, delta) if self.is_weight else _per_sample.grad_b(delta)
@@ -317,14 +315,14 @@ class _Share(NamedTuple):
         return grad.to(self.parameter.dtype)
 
 
-def _norms(shares: Sequence[_Share]) -> Tensor:
+def _norms(gradients: Sequence[_Gradient]) -> Tensor:
     """The norm of each sample's gradient over all of these parameters, (N,), float64."""
     known: dict[Tensor, Tensor] = {}
-    return reduce(torch.hypot, (share.norms(known) for share in shares))
+    return reduce(torch.hypot, (gradient.norms(known) for gradient in gradients))
 
 
 def _as_text(cost: Tensor) -> str:
-    """The number, or where there is none, as on the meta device, what PyTorch shows instead."""
+    """The number, or PyTorch's own repr if there is none, as on the meta device."""
     is_known = values_are_at_hand(cost) and not cost.is_meta and cost.numel() == 1
     return f"{cost.item():.6g}" if is_known else repr(cost)
 
@@ -337,7 +335,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 def _accumulate(parameter: Tensor | None, grad: Tensor | None) -> None:
     if parameter is None or grad is None:
         return
-    # Outside of any inference mode: what that makes, a later backward() could not add to.
+    # Outside of inference mode, since a later backward() could not add to a tensor made in it.
     with torch.inference_mode(False), torch.no_grad():
         if parameter.grad is None:
             parameter.grad = grad.clone()

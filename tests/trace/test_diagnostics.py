@@ -22,7 +22,8 @@ from manual_bp import (
     convert,
     record,
 )
-from manual_bp.trace import _measure, _verdict
+from manual_bp.trace._measure import _reader
+from manual_bp.trace._verdict import verdict_on
 from tests.helpers import assert_same
 
 
@@ -61,7 +62,7 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
     for i, (layer, numbers) in enumerate(zip(trace.layers, found.layers, strict=True)):
         primes = [slopes[i](z) for z in layer.z.flatten().tolist()]
         assert close(numbers.delta_norm, norm(layer.delta))
-        assert close(numbers.mean_prime, math.fsum(primes) / len(primes))
+        assert close(numbers.mean_sigma_prime, math.fsum(primes) / len(primes))
         assert layer.grad_w is not None
         assert close(numbers.grad_norm, norm(layer.grad_w))
         assert close(numbers.update, 0.3 * norm(layer.grad_w) / norm(layer.w.detach()))
@@ -78,13 +79,13 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
             ]
             came_norm = norm(torch.tensor(came, dtype=torch.float64))
             assert close(numbers.by_w, came_norm / norm(above.delta))
-            assert close(numbers.by_sigma, norm(layer.delta) / came_norm)
+            assert close(numbers.by_sigma_prime, norm(layer.delta) / came_norm)
             assert close(numbers.ratio, norm(layer.delta) / norm(above.delta))
             assert numbers.by_w is not None
-            assert numbers.by_sigma is not None
-            assert close(numbers.ratio, numbers.by_w * numbers.by_sigma)
+            assert numbers.by_sigma_prime is not None
+            assert close(numbers.ratio, numbers.by_w * numbers.by_sigma_prime)
         else:
-            assert numbers.ratio is numbers.by_w is numbers.by_sigma is None
+            assert numbers.ratio is numbers.by_w is numbers.by_sigma_prime is None
     assert trace.diagnostics()["2"].update is None
 
 
@@ -176,7 +177,7 @@ class TestSaturation:
         z = trace["0"].z
         slope = (1 - z.tanh() ** 2) * z.tanh().sigmoid() * (1 - z.tanh().sigmoid())
         found = trace.diagnostics()["0"]
-        assert close(found.mean_prime, slope.mean().item())
+        assert close(found.mean_sigma_prime, slope.mean().item())
         assert found.saturated == (slope < 0.05 * 0.25).double().mean().item()
         # A tanh that ends with a leak of 1: what is small, stays small, and it does saturate.
         leaky = nn.Sequential(
@@ -251,7 +252,7 @@ class TestZeros:
         found = trace_of(net, torch.randn(5, 3)).diagnostics()["0"]
         assert found.verdict == "does not learn: no error comes from above"
         assert found.by_w == 0
-        assert found.by_sigma is None
+        assert found.by_sigma_prime is None
 
     def test_off_wins_over_nothing_from_above(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -296,12 +297,14 @@ class TestWhereBP2DoesNotHold:
                 nn.Linear(4, 8), activation, nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 2)
             )
             found = self.first_of(net)
-            assert found.by_w is found.by_sigma is None
+            assert found.by_w is found.by_sigma_prime is None
             assert found.ratio is not None
 
     def test_an_unknown_activation(self) -> None:
         found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)))
-        assert found.by_w is found.by_sigma is found.mean_prime is found.saturated is None
+        assert (
+            found.by_w is found.by_sigma_prime is found.mean_sigma_prime is found.saturated is None
+        )
         assert found.off is None
 
     def test_a_residual_connection(self) -> None:
@@ -315,7 +318,7 @@ class TestWhereBP2DoesNotHold:
                 return a + self.second(a)  # type: ignore[no-any-return]
 
         found = self.first_of(Block())
-        assert found.by_w is found.by_sigma is None
+        assert found.by_w is found.by_sigma_prime is None
 
     def test_a_hundredth_from_elsewhere(self) -> None:
         class Leaking(nn.Module):
@@ -347,7 +350,7 @@ class TestWhereBP2DoesNotHold:
         model = Turned()
         with record(model) as trace:
             model(torch.randn(4, 4)).square().sum(-1).mean().backward()
-        assert _measure._reader(trace["first"], [trace["second"]]) is None
+        assert _reader(trace["first"], [trace["second"]]) is None
 
     def test_a_slope_of_more_than_the_activation(self) -> None:
         class Swish(nn.Module):
@@ -398,13 +401,13 @@ class TestWhereBP2DoesNotHold:
 
     def test_two_linear_layers_without_an_activation(self) -> None:
         found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
-        assert found.by_sigma == pytest.approx(1)
+        assert found.by_sigma_prime == pytest.approx(1)
 
     def test_a_layer_that_ran_twice(self) -> None:
         layer = nn.Linear(4, 4)
         found = self.first_of(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2)))
         assert found.by_w is None
-        assert found.mean_prime is not None
+        assert found.mean_sigma_prime is not None
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -450,7 +453,7 @@ def test_numbers_of_any_size_and_of_none(
             assert close(numbers.update / scale, steps / norm(layer.w))
         weights = [layer.w, layer.b] if len(layer.w) else []
         if not layer.delta.shape[:-1].numel():
-            assert numbers.verdict == "has seen no sample"
+            assert numbers.verdict == "saw no samples"
         elif not any(p.numel() for p in weights if p is not None):
             assert numbers.verdict == "has no weights"
         else:
@@ -480,11 +483,11 @@ def test_a_deep_net_in_float64() -> None:
     for layer, (this, above) in zip(found, pairwise(exact), strict=False):
         assert layer.ratio == pytest.approx(this / above)
         assert layer.by_w is not None
-        assert layer.by_sigma is not None
-        assert layer.by_w * layer.by_sigma == pytest.approx(layer.ratio)
+        assert layer.by_sigma_prime is not None
+        assert layer.by_w * layer.by_sigma_prime == pytest.approx(layer.ratio)
     times = f"{exact[-1] / exact[0]:.3g} times smaller"
     assert found["0"].verdict == (
-        f"learns slowly: its error is {times} than the last layer's, most of it by σ'"
+        f"learns slowly: its error is {times} than the last layer's, mostly because of σ'"
     )
 
 
@@ -492,10 +495,10 @@ def test_factors_whose_product_is_less_than_a_float() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
     trace = trace_of(net, torch.rand(9, 4))
     first, last = trace.diagnostics().layers
-    for by_w, by_sigma, cause in ((1e-200, 1e-210, "σ'"), (1e-210, 1e-200, "wᵀ")):
-        faded = replace(first, delta_norm=1e-30, by_w=by_w, by_sigma=by_sigma)
-        verdict = _verdict._verdict([faded, faded, last], trace["0"])
-        assert verdict.endswith(f"most of it by {cause}")
+    for by_w, by_sigma_prime, cause in ((1e-200, 1e-210, "σ'"), (1e-210, 1e-200, "wᵀ")):
+        faded = replace(first, delta_norm=1e-30, by_w=by_w, by_sigma_prime=by_sigma_prime)
+        verdict = verdict_on(trace["0"], [faded, faded, last])
+        assert verdict.endswith(f"mostly because of {cause}")
 
 
 def test_beside_a_layer_without_an_error() -> None:
@@ -542,8 +545,8 @@ def test_not_finite() -> None:
     found = trace.diagnostics()
     assert found["0"].nonfinite == {name: count for name, count in expected.items() if count}
     assert found["0"].nonfinite["w"] == 2
-    assert found["0"].verdict.startswith("is broken: not finite: 2 of w, 10 of z, ")
-    assert found["2"].verdict.startswith("is broken: not finite: 10 of z, ")
+    assert found["0"].verdict.startswith("is broken: nan or infinite numbers in w (2), z (10), ")
+    assert found["2"].verdict.startswith("is broken: nan or infinite numbers in z (10), ")
     assert "not finite" in str(found)
 
 
@@ -570,7 +573,10 @@ def test_frozen_and_leaping() -> None:
     assert found["2"].verdict == "is frozen"
     assert found["2"].grad_norm is found["2"].update is None
     assert found["0"].update is not None
-    assert found["0"].verdict == f"leaps: one update is {found['0'].update:.3g} times its weights"
+    assert (
+        found["0"].verdict
+        == f"leaps: one update is {found['0'].update:.3g} times as large as its weights"
+    )
 
 
 def deep(std: float | None, gain: float = 1.0, layers: int = 6) -> nn.Sequential:
@@ -602,12 +608,12 @@ class TestVerdicts:
     def test_a_bad_start(self) -> None:
         found = self.of(deep(0.01))
         assert found["0"].verdict.startswith("learns slowly: its error is ")
-        assert found["0"].verdict.endswith("smaller than the last layer's, most of it by wᵀ")
+        assert found["0"].verdict.endswith("smaller than the last layer's, mostly because of wᵀ")
         assert found["10"].verdict == "learns"
 
     def test_a_start_where_sigma_prime_shrinks_most(self) -> None:
         found = self.of(deep(0.15))
-        assert found["0"].verdict.endswith("smaller than the last layer's, most of it by σ'")
+        assert found["0"].verdict.endswith("smaller than the last layer's, mostly because of σ'")
 
     def test_a_saturated_net(self) -> None:
         for layer in self.of(deep(30.0)).layers[:-1]:
@@ -624,8 +630,8 @@ class TestVerdicts:
         convert(net)
         tanh = nn.Sequential(*[nn.Identity() if isinstance(m, nn.Sigmoid) else m for m in net])
         found = self.of(tanh)["0"]
-        assert found.verdict.startswith("is unsteady: its error is ")
-        assert found.verdict.endswith("larger than the last layer's, most of it by wᵀ")
+        assert found.verdict.startswith("is unstable: its error is ")
+        assert found.verdict.endswith("larger than the last layer's, mostly because of wᵀ")
 
     def test_no_cause_is_named_where_it_is_not_known(self) -> None:
         net: Any = nn.Sequential(*[m if isinstance(m, Linear) else nn.GELU() for m in deep(0.01)])
@@ -653,7 +659,9 @@ class TestVerdicts:
     def test_what_is_elsewhere_is_said_below(self) -> None:
         net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
         printed = str(trace_of(net, torch.randn(9, 4)).diagnostics())
-        assert printed.endswith("not in this table: 2 parameters elsewhere (1.weight, 1.bias)")
+        assert printed.endswith(
+            "not in this table: 2 parameters with gradients from elsewhere (1.weight, 1.bias)"
+        )
 
     def test_they_can_be_gone_through(self) -> None:
         found = self.of(deep(8.0))
@@ -672,9 +680,9 @@ class TestThresholds:
         net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
         trace = trace_of(net, torch.rand(samples, 4) + 1)
         first, last = trace.diagnostics(0.1).layers
-        healthy = replace(first, delta_norm=1.0, update=0.1, by_w=0.9, by_sigma=0.9)
+        healthy = replace(first, delta_norm=1.0, update=0.1, by_w=0.9, by_sigma_prime=0.9)
         last = replace(last, delta_norm=1.0)
-        return _verdict._verdict([replace(healthy, **numbers), last], trace["0"])
+        return verdict_on(trace["0"], [replace(healthy, **numbers), last])
 
     @pytest.mark.parametrize(
         ("enough", "not_enough", "begins"),
@@ -682,14 +690,14 @@ class TestThresholds:
             (
                 {"nonfinite": {"w": 1, "δ": 2}},
                 {"nonfinite": {}},
-                "is broken: not finite: 1 of w",
+                "is broken: nan or infinite numbers in w (1)",
             ),
             ({"grad_norm": 0.0}, {"grad_norm": 1e-30}, "does not learn: its inputs are 0"),
             ({"zeros": 1, "zeros_off": 1}, {"zeros": 0.99}, "does not learn: all its neurons are"),
             ({"saturated": 0.9}, {"saturated": 0.89}, "learns slowly: 90% of its neurons"),
             ({"off": 0.5}, {"off": 0.49}, "learns in part: 50% of its neurons"),
             ({"delta_norm": 9e-4}, {"delta_norm": 1.1e-3}, "learns slowly: its error is 1.11e+03"),
-            ({"delta_norm": 1100.0}, {"delta_norm": 900.0}, "is unsteady: its error is 1.1e+03"),
+            ({"delta_norm": 1100.0}, {"delta_norm": 900.0}, "is unstable: its error is 1.1e+03"),
             ({"update": 10.1}, {"update": 9.9}, "leaps: one update is 10.1 times"),
             ({"dead_inputs": 0.5}, {"dead_inputs": 0.49}, "learns in part: 50% of its inputs"),
         ],
@@ -703,7 +711,7 @@ class TestThresholds:
         (last,) = trace.diagnostics()
         for saturated, passed, is_stopped in [(0.9, 0.009, 1), (0.9, 0.011, 0), (0.89, 0.009, 0)]:
             numbers = replace(last, saturated=saturated, passed=passed)
-            verdict = _verdict._verdict([numbers], trace["0"])
+            verdict = verdict_on(trace["0"], [numbers])
             assert verdict.startswith("learns slowly: 90%" if is_stopped else "learns")
             assert ("saturated" in verdict) == is_stopped
 
@@ -711,7 +719,7 @@ class TestThresholds:
         for numbers in ({"off": 1.0}, {"dead_inputs": 1.0}):
             assert self.of(7, **numbers) == "learns"
             assert self.of(8, **numbers).startswith("learns in part: 100%")
-        assert self.of(0) == "has seen no sample"
+        assert self.of(0) == "saw no samples"
 
     @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
     def test_a_bad_learning_rate(self, rate: float) -> None:
@@ -732,7 +740,14 @@ def test_low_precision(device: torch.device) -> None:
         y = torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).to(device)
         QuadraticCost()(a.float(), y).backward()
     for one, other in zip(trace.diagnostics().layers, expected.layers, strict=True):
-        for name in ("delta_norm", "ratio", "by_w", "by_sigma", "mean_prime", "grad_norm"):
+        for name in (
+            "delta_norm",
+            "ratio",
+            "by_w",
+            "by_sigma_prime",
+            "mean_sigma_prime",
+            "grad_norm",
+        ):
             found, value = getattr(one, name), getattr(other, name)
             assert found == (None if value is None else pytest.approx(value, rel=0.02))
 
