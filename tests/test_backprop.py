@@ -29,7 +29,7 @@ from manual_bp import (
 )
 from tests.helpers import Operations, assert_same, error
 
-# A network of 2-2-1 neurons worked out by hand (with a calculator, to 16 digits) for two samples.
+# A network of 2-2-1 neurons, worked out by hand (with a calculator, to 16 digits) for two samples.
 W1, B1 = [[0.1, 0.2], [-0.3, 0.4]], [0.05, -0.1]
 W2, B2 = [[0.6, -0.5]], [0.2]
 X = [[0.5, -1.0], [2.0, 1.5]]
@@ -39,7 +39,7 @@ A1 = [[0.47502081252106, 0.3429895373265012], [0.6341355910108007, 0.47502081252
 Z2 = [[0.3135177188493854], [0.3429709483459504]]
 A2 = [[0.5777436633510889], [0.5849120208129934]]
 LOSSES = [0.08915020692007928, 0.1710610360457698]
-# Of each sample's own loss: ∇_a C_x, then BP1, BP2, BP4 of the second and of the first layer.
+# For each sample's own loss: ∇_a C_x; then BP1, BP2, and BP4 of the second and of the first layer.
 GRAD_A = [[-0.4222563366489111], [0.5849120208129934]]
 DELTA2 = [[-0.1030119342690284], [0.1420107595397486]]
 DELTA1 = [[-0.01541322495637246, 0.01160675198259482], [0.01976854897997596, -0.01770704043940373]]
@@ -76,7 +76,7 @@ def assert_is(found: Tensor | None, numbers: Any) -> None:
 
 
 @pytest.mark.parametrize("sample", [0, 1])
-def test_one_hand_worked_sample(sample: int) -> None:
+def test_one_sample_worked_out_by_hand(sample: int) -> None:
     trace = backprop(hand_worked_net(), tensor(X)[sample], tensor(Y)[sample], QuadraticCost())
     first, second = trace.layers
     assert_is(trace.cost, LOSSES[sample])
@@ -97,7 +97,7 @@ def test_one_hand_worked_sample(sample: int) -> None:
 
 
 @pytest.mark.parametrize(("reduction", "weight"), [("mean", 0.5), ("sum", 1.0)])
-def test_a_hand_worked_batch(reduction: Any, weight: float) -> None:
+def test_a_batch_worked_out_by_hand(reduction: Any, weight: float) -> None:
     trace = backprop(hand_worked_net(), tensor(X), tensor(Y), QuadraticCost(reduction))
     first, second = trace.layers
     assert_is(trace.cost, weight * sum(LOSSES))
@@ -110,7 +110,7 @@ def test_a_hand_worked_batch(reduction: Any, weight: float) -> None:
         assert_is(layer.grad_b, (weight * tensor(delta).sum(0)).tolist())
 
 
-def test_the_functions_agree_with_the_hand_worked_batch() -> None:
+def test_the_functions_agree_with_the_batch_worked_out_by_hand() -> None:
     net = hand_worked_net()
     QuadraticCost("sum")(net(tensor(X)), tensor(Y)).backward()
     for name, numbers in (("0", GRAD_W1), ("2", GRAD_W2)):
@@ -149,7 +149,9 @@ every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
     [Tanh(), ReLU(), ReLU(inplace=True), LeakyReLU(0.3), LeakyReLU(0.3, True), Softplus(2)],
     ids=repr,
 )
-def test_every_activation(activation: nn.Module, device: torch.device) -> None:
+def test_every_activation_agrees_with_its_function(
+    activation: nn.Module, device: torch.device
+) -> None:
     net = nn.Sequential(Linear(5, 4), activation, Linear(4, 3), activation, Sigmoid())
     net = net.double().to(device)
     x = torch.randn(6, 5, dtype=torch.float64, device=device)
@@ -165,7 +167,7 @@ def test_every_activation(activation: nn.Module, device: torch.device) -> None:
     assert_same([trace["0"].z, trace.output], [F.linear(x, *net[0].parameters()), net(x)])
 
 
-def test_linear_sigmoid_is_a_layer_with_its_activation(device: torch.device) -> None:
+def test_linear_sigmoid_counts_as_a_layer_with_its_activation(device: torch.device) -> None:
     net = nn.Sequential(LinearSigmoid(5, 4), Tanh(), LinearSigmoid(4, 3)).double().to(device)
     x = torch.randn(6, 5, dtype=torch.float64, device=device)
     y = torch.rand(6, 3, dtype=torch.float64, device=device)
@@ -178,7 +180,7 @@ def test_linear_sigmoid_is_a_layer_with_its_activation(device: torch.device) -> 
         assert_same([layer.grad_w], [layer.w.grad])
 
 
-def test_what_was_fused_by_convert() -> None:
+def test_a_net_fused_by_convert_gets_the_same_gradients() -> None:
     net = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3), nn.Sigmoid())
     x, y = torch.randn(6, 5), torch.rand(6, 3)
     before = backprop(net, x, y, QuadraticCost())
@@ -210,7 +212,7 @@ def autograd_gradients(net: nn.Module, x: Tensor, y: Tensor, cost: Callable[...,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("leading", [(6,), (1,), (), (2, 3)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_bitwise_as_the_functions(
+def test_equals_the_functions_bit_for_bit(
     cost: Cost, dtype: torch.dtype, leading: tuple[int, ...], bias: bool, device: torch.device
 ) -> None:
     options: Any = {"dtype": dtype, "device": device}
@@ -227,7 +229,7 @@ def test_bitwise_as_the_functions(
 
 
 @every_cost
-def test_as_pytorchs_own_layers(cost: Cost, device: torch.device) -> None:
+def test_agrees_with_pytorchs_own_layers(cost: Cost, device: torch.device) -> None:
     options: Any = {"dtype": torch.float64, "device": device}
     net = build((5, 4, 3, 2), cost, nn.Linear, nn.Sigmoid, **options)
     x = torch.randn(6, 5, **options)
@@ -235,7 +237,7 @@ def test_as_pytorchs_own_layers(cost: Cost, device: torch.device) -> None:
     value, expected = autograd_gradients(net, x, y, cost)
     trace = backprop(net, x, y, cost)
     assert_same([trace.cost, *parameter_gradients(trace)], [value, *expected])
-    # δ^l is the derivative by z^l itself.
+    # δ^l is the derivative with respect to z^l.
     for place, layer in zip((0, 2, 4), trace.layers, strict=True):
         rest = net[place + 1 :]
         z = layer.z.detach().requires_grad_()
@@ -250,7 +252,9 @@ def test_as_pytorchs_own_layers(cost: Cost, device: torch.device) -> None:
     cost=st.sampled_from(COSTS),
     bias=st.booleans(),
 )
-def test_any_sizes(sizes: list[int], samples: int, cost: Cost, bias: bool) -> None:
+def test_nets_of_any_sizes_agree_with_the_functions(
+    sizes: list[int], samples: int, cost: Cost, bias: bool
+) -> None:
     net = build(sizes, cost, bias=bias, dtype=torch.float64)
     x = torch.randn(samples, sizes[0], dtype=torch.float64)
     y = targets(cost, (samples,), sizes[-1], x)
@@ -258,7 +262,7 @@ def test_any_sizes(sizes: list[int], samples: int, cost: Cost, bias: bool) -> No
     assert_same(parameter_gradients(backprop(net, x, y, cost)), expected)
 
 
-def test_the_notes_claim_of_the_fewest_products() -> None:
+def test_matrix_products_are_as_few_as_the_notes_claim() -> None:
     net = build((5, 4, 3, 2), QuadraticCost())
     with Operations() as operations:
         backprop(net, torch.randn(6, 5), torch.rand(6, 2), QuadraticCost())
@@ -298,7 +302,9 @@ def test_frozen_parameters_get_no_gradient_and_cost_no_product() -> None:
     ],
     ids=["no activation", "several activations", "one before the first layer", "a subclass"],
 )
-def test_other_orders_of_layers_and_activations(modules: Callable[[], list[nn.Module]]) -> None:
+def test_other_orders_of_layers_and_activations_agree_with_the_functions(
+    modules: Callable[[], list[nn.Module]],
+) -> None:
     net = nn.Sequential(*modules()).double()
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
     trace = backprop(net, x, y, QuadraticCost())
@@ -317,7 +323,7 @@ def test_one_layer_used_twice_gets_both_gradients() -> None:
     assert_same([p.grad for p in net.parameters() if p.grad is not None], expected)
 
 
-def test_ten_training_steps_as_pytorchs_own_layers(device: torch.device) -> None:
+def test_ten_training_steps_agree_with_pytorchs_own_layers(device: torch.device) -> None:
     """Three ways to train: our Functions, `backprop`, and PyTorch's layers with its own loss."""
     options: Any = {"dtype": torch.float64, "device": device}
     cost = QuadraticCost()
@@ -342,7 +348,7 @@ def test_ten_training_steps_as_pytorchs_own_layers(device: torch.device) -> None
     assert_same(weights[0], weights[2])
 
 
-def test_under_autocast_as_the_functions(device: torch.device) -> None:
+def test_equals_the_functions_under_autocast(device: torch.device) -> None:
     cost = QuadraticCost()
     net = build((5, 4, 2), cost, device=device)
     x, y = torch.randn(6, 5, device=device), torch.rand(6, 2, device=device)
@@ -360,13 +366,13 @@ def test_under_autocast_as_the_functions(device: torch.device) -> None:
         assert layer.b.grad is not None
         assert layer.grad_b is not None
         assert layer.grad_b.dtype is torch.float32
-        if device.type == "cpu":  # elsewhere a sum may go by the layout of what it adds
+        if device.type == "cpu":  # elsewhere a sum may depend on the layout of its input
             assert torch.equal(layer.grad_b, layer.b.grad)
     with torch.autocast(device.type, torch.bfloat16):
         assert torch.equal(backprop(net, x.bfloat16(), y, cost).output, trace.output)
 
 
-def test_under_autocast_as_exact_as_pytorchs_own_layers(device: torch.device) -> None:
+def test_is_as_exact_as_pytorchs_own_layers_under_autocast(device: torch.device) -> None:
     cost = QuadraticCost()
     net = build((50, 40, 20), cost, device=device)
     theirs = build((50, 40, 20), cost, nn.Linear, nn.Sigmoid, device=device)
@@ -510,7 +516,7 @@ def weight_normed() -> nn.Sequential:
             r"net\['2'\] must take the 4 outputs of net\['0'\]; got in_features=3",
         ),
         (
-            with_parameter("2.bias", 1),  # PyTorch spreads it over the outputs
+            with_parameter("2.bias", 1),  # PyTorch broadcasts it over the outputs
             ValueError,
             r"net\['2'\].bias must have shape \(2,\), the first size of .*weight; got \(1,\)",
         ),
@@ -529,7 +535,7 @@ def weight_normed() -> nn.Sequential:
         (sparse(), TypeError, r"net\['0'\].weight must be a dense tensor; got layout"),
     ],
 )
-def test_bad_net(net: Any, error: type[Exception], message: str) -> None:
+def test_unsuitable_nets_are_refused(net: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         backprop(net, X5, Y2, QuadraticCost())
 
@@ -561,20 +567,22 @@ def test_bad_net(net: Any, error: type[Exception], message: str) -> None:
         (X5, Y2, QuadraticCost("none"), ValueError, "cost must be reduced by 'mean' or 'sum'"),
     ],
 )
-def test_bad_arguments(x: Any, y: Any, cost: Any, error: type[Exception], message: str) -> None:
+def test_unsuitable_arguments_are_refused(
+    x: Any, y: Any, cost: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         backprop(GOOD, x, y, cost)
 
 
-def test_a_cost_with_hooks() -> None:
+def test_a_cost_with_hooks_is_refused() -> None:
     cost = QuadraticCost()
     cost.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="cost must have no hooks"):
         backprop(GOOD, X5, Y2, cost)
 
 
-class CostOfOnesOwn(Cost):
-    """C = Σ a³ y, with a gradient that may be told to be wrong."""
+class CustomCost(Cost):
+    """C = Σ a³ y, with a gradient that can be made wrong."""
 
     wrong: Any = None
 
@@ -586,10 +594,10 @@ class CostOfOnesOwn(Cost):
         return self.wrong(gradient) if self.wrong else gradient
 
 
-def test_a_cost_of_ones_own() -> None:
+def test_a_custom_cost_agrees_with_autograd() -> None:
     net, x, y = GOOD, torch.randn(6, 5), torch.rand(6, 2)
-    trace = backprop(net, x, y, CostOfOnesOwn())
-    value, expected = autograd_gradients(net, x, y, CostOfOnesOwn())
+    trace = backprop(net, x, y, CustomCost())
+    value, expected = autograd_gradients(net, x, y, CustomCost())
     assert_same([trace.cost, *parameter_gradients(trace)], [value, *expected], rtol=1e-5)
 
 
@@ -599,13 +607,15 @@ def test_a_cost_of_ones_own() -> None:
         (
             lambda gradient: gradient[:, :1],
             ValueError,
-            r"CostOfOnesOwn.gradient\(output, y\) must have shape \(6, 2\), that of the output",
+            r"CustomCost.gradient\(output, y\) must have shape \(6, 2\), that of the output",
         ),
-        (lambda _: 1.0, TypeError, r"CostOfOnesOwn.gradient\(output, y\) must be a torch.Tensor"),
+        (lambda _: 1.0, TypeError, r"CustomCost.gradient\(output, y\) must be a torch.Tensor"),
     ],
 )
-def test_a_cost_of_ones_own_that_is_wrong(wrong: Any, error: type[Exception], message: str) -> None:
-    cost = CostOfOnesOwn()
+def test_a_wrong_gradient_of_a_custom_cost_is_refused(
+    wrong: Any, error: type[Exception], message: str
+) -> None:
+    cost = CustomCost()
     cost.wrong = wrong
     with pytest.raises(error, match=message):
         backprop(GOOD, X5, Y2, cost)

@@ -1,4 +1,4 @@
-"""Traces in TensorBoard: read back from the files that it would read."""
+"""Traces in TensorBoard, read back from the files that it would read."""
 
 import subprocess
 import sys
@@ -47,13 +47,15 @@ def test_scalars_are_those_of_the_diagnostics(tmp_path: Path, net: nn.Sequential
         assert (point.step, point.value) == (7, pytest.approx(value, rel=1e-6))
 
 
-def test_without_a_learning_rate_no_update_is_known(tmp_path: Path, net: nn.Sequential) -> None:
+def test_no_update_is_logged_without_a_learning_rate(tmp_path: Path, net: nn.Sequential) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log(trace_of(net), 0)
     assert not [tag for tag in logged_in(tmp_path).Tags()["scalars"] if tag.startswith("update/")]
 
 
-def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Sequential) -> None:
+def test_writes_one_file_and_one_layout_that_includes_the_callers(
+    tmp_path: Path, net: nn.Sequential
+) -> None:
     mine = {"learning": {"cost": ["Multiline", ["cost/.*"]]}}
     with SummaryWriter(str(tmp_path)) as writer:
         board = TraceBoard(writer, mine)
@@ -68,10 +70,10 @@ def test_one_file_and_one_layout_with_that_of_others(tmp_path: Path, net: nn.Seq
     assert charts == {"cost", *LAYOUT["what the equations talk about"]}
 
 
-def test_histograms_leave_out_what_is_not_finite_and_count_it(tmp_path: Path) -> None:
+def test_histograms_omit_nonfinite_numbers_and_count_them(tmp_path: Path) -> None:
     net = nn.Sequential(Linear(6, 4), Sigmoid(), Linear(4, 2, bias=False), Sigmoid())
     trace = backprop(net, torch.randn(5, 6), torch.rand(5, 2), QuadraticCost())
-    trace["0"].w.data[0, :2] = torch.nan  # past the look whether they were updated
+    trace["0"].w.data[0, :2] = torch.nan  # .data does not count as an update
     trace["2"].w.data[:] = torch.inf
     with SummaryWriter(str(tmp_path)) as writer:
         TraceBoard(writer).log_histograms(trace, 1)
@@ -99,7 +101,7 @@ def test_a_layer_that_ran_twice_has_one_histogram(tmp_path: Path) -> None:
 
 
 class TestHeatMap:
-    def test_colours_are_the_logarithms(self, tmp_path: Path) -> None:
+    def test_colours_are_logarithms_of_the_norms(self, tmp_path: Path) -> None:
         net: Any = nn.Sequential(Linear(6, 4), Sigmoid(), Linear(4, 2))
         traces = {step: trace_of(net) for step in (0, 5, 50)}
         with torch.no_grad():
@@ -111,7 +113,7 @@ class TestHeatMap:
                 if step == 60:
                     board.log(trace, step)
                 else:
-                    # Of earlier weights: what is drawn was taken down then.
+                    # log would refuse, since the weights were changed after these.
                     norms = {layer.name: layer.delta.norm().item() for layer in trace.layers}
                     board._history[step] = norms
             (axes, _) = board._heat_map().axes
@@ -129,7 +131,9 @@ class TestHeatMap:
         assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2"]
         assert [image.step for image in logged_in(tmp_path).Images("error_of_every_layer")] == [60]
 
-    def test_of_nothing_and_of_one_step(self, tmp_path: Path, net: nn.Sequential) -> None:
+    def test_needs_a_logged_step_and_one_is_enough(
+        self, tmp_path: Path, net: nn.Sequential
+    ) -> None:
         with SummaryWriter(str(tmp_path)) as writer:
             board = TraceBoard(writer)
             with pytest.raises(RuntimeError, match="log must have been called before log_heat_map"):
@@ -145,8 +149,8 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_every_name_that_a_module_can_have(tmp_path: Path) -> None:
-    """Each is logged under a tag of its own, and drawn, without a warning."""
+def test_every_name_of_a_module_gets_a_distinct_tag_and_is_drawn(tmp_path: Path) -> None:
+    """Without a warning."""
     net = nn.Sequential()
     for name in NAMES:
         net.add_module(name, Linear(2, 2))
@@ -178,7 +182,7 @@ def test_every_name_that_a_module_can_have(tmp_path: Path) -> None:
     assert shown["W" * 5000] == f"{29 * 'W'}…{29 * 'W'}"
 
 
-def test_what_observing_costs_is_measured(
+def test_seconds_is_the_time_spent_in_all_logs(
     tmp_path: Path, net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(range(0, 100, 3))
@@ -192,7 +196,7 @@ def test_what_observing_costs_is_measured(
     assert board.seconds == 6
 
 
-def test_after_the_update_it_is_too_late(tmp_path: Path, net: nn.Sequential) -> None:
+def test_logging_after_the_update_is_refused(tmp_path: Path, net: nn.Sequential) -> None:
     trace = trace_of(net)
     torch.optim.SGD(net.parameters(), 0.1).step()
     with SummaryWriter(str(tmp_path)) as writer:
@@ -204,7 +208,7 @@ def test_after_the_update_it_is_too_late(tmp_path: Path, net: nn.Sequential) -> 
     assert not logged_in(tmp_path).Tags()["scalars"]
 
 
-def test_tensorboard_is_optional() -> None:
+def test_import_needs_neither_tensorboard_nor_matplotlib() -> None:
     code = (
         "import sys; sys.modules['tensorboard'] = sys.modules['matplotlib'] = None\n"
         "import manual_bp, manual_bp.board"
@@ -212,7 +216,7 @@ def test_tensorboard_is_optional() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_wrong_kinds_of_things(tmp_path: Path, net: nn.Sequential) -> None:
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path, net: nn.Sequential) -> None:
     with pytest.raises(TypeError, match="writer must be a SummaryWriter; got str"):
         TraceBoard("runs/mine")  # type: ignore[arg-type]
     with SummaryWriter(str(tmp_path)) as writer:

@@ -1,4 +1,4 @@
-"""By hand means by hand: what the package may not call, read off its own source."""
+"""By hand means by hand: what the package must not call, checked in its source."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 import manual_bp
 
 PACKAGE = Path(manual_bp.__file__).parent
-# verify judges backwards, by autograd among others; it computes none that anybody is given.
+# verify judges backwards, with autograd among other means; it computes no gradients for users.
 FILES = sorted(f for f in PACKAGE.rglob("*.py") if "verify" not in f.parts)
 FORBIDDEN = {"backward", "enable_grad", "grad", "jacobian", "vjp", "requires_grad_"}
 
@@ -32,12 +32,12 @@ def test_no_file_calls_a_derivative_kernel_or_autograd(file: Path) -> None:
     assert not [name for name in calls(file.read_text("utf-8")) if is_forbidden(name)]
 
 
-def test_the_reading_finds_what_it_looks_for() -> None:
+def test_forbidden_calls_are_found() -> None:
     source = "torch.sigmoid_backward(g, a); torch.autograd.grad(y, x); ctx.save_for_backward(a)"
     assert [name for name in calls(source) if is_forbidden(name)] == ["sigmoid_backward", "grad"]
 
 
-def test_every_layer_and_cost_names_its_equations() -> None:
+def test_every_layer_and_cost_tags_its_equations() -> None:
     rooms = [file for file in FILES if file.parent.name in ("layers", "costs")]
     written = [file for file in rooms if "(Function)" in file.read_text("utf-8")]
     assert len(written) >= 5
@@ -45,7 +45,7 @@ def test_every_layer_and_cost_names_its_equations() -> None:
 
 
 @pytest.mark.parametrize("equation", ["BP1", "BP2", "BP3", "BP4"])
-def test_each_equation_is_tagged_once_whole_and_where_its_factor_is(equation: str) -> None:
+def test_each_equation_is_tagged_once_whole_and_once_for_each_factor(equation: str) -> None:
     tagged = {
         str(file.relative_to(PACKAGE)): len(re.findall(rf"# .*{equation}", file.read_text("utf-8")))
         for file in FILES
@@ -58,5 +58,5 @@ def test_each_equation_is_tagged_once_whole_and_where_its_factor_is(equation: st
         assert tagged[f"layers/{activation}.py"] == (2 if equation in ("BP1", "BP2") else 0)
     assert tagged["layers/linear_sigmoid.py"] == (2 if equation == "BP2" else 1)
     for cost in ("quadratic", "sigmoid_cross_entropy", "softmax_cross_entropy"):
-        ways = 3 if cost.startswith("softmax") else 2  # indices and probabilities apart
+        ways = 3 if cost.startswith("softmax") else 2  # indices and probabilities separately
         assert tagged[f"costs/{cost}.py"] == (ways if equation == "BP1" else 0)

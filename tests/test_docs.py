@@ -1,4 +1,4 @@
-"""README and docs: their code runs as it stands, their options are there, their links lead on."""
+"""README and docs: their code runs as printed, their options exist, their links have targets."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str, *languages: str) -> list[tuple[list[str], str]]:
-    """What stands after the backticks, word by word, and the code, of all blocks in a language.
+    """The words after the backticks, and the code, of all blocks in these languages.
 
     A second word says what the code needs: ```python cuda
     """
@@ -41,7 +41,7 @@ def can_run(kind: list[str], code: str) -> bool:
 
 @pytest.fixture
 def _opacus_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page registers there is for that page alone."""
+    """Undo what a page registers in Opacus, so that it affects no other page."""
     if importlib.util.find_spec("opacus"):
         from opacus import grad_sample
 
@@ -52,7 +52,7 @@ def _opacus_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kind, name, dict(getattr(kind, name)))
 
 
-# What the names of a page are afterwards.
+# What each page's names are after its code has run.
 def _readme(names: dict[str, Any], folder: Path) -> None:
     assert len(names["report"].changed) == 2
     assert type(names["model"][0]) is nn.Linear
@@ -101,8 +101,8 @@ def test_every_block_of_python_runs(
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_code_is_marked_as_what_it_is(page: str) -> None:
-    """A block of another language is not run, so Python must not be among them."""
+def test_code_blocks_name_their_language(page: str) -> None:
+    """Blocks in other languages are not run, so they must not contain Python."""
     others = blocks(page, "bash", "diff", "text")
     assert len(others) + len(blocks(page, "python")) == TEXTS[page].count("\n```") / 2
     for _, code in others:
@@ -110,7 +110,7 @@ def test_code_is_marked_as_what_it_is(page: str) -> None:
 
 
 def options_of(page: str) -> set[str]:
-    """The long options in blocks and in inline code, but for those of other people's programs."""
+    """The long options in blocks and inline code, except those of other programs."""
     code = [line for _, lines in blocks(page, "bash") for line in lines.splitlines()]
     code += re.findall(r"`([^`]+)`", BLOCK.sub("", TEXTS[page]))
     ours = [c for c in code if re.match(r"--|python -m (experiments|manual_bp)", c)]
@@ -127,7 +127,7 @@ def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return found
 
 
-def test_every_option_is_there(options: set[str]) -> None:
+def test_every_option_named_in_a_page_exists(options: set[str]) -> None:
     named = {page: options_of(page) for page in TEXTS}
     assert {"--hidden", "--dry-run"} <= named["README.md"]
     assert {"--threads", "--matmul-precision"} <= named["docs/training_step.md"]
@@ -136,7 +136,7 @@ def test_every_option_is_there(options: set[str]) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_every_extra_and_module_of_a_command_is_there(page: str) -> None:
+def test_every_extra_and_module_in_a_command_exists(page: str) -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     for named in re.findall(r"""\.\[([\w,]+)\]""", TEXTS[page]):
         assert set(named.split(",")) <= set(extras)
@@ -145,13 +145,13 @@ def test_every_extra_and_module_of_a_command_is_there(page: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What a page's headings are called in links, as GitHub forms it."""
+    """The anchors of a page's headings, as GitHub forms them."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
         if "://" in target:
             continue
@@ -162,12 +162,12 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p, text in TEXTS.items() if "the notes" in text.lower()])
-def test_a_page_that_speaks_of_the_notes_says_which(page: str) -> None:
+def test_a_page_that_mentions_the_notes_links_to_them(page: str) -> None:
     assert NOTES in TEXTS[page]
 
 
-def test_the_description_of_the_package_has_no_link_into_the_repository() -> None:
-    """Where an index shows it, there is no file beside it."""
+def test_the_package_description_has_no_relative_links() -> None:
+    """A package index shows it without the files that such links lead to."""
     settings = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     (fragment,) = settings["fragments"]
     shown = (ROOT / fragment["path"]).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What the README says of the code is so."""
+"""The README agrees with the code."""
 
 import re
 import shlex
@@ -18,14 +18,14 @@ def test_the_equations_are_the_lines_of_backprop() -> None:
         assert f"{line}  # {name}\n" in BACKPROP
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_is_documented_and_every_name_in_the_readme_is_public() -> None:
     for name in manual_bp.__all__:
         assert getattr(manual_bp, name).__doc__, name
     for name in re.findall(r"`([A-Z]\w+|\w+_cost)\(", README):
         assert name in manual_bp.__all__
 
 
-def test_the_two_commands_install_what_they_need_and_then_run() -> None:
+def test_both_commands_install_with_the_constraints_and_then_run() -> None:
     commands = re.findall(r"^python -m pip install .*$", README, flags=re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

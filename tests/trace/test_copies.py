@@ -1,4 +1,4 @@
-"""A Trace that was copied, pickled or saved answers as the one it was made of."""
+"""A Trace that was copied, pickled or saved gives the same results as the original."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def saved(trace: Any) -> Any:
 
 
 def sent(trace: Any) -> Any:
-    """As to another process."""
+    """As if to another process."""
     return pickle.loads(ForkingPickler.dumps(trace))
 
 
@@ -38,13 +38,13 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "send": sent,
     "twice": lambda trace: copy.deepcopy(pickle.loads(pickle.dumps(trace))),
 }
-# What is sent to another process stays in the memory of both.
-with_its_own_memory = pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-of_its_own = pytest.mark.parametrize("way", [way for way in WAYS if way != "copy"])
+# A trace that is sent to another process shares its memory with the original.
+ways_that_copy_memory = pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+every_way_but_copy = pytest.mark.parametrize("way", [way for way in WAYS if way != "copy"])
 
 
 class Attention(nn.Module):
-    """Several layers that read one input, one that reads a view of another's output, and a copy."""
+    """Several layers that read the same input, and one that reads a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ OF_LAYERS: list[Callable[[LayerTrace], Any]] = [
 
 
 def answers(trace: Trace) -> list[Any]:
-    """All that can be asked, or the refusal."""
+    """The result of everything that a trace can be asked for, or the error."""
     asked: list[Callable[[], Any]] = [
         lambda: str(trace.diagnostics(0.1)),
         lambda: trace.diagnostics(0.1).layers,
@@ -154,7 +154,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 @traces
 @pytest.mark.parametrize("way", WAYS)
-def test_a_copy_answers_as_the_original(make: Callable[[], Trace], way: str) -> None:
+def test_a_copy_gives_the_same_results(make: Callable[[], Trace], way: str) -> None:
     trace = make()
     expected = answers(trace)
     found = WAYS[way](trace)
@@ -164,9 +164,9 @@ def test_a_copy_answers_as_the_original(make: Callable[[], Trace], way: str) -> 
 
 
 @pytest.mark.parametrize("name", ["backprop", "record", "fused", "attention", "twice"])
-@with_its_own_memory
-def test_what_is_written_to_a_copy_is_noticed_by_it_alone(name: str, way: str) -> None:
-    """As the original would: in each layer that has these numbers."""
+@ways_that_copy_memory
+def test_only_the_copy_detects_writes_to_its_tensors(name: str, way: str) -> None:
+    """In the same layers as the original would, where tensors share memory."""
     torch.manual_seed(0)
     trace = TRACES[name]()
     expected = answers(trace)
@@ -185,7 +185,7 @@ def test_what_is_written_to_a_copy_is_noticed_by_it_alone(name: str, way: str) -
 
 @pytest.mark.parametrize("make", [TRACES["record"], TRACES["backprop"], TRACES["attention"]])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_was_written_over_before_is_not_forgotten(make: Callable[[], Trace], way: str) -> None:
+def test_a_copy_knows_of_writes_before_the_copy(make: Callable[[], Trace], way: str) -> None:
     for name in ("a_prev", "z", "a", "delta", "w"):
         trace = make()
         with torch.no_grad():
@@ -195,8 +195,8 @@ def test_what_was_written_over_before_is_not_forgotten(make: Callable[[], Trace]
         assert is_same(answers(WAYS[way](trace)), expected)
 
 
-@of_its_own
-def test_a_copy_notices_an_update_of_its_own_weights_alone(way: str) -> None:
+@every_way_but_copy
+def test_a_copy_detects_updates_of_its_own_weights_only(way: str) -> None:
     trace = TRACES["record"]()
     found = WAYS[way](trace)
     torch.optim.SGD([trace.layers[0].w], 0.1).step()
@@ -207,9 +207,9 @@ def test_a_copy_notices_an_update_of_its_own_weights_alone(way: str) -> None:
         found.diagnostics()
 
 
-@with_its_own_memory
-def test_views_have_a_memory_of_their_own_in_a_copy(way: str) -> None:
-    """So that what is written to a does not reach the a_prev that is a view of it unnoticed."""
+@ways_that_copy_memory
+def test_views_do_not_share_memory_in_a_copy(way: str) -> None:
+    """Otherwise a write to a would change the a_prev that is a view of it, undetected."""
     trace = TRACES["views"]()
     found = WAYS[way](trace)
     found["first"].a.zero_()
@@ -221,14 +221,14 @@ def test_views_have_a_memory_of_their_own_in_a_copy(way: str) -> None:
     assert torch.equal(found.per_sample_norms(), trace.per_sample_norms())
 
 
-@of_its_own
+@every_way_but_copy
 def test_the_output_of_a_copy_is_its_last_a(way: str) -> None:
     found = WAYS[way](TRACES["record"]())
     found.output.zero_()
     assert found.layers[-1].calls[0].changed == {"z", "a"}
 
 
-def test_shallow_copies_share_and_notice() -> None:
+def test_shallow_copies_share_tensors_and_detect_writes() -> None:
     trace = TRACES["record"]()
     found = copy.copy(trace)
     assert found.layers is trace.layers
@@ -240,8 +240,8 @@ def test_shallow_copies_share_and_notice() -> None:
     assert copy.copy(trace.layers[0]).calls[0].changed == {"delta"}
 
 
-@of_its_own
-def test_parts_of_a_copy(way: str) -> None:
+@every_way_but_copy
+def test_split_of_a_copy_gives_the_same_results(way: str) -> None:
     trace = TRACES["record"]()
     for part, expected in zip(WAYS[way](trace).split(4), trace.split(4), strict=True):
         assert is_same(answers(part), answers(expected))
@@ -252,8 +252,8 @@ def test_parts_of_a_copy(way: str) -> None:
         first.per_sample_norms()
 
 
-@of_its_own
-def test_layers_alone_and_with_their_model(way: str) -> None:
+@every_way_but_copy
+def test_a_layer_can_be_copied_alone_and_with_its_model(way: str) -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 2))
     trace = recorded(net)
     layer = WAYS[way](trace["0"])
@@ -263,7 +263,7 @@ def test_layers_alone_and_with_their_model(way: str) -> None:
         assert found["0"].w is net_copy[0].weight
 
 
-def test_one_that_is_not_filled_yet() -> None:
+def test_an_unfilled_trace_can_be_copied() -> None:
     net = nn.Sequential(nn.Linear(4, 2))
     with record(net) as trace:
         for way in (copy.copy, copy.deepcopy, saved):
@@ -272,7 +272,7 @@ def test_one_that_is_not_filled_yet() -> None:
     assert "layers" in vars(trace)
 
 
-def test_made_in_inference_mode() -> None:
+def test_a_trace_made_in_inference_mode_can_be_copied() -> None:
     net = nn.Sequential(Linear(4, 5), Sigmoid(), Linear(5, 2))
     with torch.inference_mode():
         trace = backprop(net, torch.randn(9, 4), torch.rand(9, 2), QuadraticCost())
@@ -280,7 +280,7 @@ def test_made_in_inference_mode() -> None:
         assert is_same(answers(WAYS[way](trace)), answers(trace))
 
 
-def test_on_the_meta_device() -> None:
+def test_a_trace_on_the_meta_device_can_be_copied() -> None:
     net = nn.Sequential(Linear(4, 5), Sigmoid(), Linear(5, 2)).to("meta")
     x, y = torch.randn(9, 4, device="meta"), torch.rand(9, 2, device="meta")
     trace = backprop(net, x, y, QuadraticCost())

@@ -1,4 +1,4 @@
-"""Every diagnostic against a slow and obvious computation, and what the verdicts say."""
+"""Every number of the diagnostics against a slow and obvious computation; and the verdicts."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def close(found: float | None, expected: float, rel: float = 1e-6) -> bool:
     return found == pytest.approx(expected, rel=rel, abs=1e-300)
 
 
-def test_numbers_of_every_layer(device: torch.device) -> None:
+def test_numbers_equal_a_slow_computation(device: torch.device) -> None:
     net: Any = nn.Sequential(
         nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.ReLU(),
         nn.Linear(3, 3), nn.Softplus(), nn.Linear(3, 2), nn.LeakyReLU(),
@@ -52,7 +52,7 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
     trace = trace_of(net, x)
     found = trace.diagnostics(learning_rate=0.3)
     assert [layer.name for layer in found.layers] == ["0", "2", "4", "6", "8"]
-    slopes = [
+    sigma_primes = [
         lambda z: 1 / (2 + math.exp(z) + math.exp(-z)),
         lambda z: 1 / math.cosh(z) ** 2,
         lambda z: float(z > 0),
@@ -60,26 +60,26 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
         lambda z: 1.0 if z > 0 else 0.01,
     ]
     for i, (layer, numbers) in enumerate(zip(trace.layers, found.layers, strict=True)):
-        primes = [slopes[i](z) for z in layer.z.flatten().tolist()]
+        values = [sigma_primes[i](z) for z in layer.z.flatten().tolist()]
         assert close(numbers.delta_norm, norm(layer.delta))
-        assert close(numbers.mean_sigma_prime, math.fsum(primes) / len(primes))
+        assert close(numbers.mean_sigma_prime, math.fsum(values) / len(values))
         assert layer.grad_w is not None
         assert close(numbers.grad_norm, norm(layer.grad_w))
         assert close(numbers.update, 0.3 * norm(layer.grad_w) / norm(layer.w.detach()))
         assert close(
-            numbers.zeros, sum(d == 0 for d in layer.delta.flatten().tolist()) / len(primes)
+            numbers.zeros, sum(d == 0 for d in layer.delta.flatten().tolist()) / len(values)
         )
         assert numbers.nonfinite == {}
         if i < 4:
             above = trace.layers[i + 1]
             columns = above.w.mT.tolist()
-            came = [
+            grad_a = [
                 [math.fsum(d * w for d, w in zip(row, column, strict=True)) for column in columns]
                 for row in above.delta.tolist()
             ]
-            came_norm = norm(torch.tensor(came, dtype=torch.float64))
-            assert close(numbers.by_w, came_norm / norm(above.delta))
-            assert close(numbers.by_sigma_prime, norm(layer.delta) / came_norm)
+            grad_a_norm = norm(torch.tensor(grad_a, dtype=torch.float64))
+            assert close(numbers.by_w, grad_a_norm / norm(above.delta))
+            assert close(numbers.by_sigma_prime, norm(layer.delta) / grad_a_norm)
             assert close(numbers.ratio, norm(layer.delta) / norm(above.delta))
             assert numbers.by_w is not None
             assert numbers.by_sigma_prime is not None
@@ -89,7 +89,7 @@ def test_numbers_of_every_layer(device: torch.device) -> None:
     assert trace.diagnostics()["2"].update is None
 
 
-def test_the_same_of_backprop_of_record_and_of_fused_layers() -> None:
+def test_backprop_record_and_fused_layers_give_the_same_diagnostics() -> None:
     net: Any = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Sigmoid()).double()
     x, y = torch.randn(6, 5).double(), torch.rand(6, 2).double()
     expected = backprop(net, x, y, QuadraticCost()).diagnostics(0.1)
@@ -107,7 +107,7 @@ ROWS = 3 * [[1.0, 2, 3], [0, 1, 1], [0, 0, 1]]
 
 
 class TestSaturation:
-    def test_share_of_neurons_and_samples(self) -> None:
+    def test_saturated_is_the_fraction_over_neurons_and_samples(self) -> None:
         net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 1)).double()
         with torch.no_grad():
             net[0].weight.fill_(1)
@@ -122,16 +122,16 @@ class TestSaturation:
         assert found.saturated == 0.9
         assert found.verdict == "learns slowly: 90% of its neurons are saturated"
 
-    def test_what_passes(self) -> None:
+    def test_passed_is_the_fraction_of_the_error_relative_to_the_largest_sigma_prime(self) -> None:
         net: Any = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3), nn.Tanh())
         trace = trace_of(net.double(), torch.randn(8, 5).double())
         for layer, largest in zip(trace.layers, (0.25, 1.0), strict=True):
             a = layer.a
-            prime = a * (1 - a) if largest < 1 else 1 - a**2
-            came = layer.delta / prime  # ∂C/∂a: of the first layer, wᵀδ of the second
+            sigma_prime = a * (1 - a) if largest < 1 else 1 - a**2
+            grad_a = layer.delta / sigma_prime  # ∂C/∂a: of the first layer, wᵀδ of the second
             found = trace.diagnostics()[layer.name].passed
-            assert close(found, norm(layer.delta) / norm(came) / largest)
-        # σ' = 0 lets nothing pass for good, and is counted as being off.
+            assert close(found, norm(layer.delta) / norm(grad_a) / largest)
+        # Neurons with σ' = 0 do not count here: they are off.
         off: Any = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2)).double()
         with torch.no_grad():
             off[0].weight.copy_(torch.eye(2))
@@ -139,8 +139,8 @@ class TestSaturation:
         assert close(found, 1.0)
 
     @pytest.mark.parametrize("right", [True, False])
-    def test_the_last_layer_may_be_where_it_is_right(self, right: bool) -> None:
-        """All but one saturated: where they are right, or where the error is."""
+    def test_the_last_layer_may_saturate_where_it_is_right(self, right: bool) -> None:
+        """All samples but one are saturated, and these are right, or have the whole error."""
         net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()).double()
         with torch.no_grad():
             net[0].weight.fill_(1)
@@ -155,11 +155,11 @@ class TestSaturation:
         else:
             assert found.verdict.startswith("learns slowly: 91% of its neurons are saturated")
 
-    def test_a_leaky_relu_never_is(self) -> None:
+    def test_a_leaky_relu_never_saturates(self) -> None:
         net: Any = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.001), nn.Linear(8, 2))
         assert trace_of(net, torch.randn(9, 4)).diagnostics()["0"].saturated == 0
 
-    def test_a_relu_is_off_only_if_it_is_for_every_sample(self) -> None:
+    def test_a_relu_is_off_only_if_it_is_0_for_every_sample(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
         with torch.no_grad():
             net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, -1, -1], [0, 1, 0], [0, -1, -2]]))
@@ -168,18 +168,18 @@ class TestSaturation:
         assert found.off == 0.5
         assert found.zeros == found.zeros_off == (9 + 9 + 3 + 6) / 36
         assert found.verdict == "learns in part: 50% of its neurons are off for every sample"
-        # Of a few samples, that is nothing to go by.
+        # A few samples are not enough to conclude that.
         assert trace_of(net, torch.tensor(ROWS[:3])).diagnostics()["0"].verdict == "learns"
 
-    def test_several_activations_in_a_row(self) -> None:
+    def test_sigma_prime_of_several_activations_is_their_product(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sigmoid(), nn.Linear(4, 2)).double()
         trace = trace_of(net, 3 * torch.randn(9, 3).double())
         z = trace["0"].z
-        slope = (1 - z.tanh() ** 2) * z.tanh().sigmoid() * (1 - z.tanh().sigmoid())
+        sigma_prime = (1 - z.tanh() ** 2) * z.tanh().sigmoid() * (1 - z.tanh().sigmoid())
         found = trace.diagnostics()["0"]
-        assert close(found.mean_sigma_prime, slope.mean().item())
-        assert found.saturated == (slope < 0.05 * 0.25).double().mean().item()
-        # A tanh that ends with a leak of 1: what is small, stays small, and it does saturate.
+        assert close(found.mean_sigma_prime, sigma_prime.mean().item())
+        assert found.saturated == (sigma_prime < 0.05 * 0.25).double().mean().item()
+        # A LeakyReLU after a tanh does not keep it from saturating.
         leaky = nn.Sequential(
             nn.Linear(3, 4), nn.Tanh(), nn.LeakyReLU(0.5), nn.Linear(4, 2)
         ).double()
@@ -187,8 +187,8 @@ class TestSaturation:
         assert found.saturated is not None
         assert found.saturated > 0.5
 
-    def test_rounding_of_the_first_of_several(self) -> None:
-        """The last layer's: what came from above is not known, but σ' of the tanh was rounded."""
+    def test_rounding_in_the_first_of_several_activations_is_detected(self) -> None:
+        """In the last layer, the error from above is unknown, but σ' of the tanh was rounded."""
         net: Any = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.LeakyReLU())
         with torch.no_grad():
             net[0].weight.fill_(1)
@@ -196,23 +196,25 @@ class TestSaturation:
         found = trace_of(net, torch.tensor([[0.5], [90.0]])).diagnostics()["0"]
         assert found.zeros == found.zeros_rounded == 0.5
 
-    def test_several_in_the_other_order(self) -> None:
-        """The steepest of both together is what counts, not that of the last."""
+    def test_saturation_of_several_is_relative_to_the_largest_product(self) -> None:
+        """The largest possible σ' is that of both together, not that of the last activation."""
         net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2)).double()
         trace = trace_of(net, 4 * torch.randn(50, 3).double())
         z = trace["0"].z
-        slope = z.sigmoid() * (1 - z.sigmoid()) * (1 - z.sigmoid().tanh() ** 2)
-        expected = (slope < 0.05 * 0.25).double().mean().item()
+        sigma_prime = z.sigmoid() * (1 - z.sigmoid()) * (1 - z.sigmoid().tanh() ** 2)
+        expected = (sigma_prime < 0.05 * 0.25).double().mean().item()
         assert trace.diagnostics()["0"].saturated == expected
-        assert 0 < expected < (slope < 0.05).double().mean().item()
+        assert 0 < expected < (sigma_prime < 0.05).double().mean().item()
 
 
 class TestZeros:
-    """What is exactly 0 in δ, and why."""
+    """How much of δ is exactly 0, and why."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh], ids=lambda kind: kind.__name__)
-    def test_rounded(self, activation: Any, dtype: torch.dtype) -> None:
+    def test_zeros_from_rounding_are_counted_as_rounded(
+        self, activation: Any, dtype: torch.dtype
+    ) -> None:
         net: Any = nn.Sequential(nn.Linear(1, 1), activation(), nn.Linear(1, 1), nn.Sigmoid()).to(
             dtype
         )
@@ -225,13 +227,13 @@ class TestZeros:
         found = trace.diagnostics()["0"]
         assert found.zeros == found.zeros_rounded == 0.5
         assert found.zeros_from_above == found.zeros_off == 0
-        # In the last layer, what reached a is not known; σ' is.
+        # In the last layer, ∂C/∂a is unknown, but σ' is known.
         last = nn.Sequential(nn.Linear(1, 1), activation()).to(dtype)
         last.load_state_dict({name: net[0].state_dict()[name[2:]] for name in last.state_dict()})
         found = trace_of(last, x).diagnostics()["0"]
         assert found.zeros == found.zeros_rounded == 0.5
 
-    def test_far_out_sigma_prime_is_small_and_not_0(self) -> None:
+    def test_a_neuron_with_a_huge_z_is_rounded_and_not_off(self) -> None:
         net: Any = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid(), nn.Linear(1, 1))
         with torch.no_grad():
             net[0].weight.fill_(1000)
@@ -240,7 +242,7 @@ class TestZeros:
         assert found.zeros_rounded == found.zeros == 1
         assert found.verdict == "does not learn: σ' of its neurons is rounded to 0"
 
-    def test_nothing_from_above(self) -> None:
+    def test_zeros_without_an_error_are_from_above(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
         with torch.no_grad():
             net[2].weight[:, 1] = 0
@@ -254,7 +256,7 @@ class TestZeros:
         assert found.by_w == 0
         assert found.by_sigma_prime is None
 
-    def test_off_wins_over_nothing_from_above(self) -> None:
+    def test_zeros_where_an_error_came_are_off(self) -> None:
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         with torch.no_grad():
             net[0].bias.fill_(-100)
@@ -262,8 +264,8 @@ class TestZeros:
         assert found.zeros == found.zeros_off == 1
         assert found.verdict == "does not learn: all its neurons are off"
 
-    def test_nothing_from_above_wins_over_off_where_nothing_came(self) -> None:
-        """As below a head that starts at 0, or below a layer whose neurons are all off."""
+    def test_neurons_that_are_off_where_no_error_came_count_as_from_above(self) -> None:
+        """As below a head whose weights start at 0, or below a layer whose neurons are all off."""
         net: Any = nn.Sequential(
             nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
         )
@@ -273,7 +275,7 @@ class TestZeros:
         assert found["0"].verdict == "does not learn: no error comes from above"
         assert found["2"].verdict == "does not learn: all its neurons are off"
 
-    def test_a_softplus_from_whose_a_the_slope_does_not_follow(self) -> None:
+    def test_a_softplus_with_a_low_threshold_rounds_nothing(self) -> None:
         layer: Any = nn.Sequential(nn.Linear(2, 3), nn.Softplus(threshold=2.0))
         found = trace_of(layer, torch.randn(5, 2)).diagnostics()["0"]
         z = F.linear(torch.randn(0, 2), layer[0].weight)
@@ -281,7 +283,7 @@ class TestZeros:
 
 
 class TestWhereBP2DoesNotHold:
-    """The factors are of BP2 alone: not where a goes elsewhere, or through something."""
+    """by_w and by_sigma_prime are unknown if a also goes elsewhere, or through something else."""
 
     @staticmethod
     def first_of(model: nn.Module) -> Any:
@@ -289,9 +291,9 @@ class TestWhereBP2DoesNotHold:
             model(torch.randn(6, 4)).square().sum(-1).mean().backward()
         return trace.diagnostics().layers[0]
 
-    def test_dropout_between(self) -> None:
+    def test_dropout_between_layers_leaves_the_factors_unknown(self) -> None:
         for inplace in (False, True):
-            # (In place after a ReLU, autograd itself would refuse it.)
+            # (In place after a ReLU, autograd itself would raise an error.)
             activation = nn.Identity() if inplace else nn.ReLU()
             net: Any = nn.Sequential(
                 nn.Linear(4, 8), activation, nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 2)
@@ -300,14 +302,14 @@ class TestWhereBP2DoesNotHold:
             assert found.by_w is found.by_sigma_prime is None
             assert found.ratio is not None
 
-    def test_an_unknown_activation(self) -> None:
+    def test_an_unknown_activation_leaves_all_about_sigma_prime_unknown(self) -> None:
         found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)))
         assert (
             found.by_w is found.by_sigma_prime is found.mean_sigma_prime is found.saturated is None
         )
         assert found.off is None
 
-    def test_a_residual_connection(self) -> None:
+    def test_a_residual_connection_leaves_the_factors_unknown(self) -> None:
         class Block(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -320,25 +322,25 @@ class TestWhereBP2DoesNotHold:
         found = self.first_of(Block())
         assert found.by_w is found.by_sigma_prime is None
 
-    def test_a_hundredth_from_elsewhere(self) -> None:
+    def test_one_percent_from_elsewhere_leaves_the_factors_unknown(self) -> None:
         class Leaking(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
-            def forward(self, x: Tensor, share: float = 0.01) -> Tensor:
+            def forward(self, x: Tensor, factor: float = 0.01) -> Tensor:
                 a = torch.sigmoid(self.first(x))
-                return self.second(a) + share * a  # type: ignore[no-any-return]
+                return self.second(a) + factor * a  # type: ignore[no-any-return]
 
         model = Leaking().double()
         nn.init.eye_(model.second.weight)
-        for share, holds in ((0.01, False), (0.0, True)):
+        for factor, holds in ((0.01, False), (0.0, True)):
             with record(model) as trace:
-                output = model(torch.randn(6, 4).double(), share)
+                output = model(torch.randn(6, 4).double(), factor)
                 output.square().sum(-1).mean().backward()
             assert (trace.diagnostics()["first"].by_w is not None) == holds
 
-    def test_a_transposed_view_of_a(self) -> None:
+    def test_a_layer_that_reads_a_transposed_view_of_a_is_no_reader(self) -> None:
         class Turned(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -352,7 +354,7 @@ class TestWhereBP2DoesNotHold:
             model(torch.randn(4, 4)).square().sum(-1).mean().backward()
         assert _reader(trace["first"], [trace["second"]]) is None
 
-    def test_a_slope_of_more_than_the_activation(self) -> None:
+    def test_a_second_use_of_z_leaves_the_factors_unknown(self) -> None:
         class Swish(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -387,23 +389,23 @@ class TestWhereBP2DoesNotHold:
         assert close(found.ratio, expected)
         assert found.by_w is not None
 
-    def test_where_sigma_prime_is_mostly_rounding(self) -> None:
-        """At z = 14, a (1 − a) of float32 is some percent off: BP2 holds nevertheless."""
+    def test_bp2_holds_where_sigma_prime_is_mostly_rounding(self) -> None:
+        """At z = 14, a (1 − a) in float32 is wrong by some percent, but BP2 still holds."""
         net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
         with torch.no_grad():
             net[0].bias.fill_(14)
         trace = trace_of(net, torch.randn(6, 3))
         found = trace.diagnostics()["0"]
         assert found.by_w is not None
-        came = trace["2"].delta @ net[2].weight
-        error = (trace["0"].delta - came * nn.functional.sigmoid(-trace["0"].z.double())).norm()
+        grad_a = trace["2"].delta @ net[2].weight
+        error = (trace["0"].delta - grad_a * nn.functional.sigmoid(-trace["0"].z.double())).norm()
         assert error > 0.001 * trace["0"].delta.norm()
 
-    def test_two_linear_layers_without_an_activation(self) -> None:
+    def test_by_sigma_prime_is_1_without_an_activation(self) -> None:
         found = self.first_of(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
         assert found.by_sigma_prime == pytest.approx(1)
 
-    def test_a_layer_that_ran_twice(self) -> None:
+    def test_a_layer_that_ran_twice_has_no_factors_but_a_mean_sigma_prime(self) -> None:
         layer = nn.Linear(4, 4)
         found = self.first_of(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2)))
         assert found.by_w is None
@@ -411,7 +413,7 @@ class TestWhereBP2DoesNotHold:
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_norms_of_errors_that_have_faded_or_grown(scale: float) -> None:
+def test_norms_of_tiny_and_huge_errors_are_exact(scale: float) -> None:
     layer = nn.Linear(4, 3)
     with record(layer, "sum") as trace:
         (layer(torch.randn(5, 4)) * scale).sum().backward()
@@ -429,7 +431,7 @@ def test_norms_of_errors_that_have_faded_or_grown(scale: float) -> None:
     zeroed=st.integers(0, 4),
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
-def test_numbers_of_any_size_and_of_none(
+def test_numbers_of_any_size_and_of_empty_tensors(
     widths: list[int], samples: int, rows: list[int], exponent: int, dtype: Any, zeroed: int
 ) -> None:
     """Layers without inputs or neurons, no samples, weights of 0, errors of 1e-300 or 1e300."""
@@ -469,8 +471,8 @@ def test_a_layer_without_inputs_learns_its_bias_if_it_has_one() -> None:
         assert last.verdict == ("learns" if bias else "has no weights")
 
 
-def test_a_deep_net_in_float64() -> None:
-    """Errors of 1e-226, whose squares are 0, are not taken for 0."""
+def test_a_deep_net_in_float64_has_exact_norms_and_a_cause() -> None:
+    """Errors of 1e-226, whose squares underflow, are not taken for 0."""
     net: Any = nn.Sequential()
     for _ in range(260):
         net.extend([nn.Linear(10, 10), nn.Sigmoid()])
@@ -491,7 +493,7 @@ def test_a_deep_net_in_float64() -> None:
     )
 
 
-def test_factors_whose_product_is_less_than_a_float() -> None:
+def test_the_cause_is_found_where_the_product_of_factors_underflows() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
     trace = trace_of(net, torch.rand(9, 4))
     first, last = trace.diagnostics().layers
@@ -501,8 +503,8 @@ def test_factors_whose_product_is_less_than_a_float() -> None:
         assert verdict.endswith(f"mostly because of {cause}")
 
 
-def test_beside_a_layer_without_an_error() -> None:
-    """The last layer is not always above: of two heads, one may be fit already."""
+def test_a_last_layer_without_an_error_does_not_spoil_the_others() -> None:
+    """The last layer to run need not be above the others: one of two heads may fit already."""
 
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
@@ -521,7 +523,7 @@ def test_beside_a_layer_without_an_error() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e170, 1e300])
-def test_dead_inputs_of_any_size(scale: float) -> None:
+def test_dead_inputs_do_not_depend_on_scale(scale: float) -> None:
     x = torch.rand(9, 4).double() + 0.5
     x[:, 1] = 1e-3
     layer = nn.Linear(4, 3, bias=False).double()
@@ -530,7 +532,7 @@ def test_dead_inputs_of_any_size(scale: float) -> None:
     assert trace.diagnostics()[""].dead_inputs == 0.25
 
 
-def test_not_finite() -> None:
+def test_nonfinite_numbers_are_counted_and_break_the_layer() -> None:
     net: Any = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
     with torch.no_grad():
         net[0].weight[0, 0] = torch.inf
@@ -550,7 +552,7 @@ def test_not_finite() -> None:
     assert "not finite" in str(found)
 
 
-def test_dead_inputs() -> None:
+def test_inputs_near_0_in_every_sample_are_dead() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
     x = torch.rand(9, 4) + 0.5
     x[:, 1] = 0
@@ -563,7 +565,7 @@ def test_dead_inputs() -> None:
     assert trace_of(net, x[:6]).diagnostics()["0"].verdict == "learns"
 
 
-def test_frozen_and_leaping() -> None:
+def test_a_frozen_layer_is_frozen_and_a_huge_update_leaps() -> None:
     net: Any = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2))
     net[2].weight.requires_grad_(False)
     found = trace_of(net, torch.randn(6, 4)).diagnostics(1e6)
@@ -580,7 +582,7 @@ def test_frozen_and_leaping() -> None:
 
 
 def deep(std: float | None, gain: float = 1.0, layers: int = 6) -> nn.Sequential:
-    """A deep sigmoid net; std None is Xavier's, with the bias that centres z."""
+    """A deep sigmoid net; if std is None, with Xavier's weights and biases that centre z."""
     torch.manual_seed(0)
     sizes = [20] * layers + [5]
     modules: list[nn.Module] = []
@@ -598,34 +600,36 @@ def deep(std: float | None, gain: float = 1.0, layers: int = 6) -> nn.Sequential
 
 
 class TestVerdicts:
-    """A bad start, a saturated net and a healthy one, told apart."""
+    """Badly initialised, saturated and healthy nets get different verdicts."""
 
     @staticmethod
     def of(net: nn.Sequential) -> Diagnostics:
         x = torch.rand(32, 20, generator=torch.Generator().manual_seed(1))
         return trace_of(net, x).diagnostics(0.1)
 
-    def test_a_bad_start(self) -> None:
+    def test_small_weights_make_the_error_fade_because_of_w(self) -> None:
         found = self.of(deep(0.01))
         assert found["0"].verdict.startswith("learns slowly: its error is ")
         assert found["0"].verdict.endswith("smaller than the last layer's, mostly because of wᵀ")
         assert found["10"].verdict == "learns"
 
-    def test_a_start_where_sigma_prime_shrinks_most(self) -> None:
+    def test_larger_weights_make_it_fade_because_of_sigma_prime(self) -> None:
         found = self.of(deep(0.15))
         assert found["0"].verdict.endswith("smaller than the last layer's, mostly because of σ'")
 
-    def test_a_saturated_net(self) -> None:
+    def test_huge_weights_saturate_every_hidden_layer(self) -> None:
         for layer in self.of(deep(30.0)).layers[:-1]:
             assert layer.saturated is not None
             assert layer.saturated >= 0.9
-            share = f"{layer.saturated:.0%}"
-            assert layer.verdict.startswith(f"learns slowly: {share} of its neurons are saturated")
+            percent = f"{layer.saturated:.0%}"
+            assert layer.verdict.startswith(
+                f"learns slowly: {percent} of its neurons are saturated"
+            )
 
-    def test_a_healthy_net(self) -> None:
+    def test_every_layer_of_a_healthy_net_learns(self) -> None:
         assert {layer.verdict for layer in self.of(deep(None, 4.0)).layers} == {"learns"}
 
-    def test_an_exploding_net(self) -> None:
+    def test_an_exploding_net_is_unstable_because_of_w(self) -> None:
         net = deep(None, 4.0)
         convert(net)
         tanh = nn.Sequential(*[nn.Identity() if isinstance(m, nn.Sigmoid) else m for m in net])
@@ -633,21 +637,21 @@ class TestVerdicts:
         assert found.verdict.startswith("is unstable: its error is ")
         assert found.verdict.endswith("larger than the last layer's, mostly because of wᵀ")
 
-    def test_no_cause_is_named_where_it_is_not_known(self) -> None:
+    def test_an_unknown_cause_is_not_named(self) -> None:
         net: Any = nn.Sequential(*[m if isinstance(m, Linear) else nn.GELU() for m in deep(0.01)])
         assert self.of(net)["0"].verdict.endswith("times smaller than the last layer's")
 
-    def test_they_are_printed_below_the_table(self) -> None:
+    def test_verdicts_are_printed_below_the_table(self) -> None:
         found = self.of(deep(8.0))
         lines = str(found).splitlines()
         assert lines[0].split()[:3] == ["layer", "‖δ‖", "to"]
         assert "update" in lines[0]
-        assert "not finite" not in lines[0]  # there is nothing to say of it
+        assert "not finite" not in lines[0]  # it is 0 in every layer
         assert [line.split()[0] for line in lines[2:8]] == [layer.name for layer in found.layers]
         assert lines[-1].split(maxsplit=1) == [found.layers[-1].name, found.layers[-1].verdict]
         assert max(map(len, lines)) < 140
 
-    def test_names_that_could_be_numbers_are_printed_as_they_are(self) -> None:
+    def test_names_that_look_like_numbers_are_printed_unchanged(self) -> None:
         names = ["1e5", "1_000", "0017", "nan"]
         net = nn.Sequential()
         for name in names:
@@ -656,24 +660,24 @@ class TestVerdicts:
         assert [line.split()[0] for line in lines[2:6]] == names
         assert [line.split()[0] for line in lines[-4:]] == names
 
-    def test_what_is_elsewhere_is_said_below(self) -> None:
+    def test_parameters_elsewhere_are_named_below_the_table(self) -> None:
         net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
         printed = str(trace_of(net, torch.randn(9, 4)).diagnostics())
         assert printed.endswith(
             "not in this table: 2 parameters with gradients from elsewhere (1.weight, 1.bias)"
         )
 
-    def test_they_can_be_gone_through(self) -> None:
+    def test_diagnostics_iterate_over_their_layers(self) -> None:
         found = self.of(deep(8.0))
         assert list(found) == list(found.layers)
 
-    def test_an_unknown_layer(self) -> None:
+    def test_an_unknown_layer_raises_a_key_error(self) -> None:
         with pytest.raises(KeyError, match="no layer '1'; there are"):
             self.of(deep(8.0))["1"]
 
 
 class TestThresholds:
-    """What each verdict begins with."""
+    """The numbers from which on each verdict is given."""
 
     @staticmethod
     def of(samples: int = 9, above: Any = None, **numbers: Any) -> str:
@@ -702,11 +706,13 @@ class TestThresholds:
             ({"dead_inputs": 0.5}, {"dead_inputs": 0.49}, "learns in part: 50% of its inputs"),
         ],
     )
-    def test_where_it_begins(self, enough: Any, not_enough: Any, begins: str) -> None:
+    def test_each_verdict_begins_at_its_threshold(
+        self, enough: Any, not_enough: Any, begins: str
+    ) -> None:
         assert self.of(**enough).startswith(begins)
         assert self.of(**not_enough) == "learns"
 
-    def test_of_the_last_layer(self) -> None:
+    def test_the_last_layer_is_saturated_only_if_little_error_passes(self) -> None:
         trace = trace_of(nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), torch.rand(9, 4))
         (last,) = trace.diagnostics()
         for saturated, passed, is_stopped in [(0.9, 0.009, 1), (0.9, 0.011, 0), (0.89, 0.009, 0)]:
@@ -715,20 +721,20 @@ class TestThresholds:
             assert verdict.startswith("learns slowly: 90%" if is_stopped else "learns")
             assert ("saturated" in verdict) == is_stopped
 
-    def test_few_samples(self) -> None:
+    def test_few_samples_are_not_enough_for_off_and_dead(self) -> None:
         for numbers in ({"off": 1.0}, {"dead_inputs": 1.0}):
             assert self.of(7, **numbers) == "learns"
             assert self.of(8, **numbers).startswith("learns in part: 100%")
         assert self.of(0) == "saw no samples"
 
     @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
-    def test_a_bad_learning_rate(self, rate: float) -> None:
+    def test_a_learning_rate_must_be_above_0(self, rate: float) -> None:
         trace = trace_of(nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4))
         with pytest.raises(ValueError, match=f"learning_rate must be above 0; got {rate}"):
             trace.diagnostics(rate)
 
 
-def test_low_precision(device: torch.device) -> None:
+def test_bfloat16_gives_nearly_the_same_numbers(device: torch.device) -> None:
     net: Any = nn.Sequential(nn.Linear(8, 6), nn.Sigmoid(), nn.Linear(6, 4), nn.Sigmoid()).to(
         device
     )
@@ -760,7 +766,7 @@ def test_complex_numbers_are_refused() -> None:
         trace.diagnostics()
 
 
-def test_it_changes_nothing() -> None:
+def test_diagnostics_change_no_tensor() -> None:
     net: Any = nn.Sequential(LinearSigmoid(4, 3), nn.Linear(3, 2), nn.ReLU(inplace=True))
     trace = trace_of(net, torch.randn(5, 4))
     before = [t.clone() for layer in trace.layers for t in (layer.z, layer.a, layer.delta)]

@@ -1,4 +1,4 @@
-"""What docs/trace.md says is so."""
+"""docs/trace.md agrees with the code."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_the_thresholds_are_those_of_the_code() -> None:
     assert f"an update {_verdict.LEAP:.0f} times larger than the weights" in words
 
 
-def test_its_methods_are_there() -> None:
+def test_every_method_of_a_trace_named_in_the_page_exists() -> None:
     for name in re.findall(r"`(?:trace\.)?(\w+)\(", PAGE):
         if name.startswith(("per_sample", "clipped", "split", "diagnostics")):
             assert hasattr(Trace, name), name

@@ -1,4 +1,4 @@
-"""Every sample's own gradient: against a loop over single samples, and against vmap(grad)."""
+"""Every sample's own gradient, against a loop over single samples and against vmap(grad)."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Grads = dict[str, Tensor]
 
 
 def loss(output: Tensor, y: Tensor) -> Tensor:
-    """C_x of each sample: whatever the dimensions of its output, (N,)."""
+    """C_x of each sample, (N,), for outputs of any dimensions."""
     return (output - y).square().flatten(1).sum(1) / 2 + output.sin().flatten(1).sum(1)
 
 
@@ -57,7 +57,7 @@ def assert_same_grads(found: Grads, expected: Grads) -> None:
 
 
 def assert_follows(trace: Trace, model: nn.Module, x: Tensor, y: Tensor, reduction: str) -> None:
-    """All per-sample results, and their sums beside `.grad` of the pass, from the loop."""
+    """All per-sample results equal the loop's, and reduce to `.grad` of the pass."""
     whole = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     expected = loop(model, x, y)
     found = trace.per_sample_grads()
@@ -76,7 +76,7 @@ def assert_follows(trace: Trace, model: nn.Module, x: Tensor, y: Tensor, reducti
 
 
 class Model(nn.Module):
-    """Layers of all kinds: alone, run twice, tied, without a bias, fused."""
+    """All kinds of layers: plain, run twice, tied, without a bias, fused."""
 
     def __init__(self, sizes: tuple[int, int, int]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ sizes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
     reduction=st.sampled_from(["mean", "sum"]),
     seed=st.integers(0, 100),
 )
-def test_any_shape_against_the_loop(
+def test_any_shape_equals_the_loop_over_samples(
     sizes: tuple[int, int, int], samples: int, rows: list[int], reduction: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -118,7 +118,7 @@ def test_any_shape_against_the_loop(
 
 
 @given(sizes=sizes, samples=st.integers(1, 6), rows=st.lists(st.integers(1, 4), max_size=2))
-def test_any_shape_against_vmap_of_grad(
+def test_any_shape_equals_vmap_of_grad(
     sizes: tuple[int, int, int], samples: int, rows: list[int]
 ) -> None:
     model = Model(sizes)
@@ -134,7 +134,7 @@ def test_any_shape_against_vmap_of_grad(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_on_every_device(reduction: str, device: torch.device) -> None:
+def test_every_device_equals_the_loop_over_samples(reduction: str, device: torch.device) -> None:
     model = Model((3, 4, 2)).to(device)
     x = torch.randn(5, 3, dtype=torch.float64, device=device)
     y = torch.randn(5, 2, dtype=torch.float64, device=device)
@@ -142,8 +142,10 @@ def test_on_every_device(reduction: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 4, 3)], ids=str)
-def test_of_backprop(shape: tuple[int, ...], device: torch.device) -> None:
-    """Where a sample has several rows, its own cost is the mean over them."""
+def test_backprop_gives_the_gradient_of_each_sample_alone(
+    shape: tuple[int, ...], device: torch.device
+) -> None:
+    """If a sample has several rows, its own cost is the mean over them."""
     net = nn.Sequential(Linear(3, 4), Sigmoid(), Linear(4, 2), Sigmoid()).to(device, torch.float64)
     x = torch.randn(shape, dtype=torch.float64, device=device)
     y = torch.rand((*shape[:-1], 2), dtype=torch.float64, device=device)
@@ -164,11 +166,11 @@ def test_of_backprop(shape: tuple[int, ...], device: torch.device) -> None:
 
 
 class TestForms:
-    """Both forms of a norm, in chunks and whole, and which is taken."""
+    """Both forms of a norm, at once and in chunks, and which of them is used."""
 
     @pytest.mark.parametrize("form", [_per_sample._gram_norm, _per_sample._direct_norm])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-    def test_each_is_the_norm(
+    def test_each_form_is_the_norm(
         self, form: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         a = torch.randn(5, 4, 3, dtype=dtype, device=device)
@@ -179,7 +181,7 @@ class TestForms:
         assert_same([_per_sample.norm_w(a, delta)], [slow])
 
     @pytest.mark.parametrize(("rows", "form"), [(2, "gram"), (32, "gram"), (33, "direct")])
-    def test_the_cheaper_is_taken(
+    def test_the_cheaper_form_is_used(
         self, rows: int, form: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert _per_sample.gram_is_cheaper(rows, 64, 64) == (form == "gram")
@@ -190,8 +192,8 @@ class TestForms:
         norms = _per_sample.norm_w(torch.ones(5, rows, 64), torch.ones(5, rows, 64))
         assert norms.tolist() == [2.0 if form == "gram" else 3.0] * 5
 
-    def test_rows_that_cancel(self, device: torch.device) -> None:
-        """In float32, as where words are much alike and their errors add up to nothing."""
+    def test_rows_that_cancel_keep_their_digits(self, device: torch.device) -> None:
+        """In float32, as when words are much alike and their errors nearly add up to 0."""
         a = 1 + 1e-4 * torch.randn(9, 16, 40, device=device)
         delta = torch.randn(9, 16, 50, device=device)
         delta[2:7] -= delta[2:7].mean(1, keepdim=True)
@@ -202,7 +204,7 @@ class TestForms:
         assert_same([_per_sample.norm_w(a, delta)[[0, 1, 7, 8]]], [exact[[0, 1, 7, 8]]], rtol=1e-6)
 
     @pytest.mark.parametrize("rows", [2, 9])
-    def test_in_chunks(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_chunks_give_the_same_norms(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         a = torch.randn(7, rows, 6, dtype=torch.float64)
         delta = torch.randn(7, rows, 5, dtype=torch.float64)
         whole = _per_sample.norm_w(a, delta)
@@ -218,12 +220,14 @@ class TestForms:
         monkeypatch.setattr(_per_sample, "CHUNK", 3 * numbers + 1)
         assert torch.equal(_per_sample.norm_w(a, delta), whole)
         assert taken == [3, 3, 1]
-        monkeypatch.setattr(_per_sample, "CHUNK", numbers - 1)  # one does not fit, and must
+        monkeypatch.setattr(
+            _per_sample, "CHUNK", numbers - 1
+        )  # one sample is too large, but must fit
         assert torch.equal(_per_sample.norm_w(a, delta), whole)
         assert taken[3:] == [1] * 7
 
-    def test_norms_make_no_gradient(self, device: torch.device) -> None:
-        """For samples of one row, nothing as large as a gradient of each is ever made."""
+    def test_norms_and_clipping_compute_no_per_sample_gradient(self, device: torch.device) -> None:
+        """For samples of one row, no tensor as large as all their gradients is ever made."""
         net = nn.Sequential(nn.Linear(40, 30), nn.Sigmoid(), nn.Linear(30, 20)).to(device)
         x, y = torch.randn(50, 40, device=device), torch.randn(50, 20, device=device)
         trace = traced(net, x, y)
@@ -248,8 +252,8 @@ class TestForms:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-20, 1.0, 1e18], ids=str)
-def test_norms_neither_vanish_nor_overflow(scale: float) -> None:
-    """Squares of float32 would, below 1e-22 and above 1e19."""
+def test_norms_of_tiny_and_huge_errors_neither_vanish_nor_overflow(scale: float) -> None:
+    """Squares in float32 would, below 1e-22 and above 1e19."""
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     for rows in ((), (2,), (40,)):
         x, y = torch.randn(5, *rows, 4), torch.randn(5, *rows, 2)
@@ -264,7 +268,7 @@ def test_norms_neither_vanish_nor_overflow(scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e20], ids=str)
-def test_nor_do_they_of_tiny_and_huge_inputs(scale: float) -> None:
+def test_norms_of_tiny_and_huge_inputs_neither_vanish_nor_overflow(scale: float) -> None:
     layer = nn.Linear(4, 3, bias=False)
     for rows in ((), (2,), (40,)):
         x = torch.randn(5, *rows, 4)
@@ -281,29 +285,29 @@ def test_nor_do_they_of_tiny_and_huge_inputs(scale: float) -> None:
 
 @pytest.mark.parametrize("faded", [1e-21, 1e-23])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_where_one_of_both_is_out_of_range_alone(faded: float, rows: int) -> None:
+def test_norms_are_right_if_only_delta_is_out_of_range(faded: float, rows: int) -> None:
     a, delta = torch.randn(5, rows, 8) * 1e10, torch.randn(5, rows, 6) * faded
     exact = _per_sample.grad_w(a.double(), delta.double()).flatten(1).norm(dim=1)
     assert_same([_per_sample.norm_w(a, delta)], [exact], rtol=1e-5, atol=0)
 
 
 def exact_norms(t: Tensor) -> Tensor:
-    """Over all but the first dimension, whatever the range of the numbers."""
+    """Norms over all dimensions but the first, for numbers of any magnitude."""
     norms = [math.hypot(*of_one.flatten().tolist()) for of_one in t]
     return torch.tensor(norms, dtype=torch.float64)
 
 
-# How many powers of ten the rows of a, of δ, and of their products may be away from 1.
+# How many powers of ten the rows of a or δ, and their products, may be away from 1.
 REACH = {torch.float32: (35, 70), torch.float64: (290, 290)}
 
 
 @pytest.mark.parametrize("dtype", REACH, ids=str)
 @pytest.mark.parametrize("form", ["gram", "direct", "chosen", "of b"])
 @given(shape=st.tuples(*[st.integers(1, 4)] * 4), reach=st.floats(0, 1), seed=st.integers(0, 100))
-def test_norms_of_rows_of_any_size(
+def test_norms_of_rows_of_any_magnitude(
     form: str, dtype: torch.dtype, shape: tuple[int, ...], reach: float, seed: int
 ) -> None:
-    """a may be as small as δ is large, and in one row the other way round than in the next."""
+    """a may be as small as δ is large, and the other way round in the next row."""
     samples, rows, n_in, n_out = shape
     torch.manual_seed(seed)
     of_one, of_both = (limit * reach for limit in REACH[dtype])
@@ -327,7 +331,7 @@ def test_norms_of_rows_of_any_size(
 
 @pytest.mark.parametrize("rows", [(), (2,), (40,)], ids=str)
 @pytest.mark.parametrize("scale", [1e-290, 1e-200, 1e-160, 1e-80, 1e80, 1e160, 1e200, 1e290])
-def test_float64_over_all_layers(scale: float, rows: tuple[int, ...]) -> None:
+def test_norms_and_clipping_over_all_layers_in_float64(scale: float, rows: tuple[int, ...]) -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
     x, y = torch.randn(5, *rows, 4).double(), torch.randn(5, *rows, 2).double()
     with record(net, "sum") as trace:
@@ -344,7 +348,7 @@ def test_float64_over_all_layers(scale: float, rows: tuple[int, ...]) -> None:
 
 
 def trace_of_pair(a: Tensor, delta: Tensor) -> Trace:
-    """Of a layer without a bias that saw these, under the sum."""
+    """The trace of a layer without a bias that had this pair, under the sum."""
     w = nn.Parameter(torch.zeros(delta.shape[-1], a.shape[-1], dtype=a.dtype))
     layer = LayerTrace("", w, None, (Call(a, delta, delta, delta),))
     return Trace(torch.tensor(0.0), delta, (layer,), {w: "weight"})
@@ -354,7 +358,7 @@ def trace_of_pair(a: Tensor, delta: Tensor) -> Trace:
 @pytest.mark.parametrize(
     ("dtype", "a_size", "delta_size", "max_norm"),
     [
-        (torch.float32, 1e25, 1e25, 1.0),  # the factor is less than float32 can hold
+        (torch.float32, 1e25, 1e25, 1.0),  # the factor is too small for float32
         (torch.float32, 1e37, 1e-5, 1e-12),  # so is the factor times δ
         (torch.float32, 1e30, 1e-30, 1e-9),
         (torch.float32, 1e-30, 1e30, 1e-9),
@@ -366,7 +370,7 @@ def trace_of_pair(a: Tensor, delta: Tensor) -> Trace:
     ],
     ids=str,
 )
-def test_clipping_of_gradients_of_any_size(
+def test_clipping_of_gradients_of_any_magnitude(
     dtype: torch.dtype, a_size: float, delta_size: float, max_norm: float, rows: tuple[int, ...]
 ) -> None:
     a = (torch.randn(5, *rows, 4).double() * a_size).to(dtype)
@@ -383,7 +387,7 @@ def test_clipping_of_gradients_of_any_size(
     assert_same([found.double() / max_norm], [expected / max_norm], rtol=rtol, atol=rtol)
 
 
-def test_a_norm_beyond_all_numbers_is_infinite_and_no_sample_is_left_out() -> None:
+def test_a_norm_beyond_float64_is_infinite_and_no_sample_is_left_out() -> None:
     a, delta = torch.ones(3, 4).double(), torch.ones(3, 2).double()
     a[1], delta[1] = 1e200, 1e200
     trace = trace_of_pair(a, delta)
@@ -391,7 +395,7 @@ def test_a_norm_beyond_all_numbers_is_infinite_and_no_sample_is_left_out() -> No
     assert trace.clipped_grads(1.0)["weight"].isnan().all()
 
 
-def test_norms_of_a_model_in_half_precision(device: torch.device) -> None:
+def test_norms_of_a_float16_model_may_exceed_float16(device: torch.device) -> None:
     layer = nn.Linear(4, 3, dtype=torch.float16, device=device)
     x = torch.full((2, 4), 300.0, dtype=torch.float16, device=device)
     with record(layer, "sum") as trace:
@@ -402,7 +406,7 @@ def test_norms_of_a_model_in_half_precision(device: torch.device) -> None:
     assert expected[0] > torch.finfo(torch.float16).max
 
 
-def test_complex_numbers(device: torch.device) -> None:
+def test_complex_gradients_equal_the_loop_over_samples(device: torch.device) -> None:
     net = nn.Sequential(Linear(3, 4), nn.Tanh(), Linear(4, 2)).to(device)
     with pytest.warns(UserWarning, match="Complex modules are a new feature"):
         net.to(torch.complex128)
@@ -431,7 +435,7 @@ def test_complex_numbers(device: torch.device) -> None:
 
 class TestFewSamples:
     @pytest.mark.parametrize("rows", [(), (3,), (0,)], ids=str)
-    def test_none(self, rows: tuple[int, ...], device: torch.device) -> None:
+    def test_no_samples(self, rows: tuple[int, ...], device: torch.device) -> None:
         model = Model((3, 4, 2)).to(device)
         x = torch.randn(0, *rows, 3, dtype=torch.float64, device=device)
         y = torch.randn(0, *rows, 2, dtype=torch.float64, device=device)
@@ -444,7 +448,7 @@ class TestFewSamples:
         assert list(trace.split(3)) == []
         assert "first" in str(trace.diagnostics())
 
-    def test_no_rows(self) -> None:
+    def test_samples_without_rows_have_norm_0(self) -> None:
         model = Model((3, 4, 2))
         trace = traced(model, torch.randn(2, 0, 3).double(), torch.randn(2, 0, 2).double())
         assert torch.equal(trace.per_sample_norms(), torch.zeros(2, dtype=torch.float64))
@@ -457,7 +461,7 @@ class TestFewSamples:
         activation=st.sampled_from([nn.Sigmoid, nn.ReLU, nn.GELU]),
         dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     )
-    def test_none_of_anything(
+    def test_empty_dimensions_anywhere(
         self, widths: list[int], samples: int, rows: list[int], activation: Any, dtype: torch.dtype
     ) -> None:
         """Layers without inputs or neurons, samples without rows, no samples."""
@@ -481,7 +485,7 @@ class TestFewSamples:
         assert len(trace.diagnostics(0.1).layers) == len(widths) - 1
         assert "not in this table" not in str(trace.diagnostics(0.1))
 
-    def test_one_without_a_batch(self) -> None:
+    def test_a_single_sample_without_a_batch_dimension(self) -> None:
         model = Model((3, 4, 2))
         x, y = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
         model.zero_grad()
@@ -498,7 +502,7 @@ def explicit(net: nn.Sequential, x: Tensor, y: Tensor) -> Trace:
 
 class TestSplit:
     @pytest.mark.parametrize("size", [1, 3, 7, 100])
-    def test_parts_make_up_the_whole(self, size: int) -> None:
+    def test_parts_add_up_to_the_whole(self, size: int) -> None:
         model = Model((3, 4, 2))
         x = torch.randn(7, 2, 3, dtype=torch.float64)
         y = torch.randn(7, 2, 2, dtype=torch.float64)
@@ -520,7 +524,7 @@ class TestSplit:
             )
 
     @pytest.mark.parametrize("make", ["record", "backprop"])
-    def test_parts_hold_what_is_theirs(self, make: str) -> None:
+    def test_parts_have_the_tensors_and_gradients_of_their_samples(self, make: str) -> None:
         net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)).double()
         x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
         makes = {"record": lambda: traced(net, x, y), "backprop": lambda: explicit(net, x, y)}
@@ -535,7 +539,7 @@ class TestSplit:
                 expected = whole.delta[rows].mT @ whole.a_prev[rows]
                 assert_same([layer.grad_w, layer.grad_b], [expected, whole.delta[rows].sum(0)])  # type: ignore[list-item]
 
-    def test_bad_size(self) -> None:
+    def test_size_must_be_an_integer_of_at_least_1(self) -> None:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
         with pytest.raises(TypeError, match="size must be an integer; got float"):
             next(trace.split(2.5))  # type: ignore[arg-type]
@@ -545,17 +549,17 @@ class TestSplit:
 
 class TestRefusals:
     @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
-    def test_max_norm(self, max_norm: float) -> None:
+    def test_max_norm_must_be_above_0(self, max_norm: float) -> None:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
         with pytest.raises(ValueError, match=f"max_norm must be above 0; got {max_norm}"):
             trace.clipped_grads(max_norm)
 
-    def test_no_number(self) -> None:
+    def test_max_norm_must_be_a_number(self) -> None:
         trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
         with pytest.raises(TypeError, match="max_norm must be a number; got str"):
             trace.clipped_grads("1")  # type: ignore[arg-type]
 
-    def test_layers_that_see_other_samples(self) -> None:
+    def test_layers_that_see_different_numbers_of_samples_are_refused(self) -> None:
         class Flattening(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -576,7 +580,7 @@ class TestRefusals:
                 ask()
         assert trace["inner"].per_sample_grad_b().shape == (20, 3)  # type: ignore[union-attr]
 
-    def test_a_layer_that_sees_now_these_now_those(self) -> None:
+    def test_a_layer_whose_number_of_samples_changes_is_refused(self) -> None:
         layer = nn.Linear(3, 3)
         with record(layer) as trace:
             (layer(torch.randn(4, 3)).mean() + layer(torch.randn(5, 3)).mean()).backward()
@@ -585,7 +589,7 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("name", ["a_prev", "delta"])
-def test_what_was_written_over_since_is_refused(name: str) -> None:
+def test_tensors_changed_since_the_pass_are_refused(name: str) -> None:
     trace = traced(nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2))
     trace.per_sample_norms()
     getattr(trace[""], name).zero_()
@@ -601,7 +605,7 @@ def test_what_was_written_over_since_is_refused(name: str) -> None:
             ask()
 
 
-def test_a_sample_that_is_not_finite_spoils_no_other() -> None:
+def test_a_nonfinite_sample_does_not_affect_the_others() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     for rows in ((), (2,), (9,)):
         x, y = torch.randn(4, *rows, 3), torch.randn(4, *rows, 2)
@@ -625,7 +629,7 @@ def test_a_sample_without_a_gradient_is_not_scaled() -> None:
     assert all(grad.isfinite().all() for grad in trace.clipped_grads(0.1).values())
 
 
-def test_what_they_return_is_like_the_parameters(device: torch.device) -> None:
+def test_results_have_the_dtype_and_device_of_the_parameters(device: torch.device) -> None:
     net = nn.Sequential(nn.Linear(3, 2)).to(device, torch.bfloat16)
     x = torch.randn(4, 3, device=device, dtype=torch.bfloat16)
     trace = traced(net, x, torch.randn(4, 2, device=device, dtype=torch.bfloat16))
@@ -636,8 +640,8 @@ def test_what_they_return_is_like_the_parameters(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("rows", [(), (2,), (40,)], ids=str)
-def test_low_precision_is_that_of_the_pairs_alone(rows: tuple[int, ...]) -> None:
-    """From a and δ in bfloat16, norms come to six digits, and not to two."""
+def test_only_the_pairs_are_in_low_precision(rows: tuple[int, ...]) -> None:
+    """From a and δ in bfloat16, norms have six right digits, not two."""
     layer = nn.Linear(16, 12, dtype=torch.bfloat16)
     x = torch.randn(5, *rows, 16).bfloat16()
     trace = traced(layer, x, torch.randn(5, *rows, 12).bfloat16())

@@ -16,7 +16,7 @@ def trace(net: nn.Sequential) -> Trace:
     return backprop(net, torch.randn(6, 5), torch.rand(6, 2), QuadraticCost())
 
 
-def test_layers_in_forward_order_by_name(net: nn.Sequential, trace: Trace) -> None:
+def test_layers_are_in_forward_order_and_found_by_name(net: nn.Sequential, trace: Trace) -> None:
     assert [layer.name for layer in trace.layers] == ["0", "2"]
     first, second = trace.layers
     assert trace["2"] is second
@@ -29,12 +29,12 @@ def test_layers_in_forward_order_by_name(net: nn.Sequential, trace: Trace) -> No
     assert trace.output is second.a
 
 
-def test_an_unknown_layer(trace: Trace) -> None:
+def test_an_unknown_layer_raises_a_key_error_with_the_names(trace: Trace) -> None:
     with pytest.raises(KeyError, match="no layer '1' in this trace, which has '0', '2'"):
         trace["1"]
 
 
-def test_assign_grads_adds(net: nn.Sequential, trace: Trace) -> None:
+def test_assign_grads_adds_to_grad(net: nn.Sequential, trace: Trace) -> None:
     trace.assign_grads()
     once = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     assert len(once) == 4
@@ -45,7 +45,7 @@ def test_assign_grads_adds(net: nn.Sequential, trace: Trace) -> None:
         assert torch.equal(parameter.grad, 2 * grad)
 
 
-def test_what_is_done_to_grad_does_not_reach_the_trace(net: nn.Sequential, trace: Trace) -> None:
+def test_changes_to_grad_do_not_affect_the_trace(net: nn.Sequential, trace: Trace) -> None:
     kept = trace["0"].grad_w
     assert kept is not None
     before = kept.clone()
@@ -55,7 +55,7 @@ def test_what_is_done_to_grad_does_not_reach_the_trace(net: nn.Sequential, trace
     assert torch.equal(kept, before)
 
 
-def test_any_optimizer_can_step(net: nn.Sequential) -> None:
+def test_an_optimizer_can_step_with_assigned_gradients(net: nn.Sequential) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     x, y, cost = torch.randn(6, 5), torch.rand(6, 2), QuadraticCost()
     costs = []
@@ -100,12 +100,12 @@ def test_repr_is_short(trace: Trace) -> None:
         (torch.zeros(0), "tensor([])"),
     ],
 )
-def test_repr_of_any_cost(cost: torch.Tensor, shown: str) -> None:
+def test_repr_shows_any_cost(cost: torch.Tensor, shown: str) -> None:
     assert repr(Trace(cost, None, (), {})) == f"Trace(cost={shown}, layers=[])"
 
 
-def test_repr_where_there_are_no_values(device: torch.device) -> None:
-    """On the meta device, of fake tensors, under a transform; and where there are, elsewhere."""
+def test_repr_works_without_values(device: torch.device) -> None:
+    """On the meta device, for fake tensors and under a transform; elsewhere it shows the number."""
     net = nn.Sequential(Linear(5, 4)).to(device)
     x, y = torch.randn(6, 5, device=device), torch.rand(6, 4, device=device)
     trace = backprop(net, x, y, QuadraticCost())
