@@ -7,8 +7,8 @@ In the notes a sample is a column; here it is a row, so every transpose moves:
     BP3    ∂C/∂b^l = δ^l                          grad_b[l] = delta[l].sum(0)
     BP4    ∂C/∂w^l = δ^l (a^(l-1))ᵀ               grad_w[l] = delta[l].mT @ a[l-1]
 
-BP3 and BP4 as the notes have them belong to one sample. For a batch they are added up over its
-rows, which `.sum(0)` and the matrix product do.
+In the notes, BP3 and BP4 are for one sample. For a batch they are summed over its rows, which
+`.sum(0)` and the matrix product do.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
@@ -33,21 +33,21 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
     Args:
         net: Linear layers and activations, ours or `torch.nn`'s own of the same kind, or
             `LinearSigmoid`s, in an `nn.Sequential`. A linear layer that no activation follows has
-            a = z; one that several follow has their composition for σ.
+            a = z; for one that several follow, σ is their composition.
         x: Inputs, the a^0 of the notes, shape (N, in); also (in,) and (..., in).
-        y: Targets, as the cost wants them.
+        y: Targets, as the cost takes them.
         cost: A `Cost` reduced by "mean" or "sum". The cross-entropies are functions of z: they
-            want a net that ends with a linear layer.
+            need a net that ends with a linear layer.
 
     Returns:
-        A `Trace`. Its gradients are of the reduced cost: they equal `.grad` after
-        `cost(net(x), y).backward()`. Parameters, and their `.grad`, are left as they were. Nothing
+        A `Trace`. Its gradients are those of the reduced cost: they equal `.grad` after
+        `cost(net(x), y).backward()`. Parameters and their `.grad` are left as they were. Nothing
         in the Trace is part of an autograd graph.
 
     Raises:
-        TypeError: net is no nn.Sequential; or it holds a module of another kind, or one that
-            does more than its formula (hooks, a reparametrised weight), and the message names its
-            place. Or x, y or cost is of the wrong kind: real numbers only.
+        TypeError: net is not an nn.Sequential, or it holds a module of another kind, or one that
+            does more than its formula (hooks, a reparametrised weight); the message names it. Or
+            x, y or cost is of the wrong kind: real numbers only.
         ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
             or the cost is not reduced.
     """
