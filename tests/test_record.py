@@ -1347,7 +1347,7 @@ class TestUnusualWays:
         net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
         trace = recorded(net, torch.randn(6, 4))
         getattr(trace["0"], name).zero_()
-        with pytest.raises(RuntimeError, match=f"changed in place was {name}"):
+        with pytest.raises(RuntimeError, match=f"got {name} changed in place"):
             trace.diagnostics()
 
     def test_a_pass_within_the_pass(self) -> None:
@@ -1464,7 +1464,7 @@ class TestUnusualWays:
         found = recorded(net, torch.randn(9, 4)).diagnostics()["0"]
         assert found.zeros == 1
         assert found.zeros_off == found.zeros_from_above == found.zeros_rounded == 0
-        assert found.verdict.endswith("from above, or an activation that is not known is off")
+        assert found.verdict.endswith("from above, or an unknown activation is off")
 
 
 class RunsAgain(torch.autograd.Function):
