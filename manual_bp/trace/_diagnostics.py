@@ -16,10 +16,9 @@ class LayerDiagnostics:
     by_w              ‖wᵀδ^(l+1)‖ / ‖δ^(l+1)‖, the first factor of that ratio in BP2
     by_sigma_prime    ‖δ^l‖ / ‖wᵀδ^(l+1)‖, the second factor, the effect of ⊙ σ'
     mean_sigma_prime  the mean of σ'(z) over the batch
-    saturated         the fraction of neurons, counted for each sample, whose σ' is not 0 but less
-                      than 5 % of the largest possible
-    passed            ‖δ^l‖ / ‖∂C/∂a^l‖ relative to the largest possible σ', where σ' is not 0: how
-                      much of the error passes ⊙ σ'
+    saturated         the fraction of neurons, for each sample, with 0 < σ' < 5 % of the largest σ'
+    passed            ‖δ^l‖ / ‖∂C/∂a^l‖ relative to the largest σ', where σ' is not 0: how much
+                      of the error passes ⊙ σ'
     off               the fraction of neurons whose σ' is 0 for every sample: dead ReLUs
     zeros             the fraction of δ that is exactly 0, of which
     zeros_rounded       σ'(z) > 0, but it or its product with the error was rounded to 0;
@@ -31,10 +30,10 @@ class LayerDiagnostics:
     dead_inputs       the fraction of inputs that are near 0 in the whole batch
     verdict           a summary in one line
 
-    A number is None if it does not exist or is not known: the ratio of the last layer; by_w and
-    by_sigma_prime if BP2 does not hold, because a does not go directly into another layer, or not
-    only there; what needs σ', if no known activation follows; the norm of a gradient if w is
-    frozen; the update if no learning rate is given; dead_inputs if the inputs were overwritten.
+    A number is None if it is not known: the ratio of the last layer; by_w and by_sigma_prime if BP2
+    does not hold, because a does not go directly into another layer, or not only there; what needs
+    σ', if no known activation follows; grad_norm if w is frozen; update if no learning rate is
+    given; dead_inputs if the inputs were overwritten. The largest σ' is the largest possible.
     """
 
     name: str

@@ -231,6 +231,7 @@ class Trace:
             ValueError: learning_rate is not above 0.
             RuntimeError: w, z, a or δ was changed since the pass: ask before the optimiser's step.
         """
+        # Parameters of layers without samples count as elsewhere, but these layers are shown.
         without = [layer for layer in self.layers if not layer.has_samples]
         shown = {p for layer in without for p in (layer.w, layer.b) if p is not None}
         names = {name for p, name in self.parameter_names.items() if p in shown}
