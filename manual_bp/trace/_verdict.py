@@ -33,8 +33,8 @@ def verdict_on(trace: LayerTrace, layers: Sequence[LayerDiagnostics]) -> str:
     if not rows:
         return "saw no samples"
     if layer.nonfinite:
-        counts = ", ".join(f"{name} ({count})" for name, count in layer.nonfinite.items())
-        return f"is broken: nan or infinite numbers in {counts}"
+        counts = ", ".join(f"{count} in {name}" for name, count in layer.nonfinite.items())
+        return f"is broken: not finite: {counts}"
     if not (trace.learns_w or trace.learns_b) and trace.w_is_leaf:
         return "is frozen"
     if not trace.w.numel() and not (len(trace.w) and trace.learns_b):
