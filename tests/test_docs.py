@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import benchmark, train, train_onnx
+from experiments import train, train_onnx
+from experiments.benchmark import __main__ as benchmark
 from manual_bp.verify import __main__ as verify
 
 ROOT = Path(__file__).parents[1]

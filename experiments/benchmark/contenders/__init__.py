@@ -1,0 +1,1 @@
+"""The contenders for a training step, and those for per-sample results."""

@@ -1,0 +1,297 @@
+"""A training step, and the contenders for it.
+
+A step is forward, backward and gradient descent on one batch, under the quadratic cost, in float32.
+All contenders start from the same weights, and compute the cost of the batch as well.
+"""
+
+import copy
+import importlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.benchmark.contender import FLOAT32, Contender, Result, allowance
+from experiments.benchmark.problem import Problem
+from manual_bp import QuadraticCost, TrainingStep
+
+LEARNING_RATE = 0.1
+
+Arrays = dict[str, Any]
+Parameters = Callable[[], Iterable[Any]]
+
+
+def judged(contender: Contender, problem: Problem, parameters: Parameters) -> Contender:
+    """The contender, whose first call is judged by what it learns: weights and biases in turn."""
+
+    def results() -> list[Result]:
+        contender.call()
+        contender.wait()
+        relative = allowance(len(problem.w), problem.longest)
+        before = map(torch.detach, problem.net.parameters())
+        found: list[Result] = []
+        for new, old, right in zip(parameters(), before, expected(), strict=True):
+            # The change is what must be right; but every step also rounds the parameter.
+            change, size = (right - old).abs().max().item(), right.abs().max().item()
+            allowed = relative * change + 16 * FLOAT32 * contender.each * size
+            found.append(Result(torch.as_tensor(new).detach().to(right.device), right, allowed))
+        return found
+
+    def expected() -> list[Tensor]:
+        """What autograd and SGD learn in float64."""
+        net = copy.deepcopy(problem.net).double()
+        optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+        for _ in range(contender.each):
+            optimizer.zero_grad()
+            cost(net, problem.x.double(), problem.y.double()).backward()
+            optimizer.step()
+        return list(map(torch.detach, net.parameters()))
+
+    contender.results = results
+    return contender
+
+
+def cost(net: nn.Module, x: Tensor, y: Tensor) -> Any:
+    """The quadratic cost, the mean over samples."""
+    return F.mse_loss(net(x), y, reduction="sum") / (2 * len(x))
+
+
+def ours(problem: Problem, *, captured: bool = False) -> list[Contender]:
+    """Our TrainingStep, or its CUDA graph."""
+    net = copy.deepcopy(problem.net)
+    step: Any = TrainingStep(net, QuadraticCost(), LEARNING_RATE)
+    if captured:
+        step = step.cuda_graph(problem.x, problem.y)
+    name = "ours, captured" if captured else "ours"
+    contender = Contender(name, partial(step, problem.x, problem.y), is_ours=True)
+    return [judged(contender, problem, net.parameters)]
+
+
+def ours_from_scratch(problem: Problem) -> list[Contender]:
+    """A new TrainingStep for each call, so that the call allocates its buffers."""
+    net = copy.deepcopy(problem.net)
+    new_step = partial(TrainingStep, net, QuadraticCost(), LEARNING_RATE)
+    return [Contender("ours", lambda: new_step()(problem.x, problem.y), is_ours=True)]
+
+
+def autograd(problem: Problem, *, fused: bool = False, compiled: bool = False) -> list[Contender]:
+    """Autograd and SGD, whose kernels may be fused into one, and the cost compiled."""
+    net = copy.deepcopy(problem.net)
+    of_batch: Any = partial(cost, net)
+    if compiled:
+        of_batch = torch.compile(of_batch, dynamic=False)
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, fused=fused or None)
+
+    def step() -> object:
+        found = of_batch(problem.x, problem.y)
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()  # last, so that each call starts without gradients in memory
+        return found
+
+    name = f"torch{'.compile' * compiled}, {'fused ' * fused}SGD"
+    return [judged(Contender(name, step), problem, net.parameters)]
+
+
+def bare_products(problem: Problem) -> list[Contender]:
+    """Only the products of forward, BP2 and BP4, with the biases, into preallocated tensors."""
+    forward, backward = products(problem)
+    return [Contender("bare products", lambda: (forward(), backward()))]
+
+
+def products(problem: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The matrix products of forward, and those of backward."""
+    w, b = ([t.clone() for t in tensors] for tensors in (problem.w, problem.b))
+    x = problem.x
+    a = [x, *(x.new_empty(len(x), size) for size in map(len, w))]
+    delta = [torch.randn_like(each) for each in a[1:]]
+    forth = [(b[l], a[l], w[l].mT, a[l + 1]) for l in range(len(w))]
+    back = [(delta[l], w[l], delta[l - 1]) for l in range(len(w) - 1, 0, -1)]
+    update = [(w[l], delta[l].mT, a[l]) for l in range(len(w))]
+
+    def forward() -> None:
+        for bias, a_prev, w_t, z in forth:
+            torch.addmm(bias, a_prev, w_t, out=z)
+
+    def backward() -> None:
+        for above, weight, below in back:
+            torch.mm(above, weight, out=below)
+        for weight, delta_t, a_prev in update:
+            weight.addmm_(delta_t, a_prev, alpha=-1e-12)
+
+    return forward, backward
+
+
+def numpy_step(problem: Problem) -> list[Contender]:
+    """The four equations written out in NumPy, in place."""
+    x, y = problem.x.numpy(), problem.y.numpy()
+    # Copies, because NumPy would write to the memory of the problem's tensors.
+    w, b = ([t.numpy().copy() for t in tensors] for tensors in (problem.w, problem.b))
+    a = [x, *(np.empty((len(x), size), np.float32) for size in map(len, w))]
+    delta, slope = ([np.empty_like(each) for each in a[1:]] for _ in range(2))
+    grad_w = [np.empty_like(each) for each in w]
+    rate, half, one = map(np.float32, (LEARNING_RATE / len(x), 0.5 / len(x), 1))
+
+    def forward(l: int) -> None:
+        z = a[l + 1]
+        np.matmul(a[l], w[l].T, out=z)
+        np.add(z, b[l], out=z)
+        np.negative(z, out=z)
+        np.exp(z, out=z)
+        np.add(z, one, out=z)
+        np.reciprocal(z, out=z)
+
+    def times_slope(l: int) -> None:
+        np.subtract(one, a[l + 1], out=slope[l])
+        np.multiply(slope[l], a[l + 1], out=slope[l])
+        np.multiply(delta[l], slope[l], out=delta[l])
+
+    def step() -> object:
+        for l in range(len(w)):
+            forward(l)
+        np.subtract(a[-1], y, out=delta[-1])
+        cost = half * np.vdot(delta[-1], delta[-1])
+        times_slope(len(w) - 1)
+        for l in range(len(w) - 1, -1, -1):
+            if l:
+                np.matmul(delta[l], w[l], out=delta[l - 1])
+            np.subtract(b[l], rate * delta[l].sum(0), out=b[l])
+            np.matmul(delta[l].T, a[l], out=grad_w[l])
+            np.multiply(grad_w[l], rate, out=grad_w[l])
+            np.subtract(w[l], grad_w[l], out=w[l])
+            if l:
+                times_slope(l - 1)
+        return cost
+
+    return [judged(Contender("NumPy", step), problem, lambda: chain(*zip(w, b, strict=True)))]
+
+
+# What JAX calls PyTorch's precisions of float32 products.
+_JAX_PRECISION = {"highest": "highest", "high": "high", "medium": "default"}
+
+
+def jax_steps(problem: Problem) -> list[Contender]:
+    """JAX: compiled; compiled and not waited for; and many steps in one call."""
+    jax: Any = importlib.import_module("jax")
+    jnp: Any = importlib.import_module("jax.numpy")
+    precision = _JAX_PRECISION[torch.get_float32_matmul_precision()]
+    jax.config.update("jax_default_matmul_precision", precision)
+    x, y = jnp.asarray(problem.x.numpy()), jnp.asarray(problem.y.numpy())
+
+    def cost(parameters: Any) -> Any:
+        a = x
+        for w, b in parameters:
+            a = jax.nn.sigmoid(a @ w.T + b)
+        return ((a - y) ** 2).sum() / (2 * len(x))
+
+    def step(parameters: Any, _: Any = None) -> tuple[Any, Any]:
+        found, gradients = jax.value_and_grad(cost)(parameters)
+        new = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, parameters, gradients)
+        return new, found
+
+    def contender(name: str, function: Any, each: int = 1, *, waits: bool = True) -> Contender:
+        run = jax.jit(function, donate_argnums=0)
+        pairs = zip(problem.w, problem.b, strict=True)
+        state = [[(jnp.array(w.numpy()), jnp.array(b.numpy())) for w, b in pairs]]
+
+        def call() -> None:
+            state[0], _ = run(state[0])
+            if waits:
+                wait()
+
+        def wait() -> None:
+            jax.block_until_ready(state[0])
+
+        new = Contender(name, call, each, wait)
+        return judged(new, problem, lambda: map(np.array, chain(*state[0])))
+
+    # Many steps for a small network, so that the start of a call does not count; few for a large.
+    operations = 6 * len(x) * sum(w.numel() for w in problem.w)
+    length = max(2, min(200, round(3e9 / operations)))
+    scan = partial(jax.lax.scan, step, xs=None, length=length)
+    return [
+        contender("jax.jit", step),
+        contender("jax.jit, not waited for", step, waits=False),
+        contender(f"jax.lax.scan, {length} steps", scan, length),
+    ]
+
+
+def onnxruntime_steps(problem: Problem) -> list[Contender]:
+    """Our step, exported and run by onnxruntime: with arrays, and with buffers bound once."""
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    step = TrainingStep(copy.deepcopy(problem.net), QuadraticCost(), LEARNING_RATE)
+    model = _exported(step)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = problem.threads
+    # Between runs, its threads leave the cores to others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    rate = np.array(LEARNING_RATE, np.float32)
+    batch = {"x": problem.x.numpy(), "y": problem.y.numpy(), "lr": rate}
+    values = {name: p.detach().numpy() for name, p in step.net.named_parameters()}
+    found: list[Contender] = []
+    for make in (_with_arrays, _bound):
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
+        contender, parameters = make(session, batch, values)
+        found.append(judged(contender, problem, parameters))
+    return found
+
+
+def _exported(step: TrainingStep) -> bytes:
+    # The exporter logs which optional extensions of PyTorch it does without.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        path = Path(folder) / "step.onnx"
+        step.export_onnx(path)
+        return path.read_bytes()
+
+
+def _with_arrays(session: Any, batch: Arrays, values: Arrays) -> tuple[Contender, Parameters]:
+    """As most people call it: arrays in, arrays out."""
+    state = dict(values)
+    outputs = ["cost", *(f"new.{name}" for name in state)]
+
+    def call() -> object:
+        cost, *new = session.run(outputs, batch | state)
+        state.update(zip(state, new, strict=True))
+        return cost
+
+    return Contender("onnxruntime", call), state.values
+
+
+def _bound(session: Any, batch: Arrays, values: Arrays) -> tuple[Contender, Parameters]:
+    """As fast as it can be: from one set of buffers to another, and back."""
+    new_value: Any = importlib.import_module("onnxruntime").OrtValue.ortvalue_from_numpy
+    # Copies, because an OrtValue takes over the memory of its array.
+    here, there = (
+        {name: new_value(value.copy()) for name, value in values.items()} for _ in range(2)
+    )
+    bindings = []
+    for source, target in ((here, there), (there, here)):
+        binding = session.io_binding()
+        for name, value in batch.items():
+            binding.bind_ortvalue_input(name, new_value(value))
+        for name in values:
+            binding.bind_ortvalue_input(name, source[name])
+            binding.bind_ortvalue_output(f"new.{name}", target[name])
+        binding.bind_output("cost")
+        bindings.append((binding, target))
+
+    def call() -> None:
+        session.run_with_iobinding(bindings[0][0])
+        bindings.reverse()
+
+    # The binding that ran last is the other one now.
+    return Contender("onnxruntime, bound", call), lambda: [
+        value.numpy() for value in bindings[1][1].values()
+    ]
