@@ -1,12 +1,12 @@
-"""Training without PyTorch: a step exported once, then onnxruntime and NumPy alone.
+"""Training without PyTorch: a step is exported once, and onnxruntime and NumPy do the rest.
 
     python -m experiments.train_onnx
 
-exports the training step of the main job's 64-30-10 network, and trains it on the same digits, in
-the same order, in a loop that a device could run which has an inference runtime and nothing else.
+exports the training step of the main job's 64-30-10 network, and trains it on the same digits in
+the same order. The loop could run on a device that has nothing but an inference runtime.
 """
 
-if __name__ == "__main__":  # first, so that it may be interrupted while all else is imported
+if __name__ == "__main__":  # first, so that it can be interrupted while the rest is imported
     from importlib import import_module
 
     from experiments.command_line import run
@@ -38,20 +38,20 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """Train a sigmoid network on digits in onnxruntime, by a step that PyTorch exported."""
+    """Train a sigmoid network on digits in onnxruntime, with a step exported from PyTorch."""
 
     hidden: tuple[int, ...] = (30,)
     """Sizes of the hidden layers, from the input on."""
     learning_rate: float = 3.0
-    """The step of gradient descent, on the mean cost of a batch."""
+    """The step size of gradient descent on the mean cost of a batch."""
     batch_size: int = 10
     """Samples in a batch; the last one of an epoch may be smaller."""
     epochs: int = 30
-    """How many times every training sample is seen."""
+    """How many times every training sample is used."""
     seed: int = 0
-    """Fixes the first weights and the order of the samples."""
+    """Determines the initial weights and the order of the samples."""
     model: Path = Path("runs/step.onnx")
-    """Where the exported step is written; a file that is there is replaced."""
+    """Where the exported step is written; an existing file is replaced."""
 
     def __post_init__(self) -> None:
         require_sizes(self.hidden)
@@ -59,16 +59,14 @@ class Config:
         require_counts(self, "batch_size", "epochs")
         require_seed(self.seed)
         if not self.model.parent.is_dir():
-            raise ValueError(
-                f"--model must lead into a folder that is there; got {str(self.model)!r}"
-            )
+            raise ValueError(f"--model must be in an existing folder; got {str(self.model)!r}")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images as rows, their labels, and the labels as rows of 0 and 1.
+    """Images as rows, their labels, and their labels as rows of 0 and 1.
 
-    orders: For each epoch, the order of the training samples.
+    orders: The order of the training samples, for each epoch.
     """
 
     x_train: Array
@@ -80,21 +78,22 @@ class Data:
 
 
 def prepare(config: Config) -> tuple[Data, dict[str, Array]]:
-    """Export the step, and give the data and the first parameters: all that PyTorch is for."""
+    """Export the step; return the data and the initial parameters. Only this needs PyTorch."""
     import torch
 
     from experiments.data import load
-    from experiments.train import batches, build_net
+    from experiments.networks import build_net
+    from experiments.training import batches
     from manual_bp import QuadraticCost, TrainingStep
 
-    # Which of PyTorch's own extensions it does without is nothing to anybody here.
+    # The exporter logs which optional extensions of PyTorch it does without.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     digits = load("digits")
     torch.manual_seed(config.seed)
     sizes = (digits.features, *config.hidden, digits.classes)
     try:
         net = build_net(sizes, "sigmoid", "quadratic")
-    except (RuntimeError, TypeError) as error:  # what PyTorch raises for sizes beyond its memory
+    except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
         refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
     TrainingStep(net, QuadraticCost(), config.learning_rate).export_onnx(config.model)
     order = torch.Generator().manual_seed(config.seed)
@@ -113,11 +112,11 @@ def prepare(config: Config) -> tuple[Data, dict[str, Array]]:
 
 
 def learn(config: Config, data: Data, parameters: dict[str, Array]) -> Iterator[dict[str, Array]]:
-    """The parameters after each epoch, by onnxruntime and NumPy."""
+    """Train in onnxruntime and NumPy; yield the parameters after each epoch."""
     import onnxruntime
 
     options: Any = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # of so small products, a second thread would make slower ones
+    options.intra_op_num_threads = 1  # a second thread slows down products this small
     session: Any = onnxruntime.InferenceSession(
         config.model, options, providers=["CPUExecutionProvider"]
     )
@@ -134,17 +133,17 @@ def learn(config: Config, data: Data, parameters: dict[str, Array]) -> Iterator[
 
 
 def accuracy(parameters: dict[str, Array], x: Array, label: Array) -> float:
-    """The share of samples whose largest output is at their label."""
+    """The share of samples for which the output of their class is the largest."""
     a = x
     values = list(parameters.values())
     for w, b in zip(values[::2], values[1::2], strict=True):
-        with np.errstate(over="ignore"):  # where e^(-z) is infinite, a is 0, as it should be
+        with np.errstate(over="ignore"):  # where e^(-z) is infinite, a is 0, which is right
             a = 1 / (1 + np.exp(-(a @ w.T + b)))
     return float((a.argmax(-1) == label).mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment; the exit code."""
+    """Run the experiment; return the exit code."""
     config = parse(Config, arguments, PROGRAM)
     try:
         data, parameters = prepare(config)

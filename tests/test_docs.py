@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import train, train_onnx
+from experiments import train_onnx, training
 from experiments.benchmark import __main__ as benchmark
 from manual_bp.verify import __main__ as verify
 
@@ -123,7 +123,7 @@ def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         verify.main(["--help"])
     found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    for config in (benchmark.Config, train.Config, train_onnx.Config):
+    for config in (benchmark.Config, training.Config, train_onnx.Config):
         found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
     return found
 

@@ -14,7 +14,8 @@ import torch
 from experiments import train
 from experiments.command_line import Terminated
 from experiments.data import load
-from experiments.train import Config, Training, main
+from experiments.train import main
+from experiments.training import Config, Training
 from manual_bp import Linear, ReLU, Sigmoid
 from tests.helpers import logged_in, refusal
 
@@ -27,8 +28,8 @@ def only(folder: Path) -> Path:
     return found
 
 
-def test_the_main_job_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the README has it, but for the place; with its promise of 96 %."""
+def test_the_main_job_learns_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the README, except for the folder; with the 96 % that it promises."""
     assert main(["--run-folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -57,7 +58,7 @@ def test_the_main_job_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "dry_run" not in config
 
 
-def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
+def test_a_run_logs_all_curves_histograms_and_images(tmp_path: Path) -> None:
     assert main([*QUICK, "--run-folder", str(tmp_path)]) == 0
     folder = only(tmp_path)
     assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
@@ -70,17 +71,17 @@ def test_what_a_run_leaves_for_tensorboard(tmp_path: Path) -> None:
     }
     assert {"weights/0", "weights/2", "activations/0", "activations/2"} <= set(tags["histograms"])
     assert set(tags["images"]) == {"first_layer", "confusion", "error_of_every_layer"}
-    # Before the first update, and after every epoch of 15.
+    # Before the first update, and after every epoch of 15 updates.
     assert [point.step for point in logged.Scalars("cost/test")] == [0, 15, 30]
     assert [point.step for point in logged.Histograms("weights/0")] == [0, 15, 30]
     assert [point.step for point in logged.Scalars("delta/0")] == [0, 5, 10, 15, 20, 25]
-    # Drawn once: each takes as long as an epoch.
+    # Drawn once, because each takes as long as an epoch.
     assert [picture.step for picture in logged.Images("confusion")] == [30]
 
 
 @pytest.mark.parametrize("cost", ["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"])
 def test_all_methods_follow_the_same_trajectory(cost: Any, device: torch.device) -> None:
-    """Bit for bit; the step in place up to rounding."""
+    """Bit for bit, except for TrainingStep, which follows it up to rounding."""
     data = load("digits")
     methods: Any = ("autograd", "explicit", "step")
     trainings = [
@@ -132,7 +133,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
         ["--cost", "softmax-cross-entropy", "--hidden", "9", "7", "--learning-rate", "0.5"],
     ],
 )
-def test_other_settings(options: list[str], tmp_path: Path) -> None:
+def test_other_settings_train_as_well(options: list[str], tmp_path: Path) -> None:
     assert main([*QUICK, *options, "--epochs", "1", "--run-folder", str(tmp_path)]) == 0
     assert (only(tmp_path) / "metrics.csv").exists()
 
@@ -148,14 +149,47 @@ def test_the_net_is_made_of_our_modules() -> None:
     ("cost", "output"),
     [("quadratic", [Sigmoid]), ("sigmoid-cross-entropy", []), ("softmax-cross-entropy", [])],
 )
-def test_the_activation_is_that_of_the_hidden_layers(cost: Any, output: list[Any]) -> None:
-    """What the network gives out follows from the cost."""
+def test_the_option_sets_the_activation_of_the_hidden_layers_only(
+    cost: Any, output: list[Any]
+) -> None:
+    """The output follows from the cost."""
     digits = load("digits")
     relu = Training(Config(activation="relu", cost=cost, hidden=(9, 8)), digits)
     assert [type(m) for m in relu.net] == [Linear, ReLU, Linear, ReLU, Linear, *output]
     none = Training(Config(activation="relu", cost=cost, hidden=()), digits)
     assert [type(m) for m in none.net] == [Linear, *output]
     assert train.settings(Config(cost=cost), relu)["output"] == ("sigmoid" if output else "z")
+
+
+ELU = """
+import torch
+from manual_bp.layers._activation import Activation
+
+def elu(input, alpha=1.0): return torch.nn.functional.elu(input, alpha)
+def prelu(input, weight): return torch.nn.functional.prelu(input, weight)
+
+class ELU(Activation, torch.nn.ELU, function=elu): pass
+class PReLU(Activation, torch.nn.PReLU, function=prelu):
+    def __init__(self, weight): super().__init__()
+
+from experiments.networks import build_net
+from experiments.train import main
+print(build_net((3, 2, 1), "elu", "quadratic"))
+try:
+    main(["--help"])
+except SystemExit:
+    main(["--activation", "prelu"])
+"""
+
+
+def test_a_new_activation_is_a_choice_unless_it_needs_arguments() -> None:
+    command = [sys.executable, "-c", ELU]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "  (1): ELU(alpha=1.0)" in ended.stdout
+    assert "{elu,leaky-relu,relu,sigmoid,softplus,tanh}" in ended.stdout
+    assert "(default: sigmoid)" in ended.stdout
+    assert ended.returncode == 2
+    assert "invalid choice 'prelu' for argument '--activation'. Expected one of" in ended.stderr
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,9 +202,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "after one epoch: cost 0." in printed
 
 
-def test_a_dry_run_of_what_would_die_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_reports_dead_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dies = ["--activation", "relu", "--cost", "softmax-cross-entropy", "--learning-rate", "10"]
     assert main([*dies, "--dry-run", "--run-folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -181,20 +213,20 @@ def test_a_dry_run_of_what_would_die_says_so(
 
 @pytest.mark.parametrize("rate", ["1e25", "1e38"])
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
-def test_enormous_weights_can_still_be_shown(rate: str, method: str, tmp_path: Path) -> None:
+def test_enormous_weights_can_still_be_logged(rate: str, method: str, tmp_path: Path) -> None:
     options = ["--learning-rate", rate, "--method", method, "--run-folder", str(tmp_path)]
     assert main([*QUICK, *options, "--epochs", "1"]) in (0, 1)
     assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) >= 2
 
 
-def test_a_batch_larger_than_the_data(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path: Path) -> None:
     options = ["--batch-size", "1" + "0" * 20, "--run-folder", str(tmp_path)]
     assert main([*QUICK, *options]) == 0
     assert (only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()[2].startswith("2,2,")
 
 
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
-def test_a_run_that_diverges_says_so_at_once_and_keeps_what_it_has(
+def test_a_run_that_diverges_stops_at_once_and_keeps_its_results(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--cost", "softmax-cross-entropy", "--learning-rate", "1e38", "--epochs", "5"]
@@ -209,15 +241,16 @@ def test_a_run_that_diverges_says_so_at_once_and_keeps_what_it_has(
     assert int(lines[1].split(",")[1]) <= 3  # updates, of 144 in an epoch
 
 
-def test_a_run_that_learned_nothing_says_so(
+def test_a_run_that_learns_nothing_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--learning-rate", "1e4", "--method", "step", "--run-folder", str(tmp_path)]
     assert main([*QUICK, *options]) == 0
     printed = capsys.readouterr()
     assert re.fullmatch(
-        r"warning: nothing was learned: \S+% of the training samples are right, and always naming "
-        r"the most frequent class gets 10.16%; try another learning rate, or more epochs\n",
+        r"warning: nothing was learned: \S+% of the training samples are right, and always "
+        r"guessing the most frequent class gets 10.16%; try another learning rate, or more "
+        r"epochs\n",
         printed.err,
     )
     assert "verdict on layers 0, 2: learns\n" not in printed.out
@@ -226,16 +259,16 @@ def test_a_run_that_learned_nothing_says_so(
 @pytest.mark.parametrize(
     ("end", "said", "code"),
     [
-        (KeyboardInterrupt(), "interrupted; what was finished is in {}\n", 130),
-        (Terminated(), "terminated; what was finished is in {}\n", 143),
+        (KeyboardInterrupt(), "interrupted; the results so far are in {}\n", 130),
+        (Terminated(), "terminated; the results so far are in {}\n", 143),
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "stopped: [Errno 28] No space left on device; what was finished is in {}\n",
+            "stopped: [Errno 28] No space left on device; the results so far are in {}\n",
             1,
         ),
     ],
 )
-def test_a_run_that_is_ended_keeps_what_it_has(
+def test_a_run_that_is_stopped_keeps_its_results(
     end: BaseException,
     said: str,
     code: int,
@@ -293,7 +326,7 @@ def test_a_reader_that_stops_reading_ends_the_run_quietly(tmp_path: Path) -> Non
     assert run.returncode == 141
 
 
-def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     words = re.sub("[│─╭╮╰╯]", "", capsys.readouterr().out)
@@ -316,9 +349,9 @@ def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) ->
         (["--device", "hpu"], "--device must be auto, or one that PyTorch can use here"),
         (
             ["--dry-run", "--run-folder", "/dev/null"],
-            "--run-folder must be a place to make folders",
+            "--run-folder must be a place to write to",
         ),
-        (["--run-folder", "\udcff"], "--run-folder must be a place to make folders in; got"),
+        (["--run-folder", "\udcff"], "--run-folder must be a place to write to; got"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--epochs", "0"], "--epochs must be at least 1; got 0"),
         (["--log-every", "0"], "--log-every must be at least 1; got 0"),
@@ -331,11 +364,13 @@ def test_the_help_can_be_written_anywhere(capsys: pytest.CaptureFixture[str]) ->
         (["--learning-rat", "3"], "Perhaps you meant --learning-rate?"),
         (["--hidden", "30,20"], "--hidden must be whole numbers, separated by spaces; got '30,20'"),
         (["--run-folder", ""], "--run-folder must not be empty"),
-        (["--run-folder", "a" * 300], "--run-folder must be a place to make folders in; got"),
-        (["--run-folder", "/dev/null"], "--run-folder must be a place to make folders in; got"),
+        (["--run-folder", "a" * 300], "--run-folder must be a place to write to; got"),
+        (["--run-folder", "/dev/null"], "--run-folder must be a place to write to; got"),
     ],
 )
-def test_bad_options(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_options_are_refused(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refusal(main, options, capsys)
     assert reason in said
     assert said.count("\n") == 1

@@ -1,25 +1,26 @@
-"""Runs that went well and runs that failed, and what a teacher would say of each."""
+"""Runs that go well and runs that fail, and what is reported of each."""
 
 from typing import Any
 
 import pytest
 
 from experiments.data import load
-from experiments.train import Config, Training, warn
+from experiments.training import Config, Training
+from experiments.verdicts import warn
 
 LEARNED, NOTHING, DIVERGED = "", "warning: nothing was learned: ", "stopped: the cost is "
 
 SOFTMAX, SIGMOID = "softmax-cross-entropy", "sigmoid-cross-entropy"
 
-# The options that differ from the default, how what is said of the run begins, how the verdict on
-# one of its layers begins (on all of them, if that is "learns"), and which words it has.
+# Options that differ from the default; how the message about the run begins; how the verdict on one
+# of its layers begins (on all of them, if that is "learns"); and words that the verdict has.
 RUNS: list[tuple[dict[str, Any], str, str, str]] = [
-    # The README's own.
+    # From the README.
     ({"epochs": 30}, LEARNED, "learns", ""),
     ({"activation": "relu", "learning_rate": 1.0, "epochs": 30}, LEARNED, "learns", ""),
     ({"cost": SOFTMAX, "learning_rate": 0.5, "epochs": 30}, LEARNED, "learns", ""),
     ({"dataset": "wine", "epochs": 30}, LEARNED, "learns", ""),
-    # Saturated where it is right, which is as it should be.
+    # Saturated where the output is right, as it should be.
     ({"activation": "tanh"}, LEARNED, "learns", ""),
     ({"activation": "tanh", "cost": SIGMOID, "learning_rate": 0.5}, LEARNED, "learns", ""),
     ({"learning_rate": 10.0, "seed": 1}, LEARNED, "learns", ""),
@@ -33,7 +34,7 @@ RUNS: list[tuple[dict[str, Any], str, str, str]] = [
         "saturated",
     ),
     ({"cost": SIGMOID, "learning_rate": 30.0}, NOTHING, "learns slowly", "saturated"),
-    # Too fast: dead, though the cost stands still at a number that looks harmless.
+    # Too fast: dead, although the cost stays at a number that looks harmless.
     ({"activation": "relu", "learning_rate": 100.0}, NOTHING, "does not learn", "rounded to 0"),
     (
         {"activation": "relu", "cost": SOFTMAX, "learning_rate": 3.0},
@@ -47,7 +48,7 @@ RUNS: list[tuple[dict[str, Any], str, str, str]] = [
         "does not learn",
         "off",
     ),
-    # Too fast: no number any more.
+    # Too fast: no longer finite.
     (
         {"activation": "leaky-relu", "cost": SOFTMAX, "learning_rate": 100.0},
         DIVERGED,
@@ -71,7 +72,7 @@ RUNS: list[tuple[dict[str, Any], str, str, str]] = [
     RUNS,
     ids=["-".join(map(str, options.values())) or "default" for options, *_ in RUNS],
 )
-def test_what_is_said_of_a_run(
+def test_a_run_is_reported_as_it_went(
     options: dict[str, Any],
     said: str,
     begins: str,

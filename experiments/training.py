@@ -1,0 +1,176 @@
+"""What the main job trains: its options, and one network with its data and optimiser."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tyro.extras import literal_type_from_choices
+
+from experiments.command_line import require_counts, require_rate, require_seed, require_sizes
+from experiments.data import Data, Dataset
+from experiments.networks import activations, build_cost, build_net, targets
+from experiments.run_folder import can_be_made
+from manual_bp import Diagnostics, Trace, TrainingStep, backprop, record
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a small network by stochastic gradient descent, with every gradient written by hand."""
+
+    dataset: Dataset = "digits"
+    """What to learn: a dataset that comes with scikit-learn."""
+    hidden: tuple[int, ...] = (30,)
+    """Sizes of the hidden layers, from the input on; there may be none."""
+    activation: Annotated[
+        str,
+        tyro.conf.arg(
+            constructor_factory=lambda: literal_type_from_choices(sorted(activations())),
+            help_behavior_hint="(default: sigmoid)",  # which tyro would show as a list
+        ),
+    ] = "sigmoid"
+    """The activation of the hidden layers. With relu and the like, a learning rate of 1 is safer
+    than 3."""
+    cost: Literal["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"] = "quadratic"
+    """The cost, which determines the output: a sigmoid for the quadratic cost, no activation for
+    the cross-entropies, which take z."""
+    learning_rate: float = 3.0
+    """The step size of gradient descent on the mean cost of a batch. 3 suits the digits with the
+    quadratic cost; the cross-entropies and the smaller datasets need less."""
+    batch_size: int = 10
+    """Samples in a batch; the last one of an epoch may be smaller."""
+    epochs: int = 30
+    """How many times every training sample is used."""
+    seed: int = 0
+    """Determines the initial weights and the order of the samples. The test set is always the
+    same."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto means cuda if PyTorch finds such a device, else cpu."""
+    method: Literal["autograd", "explicit", "step"] = "autograd"
+    """autograd: our layers, called by PyTorch. explicit: manual_bp.backprop, without autograd.
+    step: manual_bp.TrainingStep, the fastest. All of them follow the same trajectory, step up to
+    rounding."""
+    log_every: int = 100
+    """Updates between two points of the curves that show the terms of the four equations."""
+    run_folder: Path = Path("runs")
+    """Where the folder of the run is created."""
+    dry_run: bool = False
+    """Train for one epoch, show how well each layer learns by then, and write nothing."""
+
+    def __post_init__(self) -> None:
+        require_sizes(self.hidden)
+        require_rate(self.learning_rate)
+        require_counts(self, "batch_size", "epochs", "log_every")
+        require_seed(self.seed)
+        if not can_be_made(self.run_folder):
+            raise ValueError(
+                f"--run-folder must be a place to write to; got {str(self.run_folder)!r}"
+            )
+        _device(self.device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about deprecated devices
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()
+        is_usable = str(device) == name  # PyTorch reads cpu:300 as cpu:44
+    except (RuntimeError, AssertionError, ImportError):
+        is_usable = False
+    if not is_usable:
+        raise ValueError(
+            f"--device must be auto, or one that PyTorch can use here, such as cpu; got {name!r}"
+        )
+    return device
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The indices of the batches of one epoch, in random order."""
+    yield from torch.split(torch.randperm(count, generator=generator), batch_size)
+
+
+class Training:
+    """A network with its data and its optimiser, ready for one update after another."""
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.device = _device(config.device)
+        self.data = data.to(self.device)
+        sizes = (data.features, *config.hidden, data.classes)
+        self.net_name = "-".join(map(str, sizes))
+        self.cost = build_cost(config.cost)
+        self.y_train = targets(self.data.label_train, data.classes, self.cost)
+        self.y_test = targets(self.data.label_test, data.classes, self.cost)
+        torch.manual_seed(config.seed)
+        self.net = build_net(sizes, config.activation, config.cost).to(self.device)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.learning_rate)
+        self.explicit = config.method == "explicit"
+        self.step: TrainingStep | None = None
+        if config.method == "step":
+            self.step = TrainingStep(self.net, self.cost, config.learning_rate)
+        self.batch_size = min(config.batch_size, len(self.y_train))
+        self._order = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The number of batches in an epoch."""
+        return math.ceil(len(self.y_train) / self.batch_size)
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the next epoch."""
+        for indices in batches(len(self.y_train), self.batch_size, self._order):
+            there = indices.to(self.device)
+            yield self.data.x_train[there], self.y_train[there]
+
+    def update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None] | None = None) -> float:
+        """Take one step of gradient descent on one batch; return the cost before it.
+
+        look is called with the Trace of the step's own pass, before the weights change.
+        """
+        if self.step is not None:
+            if look is not None:
+                look(self.trace(x, y))
+            return self.step(x, y).item()
+        self.optimizer.zero_grad()
+        trace: Trace | None
+        if self.explicit:
+            trace = self.trace(x, y)
+            trace.assign_grads()
+            cost = trace.cost
+        else:
+            with nullcontext() if look is None else record(self.net) as trace:
+                cost = self.cost(self.net(x), y)
+                cost.backward()
+        if look is not None and trace is not None:
+            look(trace)
+        self.optimizer.step()
+        return cost.item()
+
+    def trace(self, x: Tensor, y: Tensor) -> Trace:
+        """Run the algorithm on a batch, and leave the network as it is."""
+        return backprop(self.net, x, y, self.cost)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Cost and accuracy over all training samples and over all test samples."""
+        parts = {
+            "train": (self.data.x_train, self.y_train, self.data.label_train),
+            "test": (self.data.x_test, self.y_test, self.data.label_test),
+        }
+        found = {}
+        for split, (x, y, labels) in parts.items():
+            output = self.net(x)
+            found[f"{split}_cost"] = self.cost(output, y).item()
+            found[f"{split}_accuracy"] = (output.argmax(-1) == labels).float().mean().item()
+        return found
+
+    def diagnostics(self, learning_rate: float) -> Diagnostics:
+        """How well each layer learns at present, over all training samples."""
+        return self.trace(self.data.x_train, self.y_train).diagnostics(learning_rate)
