@@ -15,7 +15,7 @@ from experiments.benchmark.contender import Contender, Result, Row, allowance, n
 from experiments.benchmark.measure import Conditions, measure
 from experiments.benchmark.problem import NETS, Problem, problem
 from experiments.benchmark.report import Table, relative
-from manual_bp.layers import ACTIVATIONS
+from manual_bp.layers._activation import ACTIVATIONS
 
 Call = Callable[[], Any]
 
@@ -49,9 +49,9 @@ def calls(device: str) -> dict[str, tuple[Call, Call]]:
         ),
     }
     for activation in ACTIVATIONS:
-        name = activation.__module__.rpartition(".")[2]
-        function = getattr(torch, name, None) or getattr(F, name)
-        found[name] = partial(function, z), partial(getattr(manual_bp, name), z)
+        name, ours_of_z = activation.function.__name__, activation.function
+        theirs_of_z = getattr(torch, name, None) or getattr(F, name)
+        found[name] = partial(theirs_of_z, z), partial(ours_of_z, z)
     return found
 
 
@@ -99,17 +99,20 @@ def forward_and_backward(task: Problem) -> list[Contender]:
     """Forward and backward through each network, under PyTorch's mean squared error."""
     nets = networks(task.net)
 
-    def gradients(net: nn.Module) -> list[Any]:
+    def step(net: nn.Module) -> None:
         net.zero_grad()
         cost: Any = F.mse_loss(net(task.x), task.y)
         cost.backward()
+
+    def gradients(net: nn.Module) -> list[Any]:
+        step(net)
         return [p.grad for p in net.parameters()]
 
     def results(net: nn.Module) -> list[Result]:
         return _results(gradients(net), gradients(task.net), len(task.w), task.longest)
 
     found = [
-        Contender(name, partial(gradients, net), results=partial(results, net), is_ours=True)
+        Contender(name, partial(step, net), results=partial(results, net), is_ours=True)
         for name, net in nets.items()
     ]
     found[0].is_ours = False

@@ -65,8 +65,8 @@ class Table:
             bars = axes.barh([row[self.by] for row in self.rows], values)
             axes.bar_label(bars, labels, padding=3)
             axes.invert_yaxis()
-            axes.set_xlabel(self.shows)
             axes.margins(x=0.15)
+            axes.set(xlabel=self.shows, xlim=(0, None))
             return
         for name in dict.fromkeys(row[self.by] for row in self.rows):
             rows = [row for row in self.rows if row[self.by] == name and row.get(self.shows)]

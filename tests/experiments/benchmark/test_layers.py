@@ -9,7 +9,7 @@ from experiments.benchmark.layers import calls, forward_and_backward, networks
 from experiments.benchmark.measure import peak_bytes
 from experiments.benchmark.problem import problem
 from manual_bp import Linear, LinearSigmoid, Sigmoid
-from manual_bp.layers import ACTIVATIONS
+from manual_bp.layers._activation import ACTIVATIONS
 
 
 def by_name(contenders: list[Contender]) -> dict[str, Contender]:
