@@ -1,1 +1,1 @@
-"""Experiments with manual_bp, a file for each question: `python -m experiments.<name>`."""
+"""Experiments with manual_bp, one file per question: `python -m experiments.<name>`."""

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard besides its Traces, and how TensorBoard wants it."""
+"""What a run logs to TensorBoard in addition to its Traces."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # figures are drawn to files, with or without a screen
+matplotlib.use("Agg")  # draws to files, with or without a screen
 
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -19,7 +19,7 @@ from manual_bp.board import TraceBoard
 
 IMAGE_SCALE = 8
 
-# Both splits in one chart.
+# Training and test in one chart.
 LAYOUT = {
     "learning": {
         "cost": ["Multiline", ["cost/train", "cost/test"]],
@@ -29,12 +29,12 @@ LAYOUT = {
 
 
 class Board:
-    """One TensorBoard writer, in the run's own folder. A context manager: closing writes it out.
+    """A TensorBoard writer in the folder of the run; a context manager that flushes at the end.
 
-    The step of everything logged is the number of updates made so far.
+    The step of everything logged is the number of updates so far.
 
     Attributes:
-        traces: What logs the Traces.
+        traces: Logs the Traces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,13 +48,13 @@ class Board:
         self._writer.close()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Cost and accuracy, on train and test: "train_cost" is shown as cost/train."""
+        """Log cost and accuracy on training and test set: "train_cost" becomes cost/train."""
         for name, value in metrics.items():
             split, quantity = name.split("_")
             self._writer.add_scalar(f"{quantity}/{split}", value, step)
 
     def log_weight_images(self, w: Tensor, image_shape: tuple[int, int], step: int) -> None:
-        """What each neuron of the first layer looks for: its weights as an image, grey for 0."""
+        """Log the weights of each neuron of the first layer as an image; grey is 0."""
         w = w.detach().float().nan_to_num(0, 0, 0)
         images = 0.5 + w.reshape(-1, 1, *image_shape) / (2 * w.abs().max()).clamp(min=1e-30)
         framed = F.pad(images, (1, 1, 1, 1), value=1)
@@ -65,7 +65,7 @@ class Board:
     def log_confusion(
         self, labels: Tensor, predictions: Tensor, class_names: tuple[str, ...], step: int
     ) -> None:
-        """How often each class of the test set was taken for which."""
+        """Log the confusion matrix of the test set."""
         figure = Figure(figsize=(6, 6), layout="constrained")
         axes = figure.add_subplot()
         ConfusionMatrixDisplay.from_predictions(
@@ -81,13 +81,13 @@ class Board:
         self._writer.add_figure("confusion", figure, step)
 
     def log_config(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The settings with what came of them, for the HPARAMS tab."""
+        """Log the settings and the final metrics, for the HPARAMS tab."""
         plain = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in config.items()
         }
         final = {f"final/{name}": value for name, value in metrics.items()}
-        # Not SummaryWriter.add_hparams, which opens a second run below this one.
+        # SummaryWriter.add_hparams would create a second run inside this one.
         file_writer: Any = self._writer.file_writer
         for summary in hparams(plain, final):  # type: ignore[no-untyped-call]
             file_writer.add_summary(summary)

@@ -1,7 +1,7 @@
-"""Options from a dataclass, through tyro; a refusal is one line and exit code 2.
+"""Options from a dataclass, through tyro; a wrong option ends the program with one line and code 2.
 
-Importing this is quick, so that a program can import it first and `run` the rest: from then on an
-interrupt ends it cleanly.
+This module imports quickly, so that a program can import it first and `run` the rest: from then on
+an interrupt ends the program cleanly.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -> Config:
-    """The options of a dataclass; its own ValueErrors are refusals as well.
+    """Parse the options of a dataclass; a ValueError that it raises counts as a wrong option.
 
     Raises:
-        SystemExit: With 2, after one line on stderr, for an unknown or impossible value; with 0
-            after --help.
+        SystemExit: With code 2, after one line on stderr, if an option is unknown or a value
+            impossible; with code 0 after --help.
     """
-    import tyro  # which takes a while
+    import tyro  # takes a while
 
     given: list[str] = []
     for argument in sys.argv[1:] if arguments is None else arguments:
         given += argument.split("=", 1) if argument.startswith("--") else [argument]
-    if "" in given:  # as from a variable of the shell that is not set
+    if "" in given:  # such as an unset variable of the shell
         place = given.index("")
         refuse(program, f"{given[place - 1] if place else 'an argument'} must not be empty")
     said = io.StringIO()
@@ -51,10 +51,10 @@ def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -
 
 
 def require_counts(config: object, *names: str) -> None:
-    """Refuse options that are below 1.
+    """Check that options are at least 1. This and the next three are for a `__post_init__`.
 
     Raises:
-        ValueError: One is; this and the next three are for a dataclass's `__post_init__`.
+        ValueError: One of them is less.
     """
     for name in names:
         value = getattr(config, name)
@@ -63,13 +63,13 @@ def require_counts(config: object, *names: str) -> None:
 
 
 def require_sizes(sizes: Sequence[int]) -> None:
-    """Refuse hidden layers without neurons."""
+    """Check that every hidden layer has neurons; raise a ValueError otherwise."""
     if any(size < 1 for size in sizes):
         raise ValueError(f"--hidden must be sizes of at least 1; got {sizes}")
 
 
 def require_rate(rate: float) -> None:
-    """Refuse a learning rate that is not above 0, or that float32 does not hold."""
+    """Check that a learning rate is above 0 and fits into float32; raise a ValueError otherwise."""
     if not 0 < rate <= LARGEST_FLOAT32:
         raise ValueError(
             f"--learning-rate must be above 0 and at most {LARGEST_FLOAT32:.1e}; got {rate}"
@@ -77,19 +77,19 @@ def require_rate(rate: float) -> None:
 
 
 def require_seed(seed: int) -> None:
-    """Refuse a seed that PyTorch's generators do not take."""
+    """Check that PyTorch's generators take a seed; raise a ValueError otherwise."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2^63 - 1; got {seed}")
 
 
 def refuse(program: str, reason: object) -> NoReturn:
-    """Say in one line what is wrong, and end with exit code 2."""
+    """Say in one line what is wrong, and exit with code 2."""
     print(f"{program}: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program as a command: an end from outside is an end without a traceback."""
+    """Run a program as a command: if it is stopped from outside, it ends without a traceback."""
     received: list[KeyboardInterrupt] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
@@ -102,7 +102,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     threading.excepthook = _in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # whatever the terminal can write
+            stream.reconfigure(errors="backslashreplace")  # so that any terminal can show it
     try:
         code = main()
         if sys.stdout is not None:
@@ -110,7 +110,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         code = stopped(interrupt)
     except Exception as error:
-        # An import that is interrupted may go on, and fail for what is missing: NumPy's does.
+        # An interrupted import may go on and fail because something is missing: NumPy's does.
         if received:
             code = stopped(received[0])
         elif isinstance(error, OSError):
@@ -121,23 +121,23 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 class Terminated(KeyboardInterrupt):
-    """The signal SIGTERM, which ends a program as Ctrl-C does."""
+    """The signal SIGTERM, which ends a program in the same way as Ctrl-C."""
 
 
 def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:
-    """Say in one line that a program was stopped, and what is kept; the exit code."""
+    """Say in one line that the program was stopped, and what is kept; return the exit code."""
     is_terminated = isinstance(stop, Terminated)
     words = ["terminated" if is_terminated else "interrupted", *([kept] if kept else [])]
     print("; ".join(words), file=sys.stderr)
-    return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports them
+    return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports it
 
 
 def _failed(error: OSError) -> int:
-    """Say what could not be read or written, unless a reader just left; the exit code."""
+    """Say what could not be read or written, unless a reader just left; return the exit code."""
     if sys.stdout is not None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        # Python flushes stdout once more at the end, which must find somewhere to go.
+        # Python flushes stdout again at exit, and that must succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 128 + 13  # as a shell reports the signal SIGPIPE
@@ -146,16 +146,16 @@ def _failed(error: OSError) -> int:
 
 
 def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
-    # What TensorBoard's writing thread cannot write, the next call of the writer raises once more.
+    # What TensorBoard's writer thread fails to write makes the next call of the writer raise, too.
     is_raised_again = type(failed.thread).__module__.startswith("tensorboard.")
     if not (is_raised_again and issubclass(failed.exc_type, OSError)):
         threading.__excepthook__(failed)
 
 
 def _reason(box: str, config: type) -> str:
-    """What tyro says in its box: the first paragraph below the title, and which option was meant.
+    """What tyro says in its box: the first paragraph below the title, and its suggestions.
 
-    Where it may draw, the title stands in the border; where it may not, above a rule.
+    If the terminal can show a border, the title is in the border; otherwise it is above a rule.
     """
     has_border = box.lstrip().startswith("╭")
     text = "\n".join(line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰")
@@ -163,7 +163,7 @@ def _reason(box: str, config: type) -> str:
     if not has_border and len(paragraphs) > 1:
         del paragraphs[0]
     words = " ".join(paragraphs[0].split())
-    reason = re.sub(r" ([.,])", r"\1", words)  # a line that was broken before a full stop
+    reason = re.sub(r" ([.,])", r"\1", words)  # a line was broken before the full stop
     reason = reason.removeprefix(f"Error parsing {config.__name__}: ")
     several = re.fullmatch(r"Error parsing (--\S+): Could not find valid parse .*\[(.*)\]", reason)
     if several:

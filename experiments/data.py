@@ -1,4 +1,4 @@
-"""The datasets that scikit-learn carries with it: no download, ready as tensors."""
+"""Datasets that come with scikit-learn, as tensors; nothing is downloaded."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,11 +22,11 @@ assert set(_LOAD) == set(get_args(Dataset))
 
 @dataclass(frozen=True)
 class Data:
-    """A classification task, a fifth of its samples held back for the test.
+    """A classification task with a fifth of its samples held out for testing.
 
-    x_train, x_test: (N, features), float32, from 0 to 1 over the training samples.
+    x_train, x_test: (N, features), float32, scaled to 0 to 1 over the training samples.
     label_train, label_test: (N,), int64, class indices.
-    image_shape: height and width of a sample that is an image, else None.
+    image_shape: Height and width if samples are images, else None.
     """
 
     x_train: Tensor
@@ -38,7 +38,7 @@ class Data:
 
     @property
     def features(self) -> int:
-        """The number of inputs of a sample."""
+        """The number of inputs per sample."""
         return self.x_train.shape[1]
 
     @property
@@ -59,7 +59,7 @@ class Data:
 
 
 def load(dataset: Dataset) -> Data:
-    """The dataset, split the same way whatever the run's seed, so that runs compare."""
+    """Load a dataset; the split does not depend on the seed, so that runs can be compared."""
     bunch = _LOAD[dataset]()
     x_train, x_test, label_train, label_test = train_test_split(
         bunch.data, bunch.target, test_size=0.2, random_state=0, stratify=bunch.target

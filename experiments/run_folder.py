@@ -1,4 +1,4 @@
-"""A folder for each run, from which the run can be understood and repeated."""
+"""A folder for each run, with what is needed to understand and to repeat the run."""
 
 import csv
 import json
@@ -19,12 +19,12 @@ import manual_bp
 _PACKAGES = ("torch", "numpy", "tensorboard", "scikit-learn", "matplotlib", "tyro")
 
 
-# Longer names are cut in the middle: file systems take 255 bytes, or fewer, and people still fewer.
+# Longer names are cut in the middle: file systems take at most 255 bytes, and people read fewer.
 _LONGEST = 100
 
 
 def run_path(parent: Path, name: str) -> Path:
-    """Where a run of that name goes if it starts now: the name, and the time."""
+    """The path of a run of that name that starts now: the name, and the time."""
     if len(name) > _LONGEST:
         half = (_LONGEST - len("...")) // 2
         name = f"{name[:half]}...{name[-half:]}"
@@ -32,29 +32,29 @@ def run_path(parent: Path, name: str) -> Path:
 
 
 def can_be_made(folder: Path) -> bool:
-    """Whether a folder is there to write in, or can be made there; nothing is made yet."""
+    """Whether a folder exists and is writable, or could be created; creates nothing."""
     try:
         str(folder).encode()
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    except UnicodeEncodeError:  # TensorBoard wants a name that UTF-8 can write
+    except UnicodeEncodeError:  # TensorBoard needs a name that UTF-8 can encode
         return False
-    except OSError:  # a name longer than the file system takes
+    except OSError:  # the name is too long for the file system
         return False
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 class RunFolder:
-    """One run's folder: `config.json` from the start, then `metrics.csv`, a row at a time.
+    """The folder of one run: `config.json` from the start, then `metrics.csv`, a row at a time.
 
-    It appears with its config.json in it, whatever ends the program meanwhile. Rows are on the disk
-    as soon as they are written, so an interrupted run has all it finished.
+    The folder never exists without its config.json, even if the program is killed. Rows are on the
+    disk as soon as they are written, so an interrupted run keeps the rows that it finished.
 
     Args:
-        path: The folder to make. One that is there already is left alone: a number is added.
-        config: The run's settings.
+        path: The folder to create. If it exists, it is left alone, and a number is appended.
+        config: The settings of the run.
 
     Raises:
-        OSError: The folder cannot be made.
+        OSError: The folder cannot be created.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
         self._metrics = self.path / "metrics.csv"
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
-        """Append a row to metrics.csv; the first one writes the header too."""
+        """Append a row to metrics.csv, after a header if it is the first one."""
         is_first = not self._metrics.exists()
         with self._metrics.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
@@ -82,7 +82,7 @@ class RunFolder:
 
 
 def _make(path: Path, files: Mapping[str, str]) -> Path:
-    """Make a folder with files in it, all at once: under a name of its own first."""
+    """Create a folder with its files in one step: under a temporary name, and then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
     unfinished.mkdir()
@@ -96,12 +96,12 @@ def _make(path: Path, files: Mapping[str, str]) -> Path:
 
 
 def _rename(folder: Path, path: Path) -> Path:
-    """Give a folder its name, with a number where that is taken."""
+    """Rename a folder, with a number appended if the name is taken."""
     number = 1
     while True:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        # Renaming replaces a folder that is there and empty; where another run makes a folder of
-        # this name between the two lines, that one is not empty, and renaming fails.
+        # Renaming would replace an empty folder, hence this check. If another run creates a folder
+        # of this name after the check, that folder is not empty, and renaming fails.
         if not os.path.lexists(candidate):
             try:
                 return folder.rename(candidate)
@@ -112,7 +112,7 @@ def _rename(folder: Path, path: Path) -> Path:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """Which versions of Python and of some packages are installed; None for one that is not."""
+    """The installed versions of Python and of some packages; None for a package that is missing."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -123,7 +123,7 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def _git() -> dict[str, Any]:
-    """The commit the code stands at, and whether it was changed since; None outside of git."""
+    """The commit of the code, and whether it was changed since; None outside of git."""
     commit = _git_says("rev-parse", "HEAD")
     changes = _git_says("status", "--porcelain")
     return {"commit": commit, "modified": bool(changes) if commit else None}

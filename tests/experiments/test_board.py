@@ -15,7 +15,7 @@ def trace() -> Trace:
     return backprop(net, torch.randn(5, 6), torch.rand(5, 2), QuadraticCost())
 
 
-def test_scalars(tmp_path: Path, trace: Trace) -> None:
+def test_traces_and_metrics_become_scalars(tmp_path: Path, trace: Trace) -> None:
     with Board(tmp_path) as board:
         board.traces.log(trace, 7)
         board.log_metrics({"train_cost": 0.5, "test_accuracy": 0.75}, 7)
@@ -35,7 +35,7 @@ def test_everything_is_in_one_folder_and_one_file(tmp_path: Path, trace: Trace) 
     assert "custom_scalars__config__" in tags["tensors"]
 
 
-def test_images(tmp_path: Path) -> None:
+def test_weights_and_confusion_become_images(tmp_path: Path) -> None:
     with Board(tmp_path) as board:
         board.log_weight_images(torch.randn(7, 6), (2, 3), 0)
         board.log_weight_images(torch.zeros(7, 6), (2, 3), 1)

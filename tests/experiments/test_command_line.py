@@ -14,7 +14,7 @@ from experiments.command_line import parse, refuse
 
 @dataclass(frozen=True)
 class Options:
-    """What the test runs."""
+    """A program for the test."""
 
     kind: Literal["plain", "fancy"] = "plain"
     """Which kind."""
@@ -34,7 +34,7 @@ class Options:
             raise ValueError(f"--count must be at least 1; got {self.count}")
 
 
-def test_options() -> None:
+def test_options_are_parsed_into_the_dataclass() -> None:
     assert parse(Options, [], "prog") == Options()
     arguments = ["--kind", "fancy", "--count", "5", "--loud"]
     assert parse(Options, arguments, "prog") == Options("fancy", 5, loud=True)
@@ -43,12 +43,14 @@ def test_options() -> None:
     assert parse(Options, ["--folder=a=b"], "prog").folder == Path("a=b")
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_shows_all_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(Options, ["--help"], "prog")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("What the test runs", "Which kind", "How many", "shout"))
+    assert all(
+        word in shown for word in ("A program for the test", "Which kind", "How many", "shout")
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -75,7 +77,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ([""], "prog: an argument must not be empty"),
     ],
 )
-def test_a_refusal_is_one_line_and_exit_code_2(
+def test_a_wrong_option_gives_one_line_and_exit_code_2(
     arguments: list[str],
     reason: str,
     encoding: str,
@@ -102,7 +104,7 @@ PROGRAM = """
 import signal, sys, threading, time
 from experiments.command_line import run
 assert not {"torch", "tyro", "numpy"} & set(sys.modules)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
 def main():
     print("started", flush=True)
@@ -111,7 +113,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def started(main: str) -> "subprocess.Popen[str]":
-    """A program that has begun to run."""
+    """A program that has started to run."""
     program = f"{PROGRAM}{textwrap.indent(textwrap.dedent(main), '    ')}\nrun(main)"
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -138,7 +140,7 @@ except KeyboardInterrupt:
 def test_a_signal_ends_a_program_in_one_line(
     number: signal.Signals, word: str, code: int, main: str
 ) -> None:
-    """Whatever it is doing, as importing what takes the signal for another error."""
+    """Even while it imports a module that turns the interrupt into another error."""
     with started(main) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "started\n"
@@ -154,7 +156,7 @@ def test_a_signal_ends_a_program_in_one_line(
         ("open('/dev/null/x')", "[Errno 20] Not a directory: '/dev/null/x'"),
     ],
 )
-def test_what_cannot_be_written_ends_a_program_in_one_line(main: str, said: str) -> None:
+def test_a_failed_write_ends_a_program_in_one_line(main: str, said: str) -> None:
     with started(main) as run:
         out, err = run.communicate()
     assert run.returncode == 1
@@ -164,8 +166,8 @@ def test_what_cannot_be_written_ends_a_program_in_one_line(main: str, said: str)
 
 
 @pytest.mark.parametrize("name", ["train", "train_onnx", "benchmark"])
-def test_a_program_may_be_interrupted_while_it_imports(name: str) -> None:
-    """What takes long to import comes after `run`."""
+def test_a_program_can_be_interrupted_while_it_imports(name: str) -> None:
+    """Slow imports come after `run`."""
     program = f"""
 import runpy, sys
 from experiments import command_line
@@ -179,7 +181,7 @@ sys.exit("run was not called")
     assert ended.stderr == "[]\n"
 
 
-def test_what_a_thread_of_tensorboard_raises_is_left_to_the_main_thread() -> None:
+def test_an_oserror_in_a_thread_of_tensorboard_is_left_to_the_main_thread() -> None:
     main = """
         Writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.writer"})
         for kind, error in ((Writer, OSError), (Writer, KeyError), (threading.Thread, OSError)):

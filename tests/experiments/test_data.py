@@ -7,7 +7,7 @@ from experiments.data import Dataset, load
 
 
 @pytest.mark.parametrize("dataset", get_args(Dataset))
-def test_every_dataset(dataset: Dataset) -> None:
+def test_every_dataset_is_split_and_scaled(dataset: Dataset) -> None:
     data = load(dataset)
     assert data.x_train.dtype is data.x_test.dtype is torch.float32
     assert data.label_train.dtype is data.label_test.dtype is torch.int64
@@ -24,7 +24,7 @@ def test_every_dataset(dataset: Dataset) -> None:
         assert data.features == height * width
 
 
-def test_the_digits() -> None:
+def test_the_digits_are_images_of_8_by_8() -> None:
     data = load("digits")
     assert data.features == 64
     assert data.image_shape == (8, 8)

@@ -13,7 +13,7 @@ from experiments import run_folder
 from experiments.run_folder import RunFolder, can_be_made, run_path
 
 
-def test_name_and_time() -> None:
+def test_a_run_is_named_by_its_name_and_the_time() -> None:
     path = run_path(Path("runs"), "digits__64-30-10__seed0")
     assert re.fullmatch(r"runs/digits__64-30-10__seed0__\d{8}-\d{6}", path.as_posix())
 
@@ -32,7 +32,7 @@ def test_a_long_name_is_cut_in_the_middle(layers: int, tmp_path: Path) -> None:
     assert (net in folders[0].name) == (layers < 20)
 
 
-def test_a_folder_of_a_name_that_is_too_long_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_with_too_long_a_name_cannot_be_made(tmp_path: Path) -> None:
     assert can_be_made(tmp_path / "a" / "b")
     assert not can_be_made(tmp_path / ("a" * 300))
     assert not can_be_made(tmp_path / ("a" * 300) / "b")
@@ -47,7 +47,7 @@ def test_the_folder_describes_itself(tmp_path: Path) -> None:
     assert set(description) >= {"command", "started", "git", "machine"}
 
 
-def test_git_says_where_the_code_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_and_changes_since_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"rev-parse": "abc", "status": " M file"}
     monkeypatch.setattr(run_folder, "_git_says", lambda verb, *_: answers[verb])
     assert run_folder._git() == {"commit": "abc", "modified": True}
@@ -55,12 +55,12 @@ def test_git_says_where_the_code_stands(monkeypatch: pytest.MonkeyPatch) -> None
     assert run_folder._git() == {"commit": "abc", "modified": False}
 
 
-def test_outside_of_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert run_folder._git() == {"commit": None, "modified": None}
 
 
-def test_rows_are_there_at_once(tmp_path: Path) -> None:
+def test_rows_are_on_the_disk_at_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {})
     for epoch in (1, 2):
         folder.add_metrics({"epoch": epoch, "cost": 1 / epoch})
@@ -70,24 +70,24 @@ def test_rows_are_there_at_once(tmp_path: Path) -> None:
         assert rows[-1] == {"epoch": str(epoch), "cost": str(1 / epoch)}
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     first, second, third = (RunFolder(tmp_path / "run", {"n": n}) for n in range(3))
     names = [folder.path.name for folder in (first, second, third)]
     assert names == ["run", "run-2", "run-3"]
     assert json.loads((first.path / "config.json").read_text("utf-8"))["config"] == {"n": 0}
 
 
-def test_an_empty_folder_of_the_name_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_empty_folder_is_left_alone(tmp_path: Path) -> None:
     for there in ("run", "run-2"):
         (tmp_path / there).mkdir()
     assert RunFolder(tmp_path / "run", {}).path.name == "run-3"
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_of_two_that_start_at_once_each_has_its_own(
+def test_two_runs_that_start_at_once_get_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run takes the name after it was found to be free."""
+    """The other run takes the name after it was found to be free."""
     exists = os.path.lexists
 
     def taken_now(path: Path) -> bool:
@@ -106,7 +106,7 @@ def test_of_two_that_start_at_once_each_has_its_own(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_folder_is_there_with_its_description_or_not_at_all(
+def test_a_folder_never_exists_without_its_description(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
@@ -118,12 +118,12 @@ def test_a_folder_is_there_with_its_description_or_not_at_all(
     monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(type(error)):
         RunFolder(tmp_path / "run", {})
-    # What a kill would leave here is not among what a shell or a person lists.
+    # If the program is killed, what remains has a hidden name.
     assert [name.startswith(".unfinished-") for (name,) in seen] == [True]
     assert not list(tmp_path.iterdir())
 
 
-def test_others_may_read_the_folder(tmp_path: Path) -> None:
+def test_a_folder_has_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     modes = [
         path.stat().st_mode for path in (tmp_path / "plain", RunFolder(tmp_path / "run", {}).path)
@@ -131,7 +131,7 @@ def test_others_may_read_the_folder(tmp_path: Path) -> None:
     assert modes[0] == modes[1]
 
 
-def test_a_place_where_no_folder_can_be_made(tmp_path: Path) -> None:
+def test_a_folder_inside_a_file_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         RunFolder(tmp_path / "file" / "run", {})
