@@ -57,12 +57,15 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     compiled = _with_ctx_in_forward(function, _on_copies(setup_context), jvp=no_jvp)
     apply_eager = super(Function, eager).apply
 
-    def call(*args: object) -> Any:
+    def call_elsewhere(*args: object) -> Any:
         if _wants_the_bare_forward():
             return function.forward(*args)
-        if is_compiling():
-            return compiled.apply(*_apart(args))
-        return function.apply(*args) if transforms_are_active() else apply_eager(*args)
+        return compiled.apply(*_apart(args)) if is_compiling() else function.apply(*args)
+
+    def call(*args: object) -> Any:
+        if is_compiling() or transforms_are_active() or is_tracing():
+            return call_elsewhere(*args)
+        return apply_eager(*args)
 
     return call
 
@@ -183,17 +186,17 @@ def release_saved(ctx: Any) -> None:
 
 
 def call_in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor:
-    """Call `call(z, *options, True)`, which writes over z; or do what amounts to the same.
+    """Call `call(z, *options)`, which writes over z: its last option, inplace, is True.
 
     Only plain eager code lets a Function write over its input. Elsewhere its result is copied
     there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
     The bare forward writes over z itself: a functionalised copy_ has no derivative.
     """
-    if not _wants_the_bare_forward() and (
+    if (
         is_compiling() or transforms_are_active() or _forward_ad_may_be_on()
-    ):
-        return z.copy_(call(z.clone(), *options, False))
-    a = call(z, *options, True)
+    ) and not _wants_the_bare_forward():
+        return z.copy_(call(z.clone(), *options[:-1], False))
+    a = call(z, *options)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z
 
 

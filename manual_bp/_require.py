@@ -11,19 +11,20 @@ from numbers import Integral, Real
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 
 from manual_bp._function import values_are_at_hand
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
     """Whether it is a tensor, neither sparse nor nested."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    return isinstance(value, Tensor) and value.layout is strided and not value.is_nested
 
 
 def tensor(name: str, value: object) -> None:
     """Refuse anything but a dense tensor."""
-    if is_dense(value):
+    # `is_dense`, without the call: this runs whenever a layer is called.
+    if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
         return
     if not isinstance(value, Tensor):
         kind = type(value).__name__

@@ -1,38 +1,43 @@
-"""What the layers with weights share: z = w a + b itself, its arguments, and samples as rows."""
+"""What the layers with weights share: z = w a + b, its arguments, and samples as rows."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, strided
+from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
-from manual_bp._function import is_watched
+from manual_bp._autocast import autocast
+from manual_bp._function import as_callable, hand_over, is_nested, is_watched
+from manual_bp._torch import any_autocast_is_on
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """(..., features) as (samples, features): BP3 and BP4 sum over every sample alike."""
+    """(..., features) as (samples, features), for BP3 and BP4, which sum over all samples."""
     return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def affine(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """Compute z = a @ w.mT + b, as a Function may return it."""
+    """Compute z = a @ w.mT + b, never as a view."""
     z = F.linear(a, w, b)
     if a.ndim == 2:
         return z
-    # Here z may be a view, which nobody could change in place afterwards (as ReLU(inplace) or
-    # += do): PyTorch forbids that for views made inside a Function. So, no view of it.
+    # Here z may be a view, and PyTorch forbids in-place changes (ReLU(inplace), +=) of views that
+    # a Function returns.
     if is_watched():
         return z.clone()
     return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
 
 
 def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """`module.weight, module.bias`, mostly past `nn.Module.__getattr__`: it takes 1.4 µs for both.
+    """`module.weight, module.bias`, without `nn.Module.__getattr__` where possible.
 
-    Where it may have something else to say, it is asked after all: for subclasses of the kind, and
-    for weights that are not the module's own parameters (pruned, a replica's, buffers).
+    That takes 1.4 µs for both. It is called only where it may give something else: for subclasses
+    of the kind, and for weights that are not parameters of the module (pruned, a replica's,
+    buffers).
     """
     attributes = vars(module)
     if type(module) is kind and "weight" not in attributes and "bias" not in attributes:
@@ -47,28 +52,59 @@ def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, T
 def affine_tangent(
     a: Tensor, w: Tensor, da: Tensor | None, dw: Tensor | None, db: Tensor | None
 ) -> Tensor:
-    """From tangents da, dw, db, at least one, to dz = da @ w.mT + a @ dw.mT + db."""
+    """From tangents da, dw, db, at least one of them, to dz = da @ w.mT + a @ dw.mT + db."""
     terms = []
     if da is not None:
         terms.append(da @ w.mT)
     if dw is not None:
         terms.append(a @ dw.mT)
     if db is not None:
-        # A copy: where it is the only term, a view would share memory with the caller's db.
+        # A copy: if it is the only term, a view would share memory with the caller's db.
         terms.append(db.expand(*a.shape[:-1], -1).clone())
     return reduce(torch.add, terms)
 
 
-def fit(a: Any, w: Any, b: Any) -> bool:
-    """Whether the three are dense and fit together; if not, `refuse` says why.
+def entry_point(
+    public: Callable[..., Tensor], function: Any, *, only_real: bool = False
+) -> Callable[..., Tensor]:
+    """What the functional form and the module both call: it checks the arguments, then computes.
 
-    Asked at every call, hence in as few steps as will do, in a fifth of the time of `refuse`.
+    Each passes its own names of the arguments for error messages.
+
+    Args:
+        public: The functional form, which a `__torch_function__` is handed. A nested tensor has one
+            too, but goes on to the checks, which refuse it in our words.
+        function: The Function.
+        only_real: Whether complex numbers are refused.
+
+    Returns:
+        `enter(names, a, w, b)`.
+    """
+    call = as_callable(function)
+
+    def enter(names: tuple[str, str, str], a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        if has_torch_function_variadic(a, w, b) and not is_nested(a):
+            return hand_over(public, a, w, b)
+        if any_autocast_is_on():
+            a, w, b = autocast(a, w, b)
+        _check(names, a, w, b)
+        if only_real and not w.is_floating_point():
+            _require.real(names[1], w)
+        return call(a, w, b)
+
+    return enter
+
+
+def _check(names: tuple[str, str, str], a: Any, w: Any, b: Any) -> None:
+    """Raise an error, in the caller's names, unless the three are dense and fit together.
+
+    It runs at every call, so it takes few steps where they fit: a fifth of the time of `_refuse`.
     """
     try:
         (out_features, in_features), dtype, device = w.shape, w.dtype, w.device
         if isinstance(in_features, Tensor):
-            return True  # under torch.jit.trace, to which asking is a part of the computation
-        return (
+            return  # under torch.jit.trace, which would record each question as an operation
+        if (
             a.shape[-1] == in_features
             and a.dtype is dtype
             and a.device == device
@@ -82,13 +118,14 @@ def fit(a: Any, w: Any, b: Any) -> bool:
                     and b.layout is strided
                 )
             )
-        )
+        ):
+            return
     except (AttributeError, IndexError, RuntimeError, ValueError):
-        return False  # no tensor, no dimension, nested and hence without a shape, no matrix
+        pass  # not a tensor, no dimension, nested and so without a shape, or not a matrix
+    _refuse(names, a, w, b)
 
 
-def refuse(a: Any, w: Any, b: Any, names: tuple[str, str, str]) -> NoReturn:
-    """Raise the error that says what does not fit, in the caller's names."""
+def _refuse(names: tuple[str, str, str], a: Any, w: Any, b: Any) -> NoReturn:
     name_a, name_w, name_b = names
     _require.tensor(name_w, w)
     _require.matrix(name_w, w, "(out, in)")
@@ -97,4 +134,4 @@ def refuse(a: Any, w: Any, b: Any, names: tuple[str, str, str]) -> NoReturn:
     if b is not None:
         _require.like(name_b, b, name_w, w)
         _require.shape(name_b, b, w.shape[:1], f"the first size of {name_w}")
-    raise AssertionError("refuse was called for what fits")
+    raise AssertionError("the arguments fit")

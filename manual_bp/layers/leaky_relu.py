@@ -8,16 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, call_in_place, hand_over, is_nested
-from manual_bp.layers._activation import Activation
-
-
-def leaky_relu_prime(a: Tensor, negative_slope: float) -> Tensor:
-    """σ'(z), written in terms of a: 1 where a > 0, else s. Shape as a."""
-    return torch.full_like(a, negative_slope).masked_fill(a > 0, 1)
+from manual_bp.layers._activation import Activation, entry_point
 
 
 class LeakyReLUFunction(Function):
@@ -64,7 +57,7 @@ class LeakyReLUFunction(Function):
         if grad_a is None:
             return None, None, None
         (z,) = ctx.saved_tensors
-        # Not grad_a * leaky_relu_prime(z, s): of a low dtype, that would round s first.
+        # Not grad_a times a tensor of slopes, which would round s to a low dtype first.
         grad_z = torch.where(z > 0, grad_a, grad_a * ctx.negative_slope)  # BP1, BP2: ⊙ σ'(z)
         return grad_z, None, None
 
@@ -73,9 +66,6 @@ class LeakyReLUFunction(Function):
         """From a tangent dz to da = σ'(z) dz."""
         (z,) = ctx.saved_tensors
         return torch.where(z > 0, dz, dz * ctx.negative_slope)
-
-
-_leaky_relu = as_callable(LeakyReLUFunction)
 
 
 def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -96,17 +86,16 @@ def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
     See `LeakyReLUFunction` for the gradient.
     """
-    return _checked_leaky_relu(z, negative_slope, inplace, "z")
+    return _leaky_relu("z", z, negative_slope, inplace)
 
 
-def _checked_leaky_relu(z: Tensor, negative_slope: float, inplace: bool, name: str) -> Tensor:
-    if has_torch_function_unary(z) and not is_nested(z):
-        return hand_over(leaky_relu, z, negative_slope, inplace)
-    _require.real(name, z)
+def _check_options(negative_slope: float, _: bool) -> None:
     _require.at_least("negative_slope", negative_slope, 0)
-    if not inplace:
-        return _leaky_relu(z, negative_slope, False)
-    return call_in_place(_leaky_relu, z, negative_slope)
+
+
+_leaky_relu = entry_point(
+    leaky_relu, LeakyReLUFunction, _require.real, _check_options, in_place=True
+)
 
 
 class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
@@ -125,27 +114,27 @@ class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
     """
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
-        _require.at_least("negative_slope", negative_slope, 0)
         super().__init__(negative_slope, inplace)
+        self.require_options()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.LeakyReLU gives it)
         """From weighted inputs z to activations a."""
-        return _checked_leaky_relu(input, self.negative_slope, self.inplace, "input")
+        return _leaky_relu("input", input, self.negative_slope, self.inplace)
 
     def require_options(self) -> None:
-        """Raise a ValueError if negative_slope is below 0."""
-        _require.at_least("negative_slope", self.negative_slope, 0)
+        """Raise an error unless negative_slope is a number of at least 0."""
+        _check_options(self.negative_slope, self.inplace)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
-        """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need."""
-        return leaky_relu_prime(a, self.negative_slope)
+        """σ'(z) = 1 where a > 0, else s."""
+        return torch.full_like(a, self.negative_slope).masked_fill(a > 0, 1)
 
     def sigma_prime_from_z(self, z: Tensor) -> Tensor:
-        """σ'(z) from z, shaped as z."""
-        return leaky_relu_prime(z, self.negative_slope)  # a > 0 just where z > 0
+        """σ'(z) = 1 where z > 0, else s: a > 0 exactly where z > 0."""
+        return self.sigma_prime(z)
 
     def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        """σ and ⊙ σ'(z) in the memory of a."""
         self.require_options()
         slope = self.negative_slope
 
@@ -158,5 +147,5 @@ class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
 
     @property
     def slope_bounds(self) -> tuple[float, float]:
-        """The least and the largest that σ' comes to."""
+        """1 and s, the smaller first."""
         return min(1.0, self.negative_slope), max(1.0, self.negative_slope)

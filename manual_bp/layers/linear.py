@@ -4,12 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_variadic
 
-from manual_bp._autocast import autocast
-from manual_bp._function import as_callable, hand_over, is_nested, save_for_forward
-from manual_bp._torch import any_autocast_is_on
-from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
+from manual_bp._function import save_for_forward
+from manual_bp.layers._affine import affine, affine_tangent, as_rows, entry_point, weight_and_bias
 
 
 class LinearFunction(Function):
@@ -77,9 +74,6 @@ class LinearFunction(Function):
         return affine_tangent(a, w, da, dw, db)
 
 
-_linear = as_callable(LinearFunction)
-
-
 def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute z = w a + b: `torch.nn.functional.linear`, differentiated by hand.
 
@@ -97,17 +91,10 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
     See `LinearFunction` for the gradients.
     """
-    return _checked_linear(a, w, b, ("a", "w", "b"))
+    return _linear(("a", "w", "b"), a, w, b)
 
 
-def _checked_linear(a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]) -> Tensor:
-    if has_torch_function_variadic(a, w, b) and not is_nested(a):
-        return hand_over(linear, a, w, b)
-    if any_autocast_is_on():
-        a, w, b = autocast(a, w, b)
-    if not fit(a, w, b):
-        refuse(a, w, b, names)
-    return _linear(a, w, b)
+_linear = entry_point(linear, LinearFunction)
 
 
 class Linear(nn.Linear):
@@ -131,4 +118,4 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to weighted inputs z (..., out_features)."""
-        return _checked_linear(input, *weight_and_bias(self, Linear), ("input", "weight", "bias"))
+        return _linear(("input", "weight", "bias"), input, *weight_and_bias(self, Linear))

@@ -5,21 +5,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_variadic
 
-from manual_bp import _require
-from manual_bp._autocast import autocast
 from manual_bp._function import (
-    as_callable,
-    hand_over,
-    is_nested,
     is_watched,
     may_write_over_what_was_made_of,
     release_saved,
     save_for_forward,
 )
-from manual_bp._torch import any_autocast_is_on, transforms_are_active
-from manual_bp.layers._affine import affine, affine_tangent, as_rows, fit, refuse, weight_and_bias
+from manual_bp._torch import transforms_are_active
+from manual_bp.layers._affine import affine, affine_tangent, as_rows, entry_point, weight_and_bias
 
 
 def times_sigmoid_prime(grad_a: Tensor, a: Tensor) -> Tensor:
@@ -115,9 +109,6 @@ class LinearSigmoidFunction(Function):
         return times_sigmoid_prime(affine_tangent(a_prev, w, da_prev, dw, db), a)
 
 
-_linear_sigmoid = as_callable(LinearSigmoidFunction)
-
-
 def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute σ(w a + b) in one step, differentiated by hand: `linear`, then `sigmoid`.
 
@@ -137,21 +128,10 @@ def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
     See `LinearSigmoidFunction` for the gradients.
     """
-    return _checked_linear_sigmoid(a, w, b, ("a", "w", "b"))
+    return _linear_sigmoid(("a", "w", "b"), a, w, b)
 
 
-def _checked_linear_sigmoid(
-    a: Tensor, w: Tensor, b: Tensor | None, names: tuple[str, str, str]
-) -> Tensor:
-    if has_torch_function_variadic(a, w, b) and not is_nested(a):
-        return hand_over(linear_sigmoid, a, w, b)
-    if any_autocast_is_on():
-        a, w, b = autocast(a, w, b)
-    if not fit(a, w, b):
-        refuse(a, w, b, names)
-    if not w.is_floating_point():
-        _require.real(names[1], w)
-    return _linear_sigmoid(a, w, b)
+_linear_sigmoid = entry_point(linear_sigmoid, LinearSigmoidFunction, only_real=True)
 
 
 class LinearSigmoid(nn.Module):
@@ -199,9 +179,8 @@ class LinearSigmoid(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
         """From activations (..., in_features) to activations (..., out_features)."""
-        return _checked_linear_sigmoid(
-            input, *weight_and_bias(self, LinearSigmoid), ("input", "weight", "bias")
-        )
+        weight, bias = weight_and_bias(self, LinearSigmoid)
+        return _linear_sigmoid(("input", "weight", "bias"), input, weight, bias)
 
     def extra_repr(self) -> str:
         """The sizes, as `nn.Linear` has them."""

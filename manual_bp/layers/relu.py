@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, call_in_place, hand_over, is_nested
-from manual_bp.layers._activation import Activation
-
-
-def relu_prime(a: Tensor) -> Tensor:
-    """σ'(z), written in terms of a = max(0, z): 0 where a is 0, else 1. Shape as a."""
-    return torch.ones_like(a).masked_fill(a <= 0, 0)
+from manual_bp.layers._activation import Activation, entry_point
 
 
 class ReLUFunction(Function):
@@ -72,9 +65,6 @@ class ReLUFunction(Function):
         return torch.where(a <= 0, 0, dz)
 
 
-_relu = as_callable(ReLUFunction)
-
-
 def relu(z: Tensor, inplace: bool = False) -> Tensor:
     """Compute a = max(0, z): `torch.nn.functional.relu`, differentiated by hand.
 
@@ -90,14 +80,10 @@ def relu(z: Tensor, inplace: bool = False) -> Tensor:
 
     See `ReLUFunction` for the gradient.
     """
-    return _checked_relu(z, inplace, "z")
+    return _relu("z", z, inplace)
 
 
-def _checked_relu(z: Tensor, inplace: bool, name: str) -> Tensor:
-    if has_torch_function_unary(z) and not is_nested(z):
-        return hand_over(relu, z, inplace)
-    _require.ordered(name, z)
-    return call_in_place(_relu, z) if inplace else _relu(z, False)
+_relu = entry_point(relu, ReLUFunction, _require.ordered, in_place=True)
 
 
 class ReLU(Activation, nn.ReLU, function=relu):
@@ -110,22 +96,22 @@ class ReLU(Activation, nn.ReLU, function=relu):
     `ReLUFunction` for the gradient.
     """
 
-    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 1.0)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.ReLU gives it)
         """From weighted inputs z to activations a."""
-        return _checked_relu(input, self.inplace, "input")
+        return _relu("input", input, self.inplace)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
-        """σ'(z) in terms of a = max(0, z), shaped as a, for explicit BP1 and BP2."""
-        return relu_prime(a)
+        """σ'(z) = 0 where a is 0, else 1."""
+        return torch.ones_like(a).masked_fill(a <= 0, 0)
 
     def sigma_prime_from_z(self, z: Tensor) -> Tensor:
-        """σ'(z) from z, shaped as z; 0 where the neuron is off."""
-        return relu_prime(z)  # a > 0 just where z > 0
+        """σ'(z) = 1 where z > 0, else 0: a > 0 exactly where z > 0."""
+        return self.sigma_prime(z)
 
     def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        """σ and ⊙ σ'(z) in the memory of a."""
 
         def times_sigma_prime_(grad_a: Tensor) -> None:
             grad_a.masked_fill_(a <= 0, 0)  # BP1, BP2: the factor ⊙ σ'(z)

@@ -7,25 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, is_nested
-from manual_bp.layers._activation import Activation
+from manual_bp.layers._activation import Activation, at_least_tiny, entry_point
 
 
 def sigmoid_prime(a: Tensor) -> Tensor:
     """σ'(z), written in terms of a = σ(z): σ' = σ (1 − σ). Shape as a."""
     return a * (1 - a)
-
-
-def sigmoid_prime_from_z(z: Tensor) -> Tensor:
-    """σ'(z) = e^(−|z|) / (1 + e^(−|z|))², which does not cancel as 1 − a does. Shape as z.
-
-    It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
-    """
-    e = torch.exp(-z.abs())
-    return (e / (1 + e).square()).clamp(min=torch.finfo(z.dtype).tiny)
 
 
 class SigmoidFunction(Function):
@@ -76,9 +65,6 @@ class SigmoidFunction(Function):
         return dz * sigmoid_prime(a)
 
 
-_sigmoid = as_callable(SigmoidFunction)
-
-
 def sigmoid(z: Tensor) -> Tensor:
     """Compute a = σ(z): `torch.sigmoid`, differentiated by hand.
 
@@ -93,14 +79,10 @@ def sigmoid(z: Tensor) -> Tensor:
 
     See `SigmoidFunction` for the gradient.
     """
-    return _checked_sigmoid(z, "z")
+    return _sigmoid("z", z)
 
 
-def _checked_sigmoid(z: Tensor, name: str) -> Tensor:
-    if has_torch_function_unary(z) and not is_nested(z):
-        return hand_over(sigmoid, z)
-    _require.tensor(name, z)
-    return _sigmoid(z)
+_sigmoid = entry_point(sigmoid, SigmoidFunction, _require.tensor)
 
 
 class Sigmoid(Activation, nn.Sigmoid, function=sigmoid):
@@ -110,26 +92,27 @@ class Sigmoid(Activation, nn.Sigmoid, function=sigmoid):
     `SigmoidFunction` for the gradient.
     """
 
-    slope_bounds = (0.0, 0.25)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 0.25)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Sigmoid gives it)
         """From weighted inputs z to activations a."""
-        return _checked_sigmoid(input, "input")
+        return _sigmoid("input", input)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
-        """σ'(z) in terms of a = σ(z), shaped as a; the factor that explicit BP1 and BP2 need."""
+        """σ'(z) = a (1 − a)."""
         return sigmoid_prime(a)
 
     def sigma_prime_from_z(self, z: Tensor) -> Tensor:
-        """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
-        return sigmoid_prime_from_z(z)
+        """σ'(z) = e^(−|z|) / (1 + e^(−|z|))², which does not cancel as 1 − a does; never 0."""
+        e = torch.exp(-z.abs())
+        return at_least_tiny(e / (1 + e).square())
 
     def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        """σ and ⊙ σ'(z) in the memory of a."""
         zero = a.new_zeros(())
 
         def times_sigma_prime_(grad_a: Tensor) -> None:
-            # From x to 0 by the share a of the way is x (1 − a), without rounding x a first.
+            # The interpolation x + a (0 − x) is x (1 − a), without rounding x a first.
             grad_a.mul_(a).lerp_(zero, a)  # BP1, BP2: the factor ⊙ σ'(z)
 
         return partial(torch.sigmoid_, a), times_sigma_prime_

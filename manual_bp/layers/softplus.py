@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, is_nested
-from manual_bp.layers._activation import Activation
+from manual_bp.layers._activation import Activation, at_least_tiny, entry_point
 
 # From a threshold of 20 on, ln(1 + e^t) above it is t but for 2e-9, so that a tells on which side
 # of it z was. Below, one and the same a comes from either side.
 TELLING_THRESHOLD = 20.0
-
-
-def softplus_prime(a: Tensor, beta: float, threshold: float) -> Tensor:
-    """σ'(z), written in terms of a: 1 − e^(−β a), and 1 where a = z. Shape as a."""
-    return torch.where(beta * a > threshold, 1, -torch.expm1(-beta * a))
 
 
 def softplus_prime_from_z(z: Tensor, beta: float, threshold: float) -> Tensor:
@@ -80,9 +73,6 @@ class SoftplusFunction(Function):
         return dz * softplus_prime_from_z(z, ctx.beta, ctx.threshold)
 
 
-_softplus = as_callable(SoftplusFunction)
-
-
 def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """Compute a = ln(1 + e^(β z)) / β: `torch.nn.functional.softplus`, differentiated by hand.
 
@@ -100,15 +90,14 @@ def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
     See `SoftplusFunction` for the gradient.
     """
-    return _checked_softplus(z, beta, threshold, "z")
+    return _softplus("z", z, beta, threshold)
 
 
-def _checked_softplus(z: Tensor, beta: float, threshold: float, name: str) -> Tensor:
-    if has_torch_function_unary(z) and not is_nested(z):
-        return hand_over(softplus, z, beta, threshold)
-    _require.real(name, z)
+def _check_options(beta: float, _: float) -> None:
     _require.not_zero("beta", beta)
-    return _softplus(z, beta, threshold)
+
+
+_softplus = entry_point(softplus, SoftplusFunction, _require.real, _check_options)
 
 
 class Softplus(Activation, nn.Softplus, function=softplus):
@@ -125,40 +114,36 @@ class Softplus(Activation, nn.Softplus, function=softplus):
     `SoftplusFunction` for the gradient.
     """
 
-    def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
-        _require.not_zero("beta", beta)
-        super().__init__(beta, threshold)
+    slope_bounds = (0.0, 1.0)
 
-    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
+    def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
+        super().__init__(beta, threshold)
+        self.require_options()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Softplus gives it)
         """From weighted inputs z to activations a."""
-        return _checked_softplus(input, self.beta, self.threshold, "input")
+        return _softplus("input", input, self.beta, self.threshold)
 
     def require_options(self) -> None:
         """Raise a ValueError if beta is 0."""
-        _require.not_zero("beta", self.beta)
+        _check_options(self.beta, self.threshold)
 
     def require_slope_from_a(self) -> None:
         """Raise a ValueError if the threshold is below 20: a does not tell which side z was on."""
         _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
-        """σ'(z) in terms of a, shaped as a; the factor that explicit BP1 and BP2 need.
-
-        Raises:
-            ValueError: The threshold is below 20, and a does not tell on which side of it z was.
-        """
+        """σ'(z) = 1 − e^(−β a), and 1 where a = z, for a threshold of at least 20."""
         self.require_slope_from_a()
-        return softplus_prime(a, self.beta, self.threshold)
+        t = self.beta * a
+        return torch.where(t > self.threshold, 1, -torch.expm1(-t))
 
     def sigma_prime_from_z(self, z: Tensor) -> Tensor:
-        """σ'(z) from z, whatever the threshold, and never 0; shaped as z."""
-        prime = softplus_prime_from_z(z, self.beta, self.threshold)
-        return prime.clamp(min=torch.finfo(z.dtype).tiny)
+        """σ'(z) = 1 / (1 + e^(−β z)), and 1 where a = z; for any threshold, and never 0."""
+        return at_least_tiny(softplus_prime_from_z(z, self.beta, self.threshold))
 
     def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        """σ and ⊙ σ'(z) in the memory of a."""
         self.require_options()
         self.require_slope_from_a()
         beta, threshold = self.beta, self.threshold

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import has_torch_function_unary
 
 from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, is_nested
-from manual_bp.layers._activation import Activation
+from manual_bp.layers._activation import Activation, at_least_tiny, entry_point
 
 
 def tanh_prime(a: Tensor) -> Tensor:
@@ -20,15 +18,6 @@ def tanh_prime(a: Tensor) -> Tensor:
     As (1 − σ)(1 + σ): where a neuron is saturated, 1 − σ² would round what is left.
     """
     return (1 - a) * (1 + a)
-
-
-def tanh_prime_from_z(z: Tensor) -> Tensor:
-    """σ'(z) = 4 e^(−2|z|) / (1 + e^(−2|z|))², which does not cancel as 1 − a does. Shape as z.
-
-    It is never 0 for a finite z: where it leaves the dtype, its smallest normal number stands.
-    """
-    e = torch.exp(-2 * z.abs())
-    return (4 * e / (1 + e).square()).clamp(min=torch.finfo(z.dtype).tiny)
 
 
 class TanhFunction(Function):
@@ -79,9 +68,6 @@ class TanhFunction(Function):
         return dz * tanh_prime(a)
 
 
-_tanh = as_callable(TanhFunction)
-
-
 def tanh(z: Tensor) -> Tensor:
     """Compute a, the hyperbolic tangent of z: `torch.tanh`, differentiated by hand.
 
@@ -96,14 +82,10 @@ def tanh(z: Tensor) -> Tensor:
 
     See `TanhFunction` for the gradient.
     """
-    return _checked_tanh(z, "z")
+    return _tanh("z", z)
 
 
-def _checked_tanh(z: Tensor, name: str) -> Tensor:
-    if has_torch_function_unary(z) and not is_nested(z):
-        return hand_over(tanh, z)
-    _require.tensor(name, z)
-    return _tanh(z)
+_tanh = entry_point(tanh, TanhFunction, _require.tensor)
 
 
 class Tanh(Activation, nn.Tanh, function=tanh):
@@ -113,26 +95,27 @@ class Tanh(Activation, nn.Tanh, function=tanh):
     `TanhFunction` for the gradient.
     """
 
-    slope_bounds = (0.0, 1.0)  # the least and the largest that σ' comes to
+    slope_bounds = (0.0, 1.0)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Tanh gives it)
         """From weighted inputs z to activations a."""
-        return _checked_tanh(input, "input")
+        return _tanh("input", input)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
-        """σ'(z) in terms of a = tanh(z), shaped as a; the factor that explicit BP1 and BP2 need."""
+        """σ'(z) = (1 − a)(1 + a)."""
         return tanh_prime(a)
 
     def sigma_prime_from_z(self, z: Tensor) -> Tensor:
-        """σ'(z) from z, exact for saturated neurons too, and never 0; shaped as z."""
-        return tanh_prime_from_z(z)
+        """σ'(z) = 4 e^(−2|z|) / (1 + e^(−2|z|))², which does not cancel as 1 − a does; never 0."""
+        e = torch.exp(-2 * z.abs())
+        return at_least_tiny(4 * e / (1 + e).square())
 
     def bind(self, a: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], object]]:
-        """σ and ⊙ σ'(z) in the memory of a, for explicit BP1 and BP2: see `Activation.bind`."""
+        """σ and ⊙ σ'(z) in the memory of a."""
         zero = a.new_zeros(())
 
         def times_sigma_prime_(grad_a: Tensor) -> None:
-            # From x to 0 by the share a of the way is x (1 − a), without rounding x a first.
+            # The interpolation x + a (0 − x) is x (1 − a), without rounding x a first.
             grad_a.lerp_(zero, a).lerp_(zero, a.neg_())  # BP1, BP2: the factor ⊙ σ'(z)
 
         return partial(torch.tanh_, a), times_sigma_prime_
