@@ -10,7 +10,7 @@ from manual_bp import _require
 from manual_bp._autocast import autocast
 from manual_bp.costs._cost import Cost
 from manual_bp.layers._activation import ACTIVATIONS, Activation
-from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
+from manual_bp.layers._formula import copy_as, has_forward_of, is_equivalent
 from manual_bp.layers.linear import Linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid
 from manual_bp.layers.sigmoid import Sigmoid
@@ -43,9 +43,14 @@ class Layer(NamedTuple):
         return self.b is not None and self.b.requires_grad
 
 
-def read(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
-    """The activations before the first linear layer (seldom any), and the layers."""
-    if not has_formula_of(nn.Sequential, net):
+def parse(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
+    """The activations before the first linear layer (usually none), and the layers.
+
+    Raises:
+        TypeError: net is not an nn.Sequential, or holds something that the algorithm does not know.
+        ValueError: net has no linear layer, or its sizes or devices do not fit each other.
+    """
+    if not has_forward_of(nn.Sequential, net):
         raise TypeError(
             f"net must be an nn.Sequential of linear layers and activations; "
             f"got {type(net).__name__}"
@@ -53,15 +58,15 @@ def read(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
     _refuse_hooks("net", net)
     input_activations: list[Activation] = []
     layers: list[Layer] = []
-    # Not named_children(), which passes over a module that occurs a second time.
+    # Not named_children(), which skips a module that occurs a second time.
     for name, module in net._modules.items():
         place = f"net[{name!r}]"
-        if is_kind_of(Linear, module):
+        if is_equivalent(Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
-        elif has_formula_of(LinearSigmoid, module):
+        elif has_forward_of(LinearSigmoid, module):
             layers.append(_linear_layer(place, name, module, layers))
             layers[-1].activations.append(_activation(place, Sigmoid()))
-        elif not has_formula_of(nn.Identity, module):  # convert(fuse=True) leaves some
+        elif not has_forward_of(nn.Identity, module):  # convert(fuse=True) makes some
             activations = layers[-1].activations if layers else input_activations
             activations.append(_activation(place, module))
         _refuse_hooks(place, module)
@@ -95,8 +100,8 @@ def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
         raise TypeError(f"{place} must be a parameter if it is to learn; got a buffer")
     if not (is_buffer or isinstance(value, nn.Parameter)):
         raise TypeError(
-            f"{place} must be a parameter of its own; got a tensor computed from others (pruning, "
-            f"weight norm), which has no gradient of its own"
+            f"{place} must be a parameter; got a tensor computed from others (pruning, weight "
+            f"norm), which gets no gradient"
         )
     _require.tensor(place, value)
     if value._backward_hooks or value._post_accumulate_grad_hooks:
@@ -106,14 +111,13 @@ def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
 
 def _activation(place: str, module: Any) -> Activation:
     for ours in ACTIVATIONS:
-        if is_kind_of(ours, module):
-            # One whose call writes over nothing, since a trace keeps z.
-            return cast("Activation", as_ours(ours, module))
-    known = ", ".join(ours.__name__ for ours in ACTIVATIONS)
+        if is_equivalent(ours, module):
+            # Not in place, because a trace keeps z.
+            return cast("Activation", copy_as(ours, module))
+    known = ", ".join(sorted(ours.__name__ for ours in ACTIVATIONS))
     raise TypeError(
         f"{place} must be a Linear, LinearSigmoid or an activation ({known}), of manual_bp or "
-        f"torch.nn; "
-        f"got {type(module).__name__}"
+        f"torch.nn; got {type(module).__name__}"
     )
 
 
@@ -131,7 +135,7 @@ def _refuse_hooks(place: str, module: nn.Module) -> None:
 
 
 def require_input(x: Tensor, first: Layer) -> None:
-    """Refuse an x that the first layer does not take."""
+    """Raise an error unless x fits the first layer."""
     name = f"net[{first.name!r}]"
     _require.real("x", x)
     x, w = autocast(x, first.w)
@@ -140,7 +144,7 @@ def require_input(x: Tensor, first: Layer) -> None:
 
 
 def require_cost(cost: object) -> None:
-    """Refuse anything but a reduced cost without hooks."""
+    """Raise an error unless cost is a reduced `Cost` without hooks."""
     if not isinstance(cost, Cost):
         raise TypeError(
             f"cost must be a manual_bp.Cost, such as QuadraticCost(); got {type(cost).__name__}"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from manual_bp._net import read, require_cost, require_input
+from manual_bp._net import parse, require_cost, require_input
 from manual_bp.costs._cost import Cost, checked_gradient
 from manual_bp.layers._activation import Activation
 from manual_bp.layers._affine import as_rows
@@ -51,7 +51,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
         ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
             or the cost is not reduced.
     """
-    input_activations, layers = read(net)
+    input_activations, layers = parse(net)
     require_input(x, layers[0])
     require_cost(cost)
 

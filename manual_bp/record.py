@@ -40,7 +40,7 @@ from manual_bp.costs.quadratic import quadratic_cost
 from manual_bp.costs.sigmoid_cross_entropy import sigmoid_cross_entropy_cost
 from manual_bp.costs.softmax_cross_entropy import softmax_cross_entropy_cost
 from manual_bp.layers._activation import ACTIVATIONS, Activation
-from manual_bp.layers._formula import as_ours, has_formula_of, is_kind_of
+from manual_bp.layers._formula import copy_as, has_forward_of, is_equivalent
 from manual_bp.layers.linear import Linear, linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid, linear_sigmoid
 from manual_bp.layers.sigmoid import Sigmoid, sigmoid_prime
@@ -888,7 +888,7 @@ def _choose(
 
 
 def _has_linear_forward(module: nn.Module) -> bool:
-    return is_kind_of(Linear, module) or has_formula_of(LinearSigmoid, module)
+    return is_equivalent(Linear, module) or has_forward_of(LinearSigmoid, module)
 
 
 def _fits(argument: str, choice: object, module: nn.Module, name: str) -> bool:
@@ -912,7 +912,7 @@ def _module(
 ) -> Activation | None:
     # Once for all: it has no state, and to make a module takes longer than a call.
     try:
-        return cast("Activation", as_ours(kind, kind(*options, **dict(named))))
+        return cast("Activation", copy_as(kind, kind(*options, **dict(named))))
     except (TypeError, ValueError):  # options that ours does not have
         return None
 

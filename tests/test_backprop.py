@@ -493,8 +493,8 @@ def weight_normed() -> nn.Sequential:
             TypeError,
             r"net\['0'\].weight must have no hooks",
         ),
-        (pruned(), TypeError, r"net\['0'\].weight must be a parameter of its own"),
-        (weight_normed(), TypeError, r"net\['0'\].weight must be a parameter of its own"),
+        (pruned(), TypeError, r"net\['0'\].weight must be a parameter; got a tensor computed"),
+        (weight_normed(), TypeError, r"net\['0'\].weight must be a parameter; got a tensor computed"),
         (
             nn.Sequential(nn.LazyLinear(2)),
             TypeError,

@@ -148,7 +148,7 @@ def test_a_model_keeps_all_its_objects() -> None:
     ]  # fmt: skip
     assert [(left.name, left.reason) for left in report.left] == [
         ("body.2", "there is no such layer among ours"),
-        ("heads.two", "its class has a forward of its own"),
+        ("heads.two", "its class overrides forward"),
     ]
     assert model.again is model.body[3]
     assert all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
@@ -217,13 +217,13 @@ def test_tied_weights_stay_tied() -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Doubled(3, 4), "its class has a forward of its own"),
-        (Called(3, 4), "its class has a __call__ of its own"),
-        (Watched(3, 4), "its class keeps watch over its subclasses"),
-        (TwoAtOnce(), "its class is of several layers at once"),
+        (Doubled(3, 4), "its class overrides forward"),
+        (Called(3, 4), "its class overrides __call__"),
+        (Watched(3, 4), "its class defines __init_subclass__"),
+        (TwoAtOnce(), "it inherits from several layers at once"),
         (nn.LazyLinear(4), "it is lazy and has seen no input yet"),
-        (nn.LeakyReLU(-0.1), "its negative_slope is below 0"),
-        (nn.Softplus(0), "its beta is 0"),
+        (nn.LeakyReLU(-0.1), "its negative_slope must be at least 0; got -0.1"),
+        (nn.Softplus(0), "its beta must not be 0; got 0"),
         (nn.GELU(), "there is no such layer among ours"),
         (nn.ReLU6(), "there is no such layer among ours"),
     ],
@@ -273,9 +273,9 @@ def with_parameter(name: str, made: Callable[[Tensor], Tensor]) -> nn.Linear:
 @pytest.mark.parametrize(
     ("name", "made", "reason"),
     [
-        ("weight", Tensor.to_sparse_csr, "its weight is no dense tensor"),
-        ("weight", lambda t: t.as_subclass(Packed), "its weight is a Packed, which may multiply"),
-        ("bias", lambda t: t.as_subclass(Packed), "its bias is a Packed, which may multiply"),
+        ("weight", Tensor.to_sparse_csr, "its weight is not a dense tensor"),
+        ("weight", lambda t: t.as_subclass(Packed), "its weight is a Packed, which may override the product"),
+        ("bias", lambda t: t.as_subclass(Packed), "its bias is a Packed, which may override the product"),
     ],
 )
 @pytest.mark.parametrize("fuse", [False, True])
@@ -587,15 +587,15 @@ class WithAct(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (hooked(sigmoid_net(), 0, "forward_hook"), "there are hooks, which would miss z"),
-        (hooked(sigmoid_net(), 1, "forward_pre_hook"), "there are hooks, which would miss z"),
-        (hooked(sigmoid_net(), 0, "full_backward_hook"), "there are hooks, which would miss delta"),
-        (hooked(sigmoid_net(), 1, "full_backward_pre_hook"), "hooks, which would miss delta"),
+        (hooked(sigmoid_net(), 0, "forward_hook"), "there are hooks, which would not see z"),
+        (hooked(sigmoid_net(), 1, "forward_pre_hook"), "there are hooks, which would not see z"),
+        (hooked(sigmoid_net(), 0, "full_backward_hook"), "there are hooks, which would not see delta"),
+        (hooked(sigmoid_net(), 1, "full_backward_pre_hook"), "hooks, which would not see delta"),
         (replaced(sigmoid_net()), "a forward was replaced on the object"),
-        (WithAct(), "it or its Sigmoid occurs elsewhere as well"),
+        (WithAct(), "it or its Sigmoid also occurs elsewhere"),
         (
             nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Sigmoid()),
-            "its weight is computed from others, or not of real numbers",
+            "its weight is computed from others, or is not real",
         ),
     ],
 )
@@ -619,7 +619,7 @@ def test_pairs_are_not_fused_behind_the_back_of_global_hooks() -> None:
     finally:
         handle.remove()
     reasons = {left.reason for left in report.left}
-    assert reasons == {"not fused: there are global hooks, which would miss z"}
+    assert reasons == {"not fused: there are global hooks, which would not see z"}
     assert seen == ["Linear", "Sigmoid", "Linear", "Sigmoid", "Sequential", "Linear", "Sequential"]
     assert [type(module) for module in model[:2]] == [manual_bp.Linear, manual_bp.Sigmoid]
     convert(model, fuse=True)
@@ -685,7 +685,7 @@ def test_the_report_is_printed_by_kinds() -> None:
         "  2 Linear -> Linear\n"
         "  1 ReLU -> ReLU\n"
         "  2 Dropout left: there is no such layer among ours\n"
-        "  1 Doubled left: its class has a forward of its own"
+        "  1 Doubled left: its class overrides forward"
     )
 
 

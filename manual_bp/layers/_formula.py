@@ -1,4 +1,4 @@
-"""Whether a module computes a layer's formula, whosesoever it is: ours, torch.nn's, a subclass."""
+"""Checks whether a module computes exactly a layer's formula: ours, torch.nn's, or a subclass."""
 
 import copy
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 from torch import nn
 
 
-def torch_class_of(ours: type[Any]) -> type[Any]:
+def torch_base(ours: type[Any]) -> type[Any]:
     """The class of torch.nn that a layer of ours is a subclass of."""
     return next(base for base in ours.__bases__ if base.__module__.startswith("torch."))
 
 
-def is_kind_of(ours: Any, module: Any) -> bool:
-    """Whether a module is ours, or torch's own that ours is a subclass of."""
-    return has_formula_of(ours, module) or has_formula_of(torch_class_of(ours), module)
+def is_equivalent(ours: type[Any], module: Any) -> bool:
+    """Checks whether a module computes exactly what ours does: it is ours or torch.nn's."""
+    return has_forward_of(ours, module) or has_forward_of(torch_base(ours), module)
 
 
-def has_formula_of(kind: Any, module: Any) -> bool:
-    """Whether a module is of that kind, and a call of it computes nothing else."""
+def has_forward_of(kind: type[Any], module: Any) -> bool:
+    """Checks whether a module is of this class, and a call computes exactly the class's forward."""
     return (
         isinstance(module, kind)
         and type(module).forward is kind.forward
@@ -26,10 +26,10 @@ def has_formula_of(kind: Any, module: Any) -> bool:
     )
 
 
-def as_ours(ours: Any, module: Any) -> Any:
-    """A module of ours with the options of one that computes the same; it writes over nothing."""
-    twin = copy.copy(module)
-    twin.__class__ = ours
-    if hasattr(twin, "inplace"):
-        twin.inplace = False
-    return twin
+def copy_as(ours: type[Any], module: Any) -> Any:
+    """A copy of an equivalent module, with its options, of our class and not in place."""
+    copied = copy.copy(module)
+    copied.__class__ = ours
+    if hasattr(copied, "inplace"):
+        copied.inplace = False
+    return copied

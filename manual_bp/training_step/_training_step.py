@@ -323,7 +323,7 @@ class TrainingStep:
         There is a new snapshot each time.
         """
         _net.require_cost(self.cost)
-        input_activations, layers = _net.read(self.net)
+        input_activations, layers = _net.parse(self.net)
         _require_trainable(layers)
         w = layers[0].w
         _require_within(w.dtype, lr, descent)
