@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from manual_bp import _net
 from manual_bp.costs._cost import Cost
+from manual_bp.layers._activation import ACTIVATIONS
 
-# What changes what they compute: of a cost, of an activation.
+# What changes what a cost computes.
 _OF_A_COST = ("reduction", "forward", "gradient")
-_OF_AN_ACTIVATION = ("negative_slope", "beta", "threshold")
 
 
 class Snapshot:
@@ -22,9 +22,10 @@ class Snapshot:
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
         self._modules, self._there = net._modules, tuple(net._modules.values())
         self._settings = [(vars(cost), name, vars(cost).get(name)) for name in _OF_A_COST]
+        options = {name for activation in ACTIVATIONS for name in activation.options}
         for module in self._there:
             has = vars(module)
-            self._settings += [(has, name, has[name]) for name in _OF_AN_ACTIVATION if name in has]
+            self._settings += [(has, name, has[name]) for name in options if name in has]
         self._held: list[tuple[dict[str, Any], str, Tensor, bool, Tensor]] = []
         self._absent: list[dict[str, Any]] = []
         for layer in layers:
