@@ -134,14 +134,14 @@ def _has_memory_to_itself(grad: Tensor) -> bool:
     return grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
 
 
-# What is between the z of a last layer and a cost that is nothing but a sum over its samples.
-_ELEMENTWISE = (
-    "Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "Sigmoid", "Tanh", "Relu", "LeakyRelu",
-    "Softplus", "LogSoftmax",
-)  # fmt: skip
+# What is, with activations, between the z of a last layer and a cost that is nothing but a sum over
+# its samples.
+_ELEMENTWISE = ("Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "LogSoftmax")
 
 
-def reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> str | None:
+def reduction_of(
+    node: Any, products: set[Any], losses: Mapping[Any, str], activations: tuple[str, ...]
+) -> str | None:
     """How a cost was made of those of its samples, where its last step plainly says so.
 
     That is loss functions, and mean() and sum() of losses of samples, which are given by a loss
@@ -151,6 +151,7 @@ def reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> st
         node: That of the cost.
         products: Those of the outputs of linear layers.
         losses: Those that loss functions gave, each with its reduction.
+        activations: How the names of nodes of activations begin.
     """
     while node not in losses and _is_of_one_number(node):
         node = node.next_functions[0][0]
@@ -160,8 +161,9 @@ def reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> st
     if name is None:
         return None
     below = node.next_functions[0][0]
+    passed = _ELEMENTWISE + activations
     while below not in products and losses.get(below) != "none":
-        if below is None or not below.name().startswith(_ELEMENTWISE) or _is_over_samples(below):
+        if below is None or not below.name().startswith(passed) or _is_over_samples(below):
             return None
         below = below.next_functions[0][0]
     return name

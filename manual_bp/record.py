@@ -13,7 +13,6 @@ well. Whatever neither the graphs nor the pairs account for is said to be elsewh
 """
 
 import math
-import sys
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -310,6 +309,7 @@ class _Recorder(TorchFunctionMode):
         self.leads_on: dict[int, _Pending] = {}  # from a tensor, by its id
         self.last_product: _Product | None = None
         self.unseen: set[nn.Module] = set()
+        self.activation_of = {f: kind for kind in ACTIVATIONS for f in kind.functions}
         self.losses: dict[Any, str] = {}  # from the node of what a loss function gave
         self.output: Any = None
         self.batches: set[int | None] = set()
@@ -474,7 +474,7 @@ class _Recorder(TorchFunctionMode):
         if func in _BACKWARDS:
             return self._watch_pass(func, args, kwargs)
         may_be_own = self._may_be_own(args)
-        if func in _ACTIVATION_OF:
+        if func in self.activation_of:
             result = self._see_function(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
@@ -537,7 +537,7 @@ class _Recorder(TorchFunctionMode):
             pending.is_forked = True  # something in place stands between
         a = func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name != "input"}
-        self._follow(z, lambda: _activation(_ACTIVATION_OF[func], options, named), a)
+        self._follow(z, lambda: _activation(self.activation_of[func], options, named), a)
         return a
 
     def _follow(self, z: Any, activation: Callable[[], Activation | None], a: Tensor) -> None:
@@ -659,7 +659,8 @@ class _Recorder(TorchFunctionMode):
         if len(roots) != 1 or any(len(shape) < 2 or shape[0] == 1 for shape in shapes):
             return  # of one sample, the mean is the sum
         products = {pending.node for pending in all_pending}
-        found = reduction_of(roots[0].grad_fn, products, self.losses)
+        activations = tuple(name for kind in ACTIVATIONS for name in kind.node_names)
+        found = reduction_of(roots[0].grad_fn, products, self.losses, activations)
         if found is not None and found != self.reduction:
             raise ValueError(
                 f"reduction must be that of the cost; got {self.reduction!r}, and a cost that is "
@@ -917,22 +918,12 @@ def _module(
         return None
 
 
-def _functions_of(kind: Any) -> Iterator[Any]:
-    """All functions of PyTorch's and of ours by the name of an activation, in place or not."""
-    name = kind.__module__.rpartition(".")[2]
-    for room in (torch, F, Tensor, sys.modules[kind.__module__]):
-        for function in (getattr(room, name, None), getattr(room, f"{name}_", None)):
-            if function is not None:
-                yield function
-
-
 _BACKWARDS = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 _PRODUCTS = {
     F.linear: ("input", "weight", "bias"),
     linear: ("a", "w", "b"),
     linear_sigmoid: ("a", "w", "b"),
 }
-_ACTIVATION_OF = {function: kind for kind in ACTIVATIONS for function in _functions_of(kind)}
 # The functions of PyTorch's that take a reduction, and ours: all of them loss functions.
 _LOSSES = {
     function
