@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import manual_bp
+from manual_bp.layers._activation import ACTIVATIONS
 
 PACKAGE = Path(manual_bp.__file__).parent
 # verify judges backwards, with autograd among other means; it computes no gradients for users.
@@ -53,7 +54,7 @@ def test_each_equation_is_tagged_once_whole_and_once_for_each_factor(equation: s
     assert tagged["backprop.py"] == 1
     assert tagged["training_step/_pass.py"] == (2 if equation in ("BP1", "BP2") else 1)
     assert tagged["layers/linear.py"] == (equation != "BP1")
-    for activation in ("sigmoid", "tanh", "relu", "leaky_relu", "softplus"):
+    for activation in (kind.function.__name__ for kind in ACTIVATIONS):
         # In the Function's backward, and in place.
         assert tagged[f"layers/{activation}.py"] == (2 if equation in ("BP1", "BP2") else 0)
     assert tagged["layers/linear_sigmoid.py"] == (2 if equation == "BP2" else 1)

@@ -16,15 +16,13 @@ from torch.nn.utils import parametrizations, parametrize
 
 import manual_bp
 from manual_bp import ConversionReport, LinearSigmoid, convert, restore
+from tests.activations import TABLE
 from tests.helpers import assert_same, nodes
 
 PAIRS = [
     (nn.Linear(3, 4), manual_bp.Linear),
-    (nn.Sigmoid(), manual_bp.Sigmoid),
-    (nn.Tanh(), manual_bp.Tanh),
+    *((activation.make_reference(), activation.module) for activation in TABLE),
     (nn.ReLU(inplace=True), manual_bp.ReLU),
-    (nn.LeakyReLU(0.2), manual_bp.LeakyReLU),
-    (nn.Softplus(2), manual_bp.Softplus),
 ]
 
 
@@ -274,8 +272,16 @@ def with_parameter(name: str, made: Callable[[Tensor], Tensor]) -> nn.Linear:
     ("name", "made", "reason"),
     [
         ("weight", Tensor.to_sparse_csr, "its weight is not a dense tensor"),
-        ("weight", lambda t: t.as_subclass(Packed), "its weight is a Packed, which may override the product"),
-        ("bias", lambda t: t.as_subclass(Packed), "its bias is a Packed, which may override the product"),
+        (
+            "weight",
+            lambda t: t.as_subclass(Packed),
+            "its weight is a Packed, which may override",
+        ),
+        (
+            "bias",
+            lambda t: t.as_subclass(Packed),
+            "its bias is a Packed, which may override",
+        ),
     ],
 )
 @pytest.mark.parametrize("fuse", [False, True])
@@ -589,7 +595,10 @@ class WithAct(nn.Module):
     [
         (hooked(sigmoid_net(), 0, "forward_hook"), "there are hooks, which would not see z"),
         (hooked(sigmoid_net(), 1, "forward_pre_hook"), "there are hooks, which would not see z"),
-        (hooked(sigmoid_net(), 0, "full_backward_hook"), "there are hooks, which would not see delta"),
+        (
+            hooked(sigmoid_net(), 0, "full_backward_hook"),
+            "hooks, which would not see delta",
+        ),
         (hooked(sigmoid_net(), 1, "full_backward_pre_hook"), "hooks, which would not see delta"),
         (replaced(sigmoid_net()), "a forward was replaced on the object"),
         (WithAct(), "it or its Sigmoid also occurs elsewhere"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import manual_bp
+from tests.activations import TABLE
 
 IN, OUT = 3, 4
 ROWS = 5
@@ -91,10 +92,6 @@ def outputs_and_labels(*leading: int, **options: Any) -> tuple[Tensor, ...]:
     return output, torch.randint(IN, output.shape[:-1], device=output.device)
 
 
-def activation(name: str, theirs: Any, make: Any, make_theirs: Any) -> Subject:
-    return Subject(name, getattr(manual_bp, name), theirs, make, make_theirs, rows)
-
-
 def cost(name: str, theirs: Any, make: Any, inputs: Any) -> Subject:
     return Subject(name, getattr(manual_bp, name), theirs, make, lambda: Lambda(theirs), inputs)
 
@@ -118,11 +115,7 @@ LINEAR_SIGMOID = Subject(
     has_weights=True,
 )
 ACTIVATIONS = [
-    activation("sigmoid", torch.sigmoid, manual_bp.Sigmoid, nn.Sigmoid),
-    activation("tanh", torch.tanh, manual_bp.Tanh, nn.Tanh),
-    activation("relu", F.relu, manual_bp.ReLU, nn.ReLU),
-    activation("leaky_relu", F.leaky_relu, manual_bp.LeakyReLU, nn.LeakyReLU),
-    activation("softplus", F.softplus, manual_bp.Softplus, nn.Softplus),
+    Subject(a.name, a.call, a.reference, a.module, a.reference_module, rows) for a in TABLE
 ]
 COSTS = [
     cost("quadratic_cost", half_mse, manual_bp.QuadraticCost, outputs_and_targets),

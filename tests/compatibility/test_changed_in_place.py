@@ -15,6 +15,7 @@ from torch.func import grad
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from manual_bp import convert
+from tests.activations import TABLE
 from tests.compatibility.subjects import COSTS, LAYERS, Subject, every_subject
 from tests.helpers import assert_same, is_differentiable, leaf
 
@@ -231,9 +232,8 @@ class Residual(nn.Module):
 )
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_converted_model_compiled_by_inductor(fuse: bool) -> None:
-    activations = [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.LeakyReLU(0.2), nn.Softplus()]
     theirs = nn.Sequential(
-        *map(Residual, activations),
+        *(Residual(activation.make_reference()) for activation in TABLE),
         nn.Linear(4, 4),
         nn.Sigmoid(),
         nn.Hardtanh(0.3, 0.6, inplace=True),  # changes what the sigmoid gave

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from manual_bp import convert, restore
+from tests.activations import TABLE
 from tests.helpers import ATOL, RTOL, nodes
 
 if dist.is_available():  # a PyTorch that was built without it has none of these
@@ -167,8 +168,8 @@ NETS = {
         frozen=("0.weight", "2.bias", "4.weight"),
     ),
     "every activation": Net(
-        (nn.Sigmoid, nn.Tanh, relu_in_place, nn.LeakyReLU, nn.Softplus),
-        ("Linear", "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softplus"),
+        (*(activation.reference_module for activation in TABLE), relu_in_place),
+        ("Linear", *(activation.module.__name__ for activation in TABLE)),
     ),
     "not in place": Net((nn.ReLU, nn.Sigmoid), ("Linear", "ReLU", "Sigmoid")),
     "fused": Net((nn.Sigmoid, nn.Sigmoid), ("Linear", "LinearSigmoid"), fuse=True),

@@ -7,6 +7,7 @@ rely on; where a later PyTorch has moved them, this file is where it will show.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manual_bp import convert, leaky_relu, linear, relu, sigmoid, softplus, tanh
+from manual_bp import convert, linear
+from tests.activations import TABLE
 from tests.helpers import assert_same, error
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
@@ -24,19 +26,15 @@ with warnings.catch_warnings(action="ignore"):
 
 OURS: dict[str, Callable[..., Tensor]] = {
     "nn.functional.linear": linear,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
-    "nn.functional.relu": relu,
-    "nn.functional.leaky_relu": leaky_relu,
-    "nn.functional.softplus": softplus,
+} | {
+    op.name: activation.call
+    for op in op_db
+    for activation in TABLE
+    if op.name in (activation.name, f"nn.functional.{activation.name}")
 }
 MODULES = {
-    "nn.Linear": nn.Linear,
-    "nn.Sigmoid": nn.Sigmoid,
-    "nn.Tanh": nn.Tanh,
-    "nn.ReLU": nn.ReLU,
-    "nn.LeakyReLU": nn.LeakyReLU,
-    "nn.Softplus": nn.Softplus,
+    f"nn.{kind.__name__}": kind
+    for kind in (nn.Linear, *(activation.reference_module for activation in TABLE))
 }
 OPS: list[Any] = [op for op in op_db if op.name in OURS]
 MODULE_INFOS: list[Any] = [info for info in module_db if info.module_cls in MODULES.values()]
@@ -162,8 +160,8 @@ def test_functions(op: Any, device: torch.device) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.inplace_variant], ids=lambda op: op.name)
 def test_in_place_variants(op: Any, device: torch.device) -> None:
-    if op.name in ("sigmoid", "tanh"):
-        pytest.skip("sigmoid_ and tanh_ are methods of Tensor; torch.nn has no such option")
+    if "inplace" not in signature(OURS[op.name]).parameters:
+        pytest.skip(f"{op.name}_ is a method of Tensor; torch.nn has no such option")
     for sample in samples(op, device, torch.float64, True):
         found, expected = (
             derivatives(

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.activations import TABLE
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "compatibility.md").read_text("utf-8")
 CLIENTS = ROOT / "tests" / "compatibility" / "clients"
-ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu", "softplus"]
+ACTIVATIONS = [activation.name for activation in TABLE]
 COSTS = ["quadratic_cost", "sigmoid_cross_entropy_cost", "softmax_cross_entropy_cost"]
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and "`test_" in line]
 

@@ -4,29 +4,18 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functionalize, jacfwd
 
-from manual_bp import (
-    LeakyReLU,
-    ReLU,
-    Sigmoid,
-    Softplus,
-    Tanh,
-    leaky_relu,
-    relu,
-    sigmoid,
-    softplus,
-    tanh,
-)
+from manual_bp import LeakyReLU, ReLU, Softplus
 from manual_bp.layers._activation import ACTIVATIONS
+from tests.activations import IN_PLACE, TABLE, Facts
 from tests.helpers import (
     LAYOUTS,
     Operations,
@@ -43,44 +32,29 @@ from tests.helpers import (
 SHAPES = [(5, 3), (), (3,), (1, 3), (0, 3), (2, 3, 2)]
 
 
-class Activation(NamedTuple):
-    call: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    module: Any
-    reference_module: Any
-
-    @property
-    def name(self) -> str:
-        return self.call.__name__
-
-
-KINDS = [
-    Activation(sigmoid, torch.sigmoid, Sigmoid, nn.Sigmoid),
-    Activation(tanh, torch.tanh, Tanh, nn.Tanh),
-    Activation(relu, F.relu, ReLU, nn.ReLU),
-    Activation(leaky_relu, F.leaky_relu, LeakyReLU, nn.LeakyReLU),
-    Activation(softplus, F.softplus, Softplus, nn.Softplus),
-]
-every_activation = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-keeps_a = pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.name)
-keeps_z = pytest.mark.parametrize("kind", KINDS[3:], ids=lambda kind: kind.name)
-in_place = pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k.name.endswith("relu")], ids=lambda kind: kind.name
+every_activation = pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind.name)
+keeps_a = pytest.mark.parametrize(
+    "kind", [kind for kind in TABLE if kind.saves == "a"], ids=lambda kind: kind.name
 )
+keeps_z = pytest.mark.parametrize(
+    "kind", [kind for kind in TABLE if kind.saves == "z"], ids=lambda kind: kind.name
+)
+in_place = pytest.mark.parametrize("kind", IN_PLACE, ids=lambda kind: kind.name)
 
 
 def sample(*shape: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def test_every_activation_is_here() -> None:
-    assert {kind.module for kind in KINDS} == set(ACTIVATIONS)
+def test_every_activation_has_a_row_in_the_table() -> None:
+    assert {kind.module for kind in TABLE} == set(ACTIVATIONS)
+    assert [len(kind.options) for kind in TABLE] == [len(kind.module.options) for kind in TABLE]
 
 
 @every_activation
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_derivatives_of_first_and_second_order(
-    kind: Activation, shape: tuple[int, ...], device: torch.device
+    kind: Facts, shape: tuple[int, ...], device: torch.device
 ) -> None:
     arguments = [sample(*shape, device=device)]
     assert_gradchecks(kind.call, arguments)
@@ -89,13 +63,13 @@ def test_derivatives_of_first_and_second_order(
 
 @every_activation
 @given(shape=st.lists(st.integers(0, 4), max_size=4), layout=st.sampled_from(sorted(LAYOUTS)))
-def test_any_shape(kind: Activation, shape: list[int], layout: str) -> None:
+def test_any_shape(kind: Facts, shape: list[int], layout: str) -> None:
     z = torch.randn(shape, dtype=torch.float64)
     assert_matches(kind.call, kind.reference, [LAYOUTS[layout](z)])
 
 
 @keeps_a
-def test_keeps_only_its_output(kind: Activation, device: torch.device) -> None:
+def test_keeps_only_its_output(kind: Facts, device: torch.device) -> None:
     z = leaf(sample(5, 3, device=device))
     a = kind.call(z)
     (kept,) = saved_tensors(kind.call, [z])
@@ -104,30 +78,30 @@ def test_keeps_only_its_output(kind: Activation, device: torch.device) -> None:
 
 
 @keeps_z
-def test_keeps_only_its_input(kind: Activation, device: torch.device) -> None:
+def test_keeps_only_its_input(kind: Facts, device: torch.device) -> None:
     z = leaf(sample(5, 3, device=device))
     (kept,) = saved_tensors(kind.call, [z])
     assert is_same_memory(kept, z)
 
 
 @every_activation
-def test_an_undefined_gradient_costs_nothing(kind: Activation, device: torch.device) -> None:
+def test_an_undefined_gradient_costs_nothing(kind: Facts, device: torch.device) -> None:
     assert_undefined_gradient_costs_nothing(kind.call, [sample(5, 3, device=device)])
 
 
 @every_activation
-def test_backward_runs_no_derivative_kernel(kind: Activation, device: torch.device) -> None:
+def test_backward_runs_no_derivative_kernel(kind: Facts, device: torch.device) -> None:
     assert_no_derivative_kernel(kind.call, [sample(5, 3, device=device)])
 
 
 @keeps_z
-def test_an_output_may_be_changed_in_place(kind: Activation, device: torch.device) -> None:
+def test_an_output_may_be_changed_in_place(kind: Facts, device: torch.device) -> None:
     z = sample(5, 3, device=device)
     assert_matches(lambda z: kind.call(z).mul_(3), lambda z: kind.reference(z) * 3, [z])
 
 
 @keeps_a
-def test_an_output_changed_in_place_is_noticed(kind: Activation, device: torch.device) -> None:
+def test_an_output_changed_in_place_is_noticed(kind: Facts, device: torch.device) -> None:
     a = kind.call(leaf(sample(5, 3, device=device)))
     with torch.no_grad():
         a += 1
@@ -136,15 +110,13 @@ def test_an_output_changed_in_place_is_noticed(kind: Activation, device: torch.d
 
 
 @every_activation
-def test_an_infinite_gradient_goes_where_pytorch_lets_it(
-    kind: Activation, device: torch.device
-) -> None:
+def test_an_infinite_gradient_goes_where_pytorch_lets_it(kind: Facts, device: torch.device) -> None:
     z = sample(5, 3, device=device)
     assert_matches(kind.call, kind.reference, [z], torch.full_like(z, torch.inf))
 
 
 @every_activation
-def test_strides_are_those_of_pytorch(kind: Activation, device: torch.device) -> None:
+def test_strides_are_those_of_pytorch(kind: Facts, device: torch.device) -> None:
     z = sample(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
     ours, theirs = leaf(z), leaf(z)
     a, expected = kind.call(ours), kind.reference(theirs)
@@ -156,7 +128,7 @@ def test_strides_are_those_of_pytorch(kind: Activation, device: torch.device) ->
 
 
 @every_activation
-def test_autocast_does_what_pytorch_does(kind: Activation, device: torch.device) -> None:
+def test_autocast_does_what_pytorch_does(kind: Facts, device: torch.device) -> None:
     with torch.autocast(device.type):
         for dtype in (torch.float32, torch.bfloat16):
             z = sample(5, 3, device=device).to(dtype)
@@ -164,7 +136,7 @@ def test_autocast_does_what_pytorch_does(kind: Activation, device: torch.device)
 
 
 @every_activation
-def test_prime_is_the_derivative(kind: Activation) -> None:
+def test_prime_is_the_derivative(kind: Facts) -> None:
     z = leaf(torch.linspace(-5, 5, 20, dtype=torch.float64))
     a = kind.reference(z)
     (expected,) = torch.autograd.grad(a.sum(), z)
@@ -174,7 +146,7 @@ def test_prime_is_the_derivative(kind: Activation) -> None:
 
 
 @every_activation
-def test_module_is_pytorchs_but_for_its_backward(kind: Activation) -> None:
+def test_module_is_pytorchs_but_for_its_backward(kind: Facts) -> None:
     module = kind.module()
     assert isinstance(module, kind.reference_module)
     assert repr(module) == repr(kind.reference_module())
@@ -187,7 +159,7 @@ def test_module_is_pytorchs_but_for_its_backward(kind: Activation) -> None:
 
 @in_place
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_in_place(kind: Activation, shape: tuple[int, ...], device: torch.device) -> None:
+def test_in_place(kind: Facts, shape: tuple[int, ...], device: torch.device) -> None:
     z = sample(*shape, device=device)
     overwritten = z.clone()
     assert kind.call(overwritten, inplace=True) is overwritten
@@ -200,7 +172,7 @@ def test_in_place(kind: Activation, shape: tuple[int, ...], device: torch.device
 
 
 @in_place
-def test_in_place_without_a_graph_gives_back_the_tensor_itself(kind: Activation) -> None:
+def test_in_place_without_a_graph_gives_back_the_tensor_itself(kind: Facts) -> None:
     z = leaf(torch.randn(5)) * 1
     with torch.no_grad():
         a = kind.call(z, inplace=True)
@@ -209,14 +181,14 @@ def test_in_place_without_a_graph_gives_back_the_tensor_itself(kind: Activation)
 
 
 @in_place
-def test_in_place_keeps_no_second_tensor(kind: Activation, device: torch.device) -> None:
+def test_in_place_keeps_no_second_tensor(kind: Facts, device: torch.device) -> None:
     z = leaf(sample(5, 3, device=device)) * 1
     (kept,) = saved_tensors(lambda z: kind.call(z, inplace=True), [z])
     assert kept.data_ptr() == z.data_ptr()
 
 
 @in_place
-def test_in_place_is_refused_where_pytorch_refuses_it(kind: Activation) -> None:
+def test_in_place_is_refused_where_pytorch_refuses_it(kind: Facts) -> None:
     z = leaf(torch.randn(5, 3))
     for call in (kind.call, kind.reference):
         with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
@@ -231,7 +203,7 @@ def test_in_place_is_refused_where_pytorch_refuses_it(kind: Activation) -> None:
 @in_place
 @pytest.mark.parametrize("compiled", [True, False])
 def test_in_place_compiled_and_transformed(
-    kind: Activation, compiled: bool, device: torch.device
+    kind: Facts, compiled: bool, device: torch.device
 ) -> None:
     def net(call: Any) -> Callable[[Tensor], Tensor]:
         def run(z: Tensor) -> Tensor:
@@ -254,7 +226,7 @@ def test_in_place_compiled_and_transformed(
 
 
 @in_place
-def test_in_place_functionalized(kind: Activation, device: torch.device) -> None:
+def test_in_place_functionalized(kind: Facts, device: torch.device) -> None:
     def functionalized(call: Any) -> Callable[[Tensor], Tensor]:
         result: Callable[[Tensor], Tensor] = functionalize(lambda z: call(z * 2, inplace=True))
         return result
@@ -266,7 +238,7 @@ def test_in_place_functionalized(kind: Activation, device: torch.device) -> None
 
 
 @every_activation
-def test_bad_input(kind: Activation) -> None:
+def test_bad_input(kind: Facts) -> None:
     for z, error, message in [
         (1.0, TypeError, "z must be a torch.Tensor; got float"),
         (torch.ones(3).to_sparse(), TypeError, "z must be a dense tensor; got layout"),
@@ -281,9 +253,7 @@ def test_bad_input(kind: Activation) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float16], ids=str
 )
-def test_other_dtypes_are_taken_or_refused_as_by_pytorch(
-    kind: Activation, dtype: torch.dtype
-) -> None:
+def test_other_dtypes_are_taken_or_refused_as_by_pytorch(kind: Facts, dtype: torch.dtype) -> None:
     z = torch.tensor([0, 1, 1]).to(dtype)
     try:
         expected = kind.reference(z)
@@ -300,27 +270,20 @@ def test_other_dtypes_are_taken_or_refused_as_by_pytorch(
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sigma_prime_from_z_is_exact_however_far_out(
-    kind: Activation, dtype: torch.dtype, device: torch.device
+    kind: Facts, dtype: torch.dtype, device: torch.device
 ) -> None:
     far = torch.tensor([0.5, 3, 8.75, 17, 30, 80], dtype=dtype, device=device)
     z = torch.cat([far, -far])
     found = kind.module().sigma_prime_from_z(z)
     assert (found.dtype, found.shape) == (dtype, z.shape)
-    slopes = {
-        "sigmoid": lambda z: math.exp(-abs(z)) / (1 + math.exp(-abs(z))) ** 2,
-        "tanh": lambda z: 4 * math.exp(-2 * abs(z)) / (1 + math.exp(-2 * abs(z))) ** 2,
-        "relu": lambda z: float(z > 0),
-        "leaky_relu": lambda z: 1.0 if z > 0 else 0.01,
-        "softplus": lambda z: 1 / (1 + math.exp(-z)) if z <= 20 else 1.0,
-    }
-    expected = torch.tensor([slopes[kind.name](value) for value in z.tolist()], dtype=torch.float64)
-    smallest = torch.finfo(dtype).tiny if kind.name != "relu" else 0.0
+    expected = torch.tensor([kind.slope(value) for value in z.tolist()], dtype=torch.float64)
+    smallest = torch.finfo(dtype).tiny if kind.slope(-80) else 0.0
     eps = torch.finfo(dtype).eps
     assert_same([found.double().cpu()], [expected.clamp(min=smallest)], rtol=64 * eps, atol=0)
 
 
 @every_activation
-def test_slopes_are_the_bounds_of_sigma_prime(kind: Activation) -> None:
+def test_slopes_are_the_bounds_of_sigma_prime(kind: Facts) -> None:
     z = torch.linspace(-60, 60, 24001, dtype=torch.float64)
     module = kind.module()
     prime = module.sigma_prime_from_z(z)
@@ -345,7 +308,7 @@ EXTREMES = [0.0, -0.0, 1e-30, 0.3, -0.3, 5.0, -5.0, 12.0, -12.0, 16.5, -16.5, 40
 
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_in_place_is_the_same(kind: Activation, dtype: torch.dtype, device: torch.device) -> None:
+def test_in_place_is_the_same(kind: Facts, dtype: torch.dtype, device: torch.device) -> None:
     """σ is bit for bit that of forward; grad_a ⊙ σ' is prime's, rounded at most once more."""
     module = kind.module()
     z = torch.cat([sample(30, device=device), torch.tensor(EXTREMES, device=device).double()])
@@ -366,7 +329,7 @@ def test_in_place_is_the_same(kind: Activation, dtype: torch.dtype, device: torc
 
 
 @every_activation
-def test_in_place_needs_no_derivative_kernel(kind: Activation) -> None:
+def test_in_place_needs_no_derivative_kernel(kind: Facts) -> None:
     a = sample(3, 4, device=torch.device("cpu"))
     sigma_, times_sigma_prime_ = kind.module().bind(a)
     operations = Operations()

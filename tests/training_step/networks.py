@@ -10,23 +10,16 @@ from torch import Tensor, nn
 
 from manual_bp import (
     Cost,
-    LeakyReLU,
     Linear,
     QuadraticCost,
-    ReLU,
     Sigmoid,
     SigmoidCrossEntropyCost,
     SoftmaxCrossEntropyCost,
-    Softplus,
-    Tanh,
 )
+from tests.activations import TABLE
 
 ACTIVATIONS: list[nn.Module] = [
-    Sigmoid(),
-    Tanh(),
-    ReLU(),
-    LeakyReLU(0.2),
-    Softplus(2.0, 25.0),
+    *(activation.make() for activation in TABLE),
     nn.Sigmoid(),
     nn.ReLU(inplace=True),
 ]

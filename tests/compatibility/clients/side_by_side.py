@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_bp import ConversionReport, convert
+from tests.activations import TABLE
 from tests.helpers import assert_same
 
 NEEDS = "needs the extra clients: pip install -e '.[clients]'"
@@ -22,7 +23,7 @@ EXACT: Any = {"rtol": 0, "atol": 0}
 def every_activation(features: int, classes: int) -> nn.Sequential:
     """A net of all the layers that we have."""
     torch.manual_seed(1)
-    activations = [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.LeakyReLU(), nn.Softplus()]
+    activations = [activation.reference_module() for activation in TABLE]
     hidden = [module for act in activations for module in (nn.Linear(features, features), act)]
     net = nn.Sequential(*hidden, nn.Linear(features, classes))
     for module in net:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from manual_bp import convert, restore
+from tests.activations import TABLE
 from tests.compatibility.clients.side_by_side import (
     EXACT,
     NEEDS,
@@ -132,13 +133,15 @@ def test_options_of_the_trainer(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fuse", [False, True])
 def test_every_layer(fuse: bool) -> None:
     ours, theirs, report = twins(Classifier(every_activation(FEATURES, CLASSES)), fuse=fuse)
-    assert len(report.changed) == 11
+    assert len(report.changed) == 2 * len(TABLE) + 1
     fit(ours, precision="64-true")
     fit(theirs, precision="64-true")
     assert_same(ours.losses, theirs.losses)
     assert_same_parameters(ours, theirs)
     assert_learns(ours.losses)
-    names = ["LinearSigmoid" if fuse else "Sigmoid", "Tanh", "ReLU", "LeakyReLU", "Softplus"]
+    names = {activation.module.__name__ for activation in TABLE}
+    if fuse:
+        names = names - {"Sigmoid"} | {"LinearSigmoid"}
     assert {f"{name}FunctionBackward" for name in names} <= ours.kinds
 
 
