@@ -3,17 +3,16 @@
     Linear                           a drop-in `nn.Module`; as a function: linear
     Sigmoid, Tanh, ReLU, LeakyReLU, Softplus
                                      likewise; sigmoid, tanh, relu, leaky_relu, softplus
-    LinearSigmoid                    the two in one; linear_sigmoid
+    LinearSigmoid                    Linear and Sigmoid as one; linear_sigmoid
     QuadraticCost                    on output activations a; as a function: quadratic_cost
     SigmoidCrossEntropyCost          on weighted inputs z; sigmoid_cross_entropy_cost
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
     backprop(net, x, y, cost)        BP1 to BP4 without autograd; returns a Trace
     TrainingStep(net, cost, lr)      the same and gradient descent in one, in place; fast
-    record(model)                    the same Trace of any model, from a backward() of autograd's
+    record(model)                    the same Trace of any model, from a backward() of autograd
     convert(model), restore(model)   torch.nn's layers to ours, in place, and back
 
-Behind each layer and cost stands a `torch.autograd.Function`, public as well: `LinearFunction`
-and so on.
+Each layer and cost has a `torch.autograd.Function`, which is public too: `LinearFunction` etc.
 """
 
 from manual_bp.backprop import backprop

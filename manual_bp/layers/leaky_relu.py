@@ -1,4 +1,4 @@
-"""The leaky ReLU: a = z, or a small share s of it below 0, with σ'(z) for BP1 and BP2."""
+"""The leaky ReLU: a = z, or s z with a small slope s below 0, with σ'(z) for BP1 and BP2."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,16 +20,16 @@ class LeakyReLUFunction(Function):
 
         ∂C/∂z = grad_a * (1 where z > 0, else s)
 
-    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
-    linear layer above gave grad_a = wᵀδ.
+    This is all of BP1 when grad_a = ∇_a C comes from the cost, and the second factor of BP2 when
+    grad_a = wᵀδ comes from the linear layer above.
 
     At z = 0, where the slope jumps from s to 1, σ'(0) = s as in PyTorch.
 
-    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
-    Units: element by element; nothing is summed or averaged.
-    Saves: z, as PyTorch does, so that a may be changed in place afterwards; in place, where z is
-    gone, a: for s ≥ 0, a > 0 just where z > 0.
-    Errors: none of its own; `leaky_relu` checks the arguments.
+    Shapes: z, a, grad_a and ∂C/∂z have the same, arbitrary shape.
+    Units: elementwise; nothing is summed or averaged.
+    Saves: z, as PyTorch does, so that a may be changed in place afterwards. In place, where z is
+    overwritten, a: for s ≥ 0, a > 0 exactly where z > 0.
+    Errors: none; `leaky_relu` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Maas, Hannun and Ng,
     Rectifier Nonlinearities Improve Neural Network Acoustic Models, for the slope below 0.
     """
@@ -38,12 +38,12 @@ class LeakyReLUFunction(Function):
 
     @staticmethod
     def forward(z: Tensor, negative_slope: float, inplace: bool) -> Tensor:
-        """Compute a, into z's own memory if in place."""
+        """Compute a, in the memory of z if in place."""
         return F.leaky_relu(z, negative_slope, inplace)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        """Save z, or a in its place: the sign of either tells σ'(z)."""
+        """Save z, or a if it overwrote z: the sign of either determines σ'(z)."""
         z, ctx.negative_slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(z)
@@ -73,15 +73,15 @@ def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
     Args:
         z: Weighted inputs, of any shape.
-        negative_slope: s, the slope where z < 0; not below 0, for then the sign of a would no
-            longer tell the sign of z, which σ' in terms of a needs.
-        inplace: Whether a takes the place of z, in its memory.
+        negative_slope: s, the slope where z < 0; at least 0, because otherwise the sign of a would
+            not determine that of z, nor a σ'(z).
+        inplace: Whether a overwrites z.
 
     Returns:
-        a, the activations, shaped as z; z itself if in place.
+        a, the activations, with the shape of z; z itself if in place.
 
     Raises:
-        TypeError: z is no dense tensor of a real floating dtype, or negative_slope is no number.
+        TypeError: z is not a dense real floating-point tensor, or negative_slope is not a number.
         ValueError: negative_slope is below 0.
 
     See `LeakyReLUFunction` for the gradient.
@@ -99,17 +99,17 @@ _leaky_relu = entry_point(
 
 
 class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
-    """`torch.nn.LeakyReLU`, differentiated by hand: the same but for its backward.
+    """`torch.nn.LeakyReLU`, differentiated by hand: identical except for its backward.
 
     Args:
         negative_slope: s, the slope where z < 0; at least 0.
-        inplace: Whether the output takes the place of the input, in its memory.
+        inplace: Whether the output overwrites the input.
 
     Raises:
-        TypeError: negative_slope is no number.
+        TypeError: negative_slope is not a number.
         ValueError: negative_slope is below 0.
 
-    Input and output are of the same, any shape. See `leaky_relu` for the errors raised and
+    Input and output have the same, arbitrary shape. See `leaky_relu` for the errors raised and
     `LeakyReLUFunction` for the gradient.
     """
 

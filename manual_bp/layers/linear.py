@@ -22,15 +22,14 @@ class LinearFunction(Function):
         ∂C/∂b = Σ_x delta_x         Σ_x delta_xj           BP3
         ∂C/∂w = delta.mT @ a        Σ_x delta_xj a_xk      BP4
 
-    The other factor of BP2, ⊙ σ'(z), belongs to the activation below this layer, and stands in
-    that activation's backward. Complex tensors take the conjugate of w and a, as PyTorch's
-    gradients do.
+    The other factor of BP2, ⊙ σ'(z), belongs to the activation below this layer and is in its
+    backward. For complex tensors w and a are conjugated, as in PyTorch.
 
     Shapes: a (..., in), w (out, in), b (out,) or None, z and delta (..., out).
     Units: delta is the error of whatever cost is differentiated, so ∂C/∂w and ∂C/∂b are summed
-    over samples, and averaged just when the cost is.
-    Saves: a, only if ∂C/∂w is asked for; w, only if ∂C/∂a is. Nothing else occurs above.
-    Errors: none of its own; `linear` checks the arguments.
+    over samples, and averaged only if the cost is.
+    Saves: a, only if ∂C/∂w is required; w, only if ∂C/∂a is. Nothing else is used above.
+    Errors: none; `linear` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP2 to BP4.
     """
 
@@ -43,7 +42,7 @@ class LinearFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
-        """Save what the gradients that were asked for will need."""
+        """Save what the required gradients need."""
         del output
         a, w, _ = inputs
         needs_a, needs_w, _ = ctx.needs_input_grad
@@ -86,8 +85,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         z, the weighted inputs, shape (..., out).
 
     Raises:
-        TypeError: An argument is no dense tensor, or has another dtype than w.
-        ValueError: A shape does not fit w, or a device is another than that of w.
+        TypeError: An argument is not a dense tensor, or its dtype differs from that of w.
+        ValueError: A shape does not fit w, or a device differs from that of w.
 
     See `LinearFunction` for the gradients.
     """
@@ -98,17 +97,17 @@ _linear = entry_point(linear, LinearFunction)
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, differentiated by hand: the same but for its backward.
+    """`torch.nn.Linear`, differentiated by hand: identical except for its backward.
 
-    Parameters, initialisation from a given seed, state_dict and repr are those of `nn.Linear`,
-    which this is a subclass of, so that whatever asks for an `nn.Linear` finds one.
+    Parameters, initialisation from a given seed, state_dict and repr are those of `nn.Linear`. This
+    is a subclass of it, so that `isinstance(module, nn.Linear)` holds.
 
     Args:
         in_features: The number of neurons below, the last dimension of the input.
         out_features: The number of neurons of this layer.
-        bias: Whether z has a bias; without, `bias` is None.
-        device: Where the parameters are made.
-        dtype: What the parameters are made of.
+        bias: Whether z has a bias; if not, `bias` is None.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
 
     Shapes: input (..., in_features), output (..., out_features), weight (out_features,
     in_features), bias (out_features,).

@@ -1,4 +1,4 @@
-"""The linear and the sigmoid layer in one: a = σ(w a_prev + b), with BP1 to BP4."""
+"""The linear and the sigmoid layer as one: a = σ(w a_prev + b), with BP1 to BP4."""
 
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from manual_bp.layers._affine import affine, affine_tangent, as_rows, entry_poin
 def times_sigmoid_prime(grad_a: Tensor, a: Tensor) -> Tensor:
     """grad_a ⊙ σ'(z), written in terms of a = σ(z): σ' = a (1 − a). Shape as a.
 
-    Not as grad_a a − grad_a a²: where a neuron is saturated, that cancels to a third of its size.
+    Not as grad_a a − grad_a a², which cancels to a third of its size where a neuron is saturated.
     """
     if may_write_over_what_was_made_of(grad_a):
         return (1 - a).mul_(a).mul_(grad_a)  # the same, in one new tensor
@@ -40,13 +40,13 @@ class LinearSigmoidFunction(Function):
         ∂C/∂b = Σ_x delta_x             Σ_x δ_xj                    BP3
         ∂C/∂w = delta.mT @ a_prev       Σ_x δ_xj a_prev_xk          BP4
 
-    One stands where autograd has two, and so may say when memory is let go of: it peaks no higher.
+    One backward replaces two and can free memory halfway: it peaks no higher than autograd's two.
 
     Shapes: a_prev (..., in), w (out, in), b (out,) or None, a and grad_a (..., out).
     Units: grad_a belongs to whatever cost is differentiated, so ∂C/∂w and ∂C/∂b are summed over
-    samples, and averaged just when the cost is.
-    Saves: a; a_prev, only if ∂C/∂w is asked for; w, only if ∂C/∂a_prev is. z is gone.
-    Errors: none of its own; `linear_sigmoid` checks the arguments.
+    samples, and averaged only if the cost is.
+    Saves: a; a_prev, only if ∂C/∂w is required; w, only if ∂C/∂a_prev is. z is overwritten.
+    Errors: none; `linear_sigmoid` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 to BP4.
     """
 
@@ -56,8 +56,8 @@ class LinearSigmoidFunction(Function):
     def forward(a_prev: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Compute a = σ(a_prev @ w.mT + b)."""
         z = affine(a_prev, w, b)
-        # A subclass may not be able to do this in place, as a DTensor of partial sums is not;
-        # and functionalize makes a copy of it that has no derivative.
+        # Some subclasses cannot do this in place, such as a DTensor of partial sums; and
+        # functionalize makes a copy of it that has no derivative.
         is_its_own = type(z) is Tensor and not is_watched() and not transforms_are_active()
         return torch.sigmoid_(z) if is_its_own else torch.sigmoid(z)
 
@@ -65,7 +65,7 @@ class LinearSigmoidFunction(Function):
     def setup_context(
         ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
     ) -> None:
-        """Save what the gradients that were asked for will need."""
+        """Save what the required gradients need."""
         a_prev, w, _ = inputs
         needs_a_prev, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
@@ -87,14 +87,14 @@ class LinearSigmoidFunction(Function):
     def backward_boxed(
         ctx: Any, grads: list[Tensor | None]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The same, of grad_a in a list, from which it is taken and let go of."""
+        """The same, with grad_a in a list, from which it is removed so that it can be freed."""
         grad_a = grads.pop()
         if grad_a is None:
             return None, None, None
         a_prev, w, a = ctx.saved_tensors
         needs_a_prev, needs_w, needs_b = ctx.needs_input_grad
         delta = times_sigmoid_prime(grad_a, a)  # BP1, BP2: the factor ⊙ σ'(z)
-        # Memory is fullest below, where these two are needed no more: let go of them first.
+        # Memory peaks below, where these two are no longer needed: free them first.
         del grad_a, a
         release_saved(ctx)
         grad_a_prev = delta @ w if needs_a_prev else None  # BP2: the factor wᵀδ
@@ -112,7 +112,7 @@ class LinearSigmoidFunction(Function):
 def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute σ(w a + b) in one step, differentiated by hand: `linear`, then `sigmoid`.
 
-    The same numbers as the two, from one node of the graph instead of two, and without z.
+    The same numbers as the two, from one node of the graph instead of two; z is not kept.
 
     Args:
         a: Activations of the layer below, shape (..., in): one sample a row, or one sample alone.
@@ -123,8 +123,8 @@ def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         The activations, shape (..., out), each between 0 and 1.
 
     Raises:
-        TypeError: An argument is no dense tensor of a real floating dtype, or has another than w.
-        ValueError: A shape does not fit w, or a device is another than that of w.
+        TypeError: An argument is not a dense tensor of w's dtype, or w is not real floating-point.
+        ValueError: A shape does not fit w, or a device differs from that of w.
 
     See `LinearSigmoidFunction` for the gradients.
     """
@@ -138,14 +138,14 @@ class LinearSigmoid(nn.Module):
     """`nn.Linear` and `nn.Sigmoid` in one, differentiated by hand.
 
     Parameters, their names and their initialisation from a given seed are those of `nn.Linear`.
-    It is no subclass of it: what asks for an `nn.Linear` would take its output for z.
+    It is not a subclass of it: code that looks for an `nn.Linear` would take its output for z.
 
     Args:
         in_features: The number of neurons below, the last dimension of the input.
         out_features: The number of neurons of this layer.
-        bias: Whether z has a bias; without, `bias` is None.
-        device: Where the parameters are made.
-        dtype: What the parameters are made of.
+        bias: Whether z has a bias; if not, `bias` is None.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
 
     Shapes: input (..., in_features), output (..., out_features), weight (out_features,
     in_features), bias (out_features,).
@@ -174,7 +174,7 @@ class LinearSigmoid(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew, as `nn.Linear` does."""
+        """Draw weight and bias again, as `nn.Linear` does."""
         nn.Linear.reset_parameters(cast("nn.Linear", self))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)
@@ -183,5 +183,5 @@ class LinearSigmoid(nn.Module):
         return _linear_sigmoid(("input", "weight", "bias"), input, weight, bias)
 
     def extra_repr(self) -> str:
-        """The sizes, as `nn.Linear` has them."""
+        """The sizes, as `nn.Linear` shows them."""
         return nn.Linear.extra_repr(cast("nn.Linear", self))

@@ -19,16 +19,16 @@ class ReLUFunction(Function):
 
         ∂C/∂z = grad_a where a > 0, else 0
 
-    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
-    linear layer above gave grad_a = wᵀδ: σ'(z) is 1 or 0. It selects, and does not multiply, so
-    that an infinite grad_a stays out where σ' is 0, as in PyTorch.
+    This is all of BP1 when grad_a = ∇_a C comes from the cost, and the second factor of BP2 when
+    grad_a = wᵀδ comes from the linear layer above: σ'(z) is 1 or 0. It selects instead of
+    multiplying, so that an infinite grad_a gives 0 where σ' is 0, as in PyTorch.
 
     At z = 0, where the slope jumps from 0 to 1, σ'(0) = 0 as in PyTorch.
 
-    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
-    Units: element by element; nothing is summed or averaged.
-    Saves: a alone, since a > 0 just where z > 0. So z may be overwritten with a.
-    Errors: none of its own; `relu` checks the argument.
+    Shapes: z, a, grad_a and ∂C/∂z have the same, arbitrary shape.
+    Units: elementwise; nothing is summed or averaged.
+    Saves: only a, since a > 0 exactly where z > 0. So a may overwrite z.
+    Errors: none; `relu` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for the
     rectified linear unit.
     """
@@ -37,7 +37,7 @@ class ReLUFunction(Function):
 
     @staticmethod
     def forward(z: Tensor, inplace: bool) -> Tensor:
-        """Compute a = max(0, z), into z's own memory if in place."""
+        """Compute a = max(0, z), in the memory of z if in place."""
         return torch.relu_(z) if inplace else torch.relu(z)
 
     @staticmethod
@@ -69,14 +69,14 @@ def relu(z: Tensor, inplace: bool = False) -> Tensor:
     """Compute a = max(0, z): `torch.nn.functional.relu`, differentiated by hand.
 
     Args:
-        z: Weighted inputs, of any shape; integers stay what they are.
-        inplace: Whether a takes the place of z, in its memory.
+        z: Weighted inputs, of any shape; integers keep their dtype.
+        inplace: Whether a overwrites z.
 
     Returns:
-        a, the activations, shaped as z; z itself if in place.
+        a, the activations, with the shape of z; z itself if in place.
 
     Raises:
-        TypeError: z is no dense tensor, or is of complex numbers or truth values.
+        TypeError: z is not a dense tensor, or its dtype is complex or bool.
 
     See `ReLUFunction` for the gradient.
     """
@@ -87,12 +87,12 @@ _relu = entry_point(relu, ReLUFunction, _require.ordered, in_place=True)
 
 
 class ReLU(Activation, nn.ReLU, function=relu):
-    """`torch.nn.ReLU`, differentiated by hand: the same but for its backward.
+    """`torch.nn.ReLU`, differentiated by hand: identical except for its backward.
 
     Args:
-        inplace: Whether the output takes the place of the input, in its memory.
+        inplace: Whether the output overwrites the input.
 
-    Input and output are of the same, any shape. See `relu` for the errors raised and
+    Input and output have the same, arbitrary shape. See `relu` for the errors raised and
     `ReLUFunction` for the gradient.
     """
 

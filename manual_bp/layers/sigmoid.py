@@ -24,14 +24,14 @@ class SigmoidFunction(Function):
 
         ∂C/∂z = grad_a * a * (1 - a)        ∂C/∂z_xj = ∂C/∂a_xj σ'(z_xj)
 
-    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
-    linear layer above gave grad_a = wᵀδ. Complex tensors take the conjugate of σ', as PyTorch's
-    gradients do.
+    This is all of BP1 when grad_a = ∇_a C comes from the cost, and the second factor of BP2 when
+    grad_a = wᵀδ comes from the linear layer above. For complex tensors σ' is conjugated, as in
+    PyTorch.
 
-    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
-    Units: element by element; nothing is summed or averaged.
-    Saves: a alone, since σ'(z) = a (1 − a).
-    Errors: none of its own; `sigmoid` checks the argument.
+    Shapes: z, a, grad_a and ∂C/∂z have the same, arbitrary shape.
+    Units: elementwise; nothing is summed or averaged.
+    Saves: only a, since σ'(z) = a (1 − a).
+    Errors: none; `sigmoid` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 1 for σ'.
     """
 
@@ -72,10 +72,10 @@ def sigmoid(z: Tensor) -> Tensor:
         z: Weighted inputs, of any shape; integers become floats, as in `torch.sigmoid`.
 
     Returns:
-        a, the activations, shaped as z, each between 0 and 1.
+        a, the activations, with the shape of z, each between 0 and 1.
 
     Raises:
-        TypeError: z is no dense tensor.
+        TypeError: z is not a dense tensor.
 
     See `SigmoidFunction` for the gradient.
     """
@@ -86,9 +86,9 @@ _sigmoid = entry_point(sigmoid, SigmoidFunction, _require.tensor)
 
 
 class Sigmoid(Activation, nn.Sigmoid, function=sigmoid):
-    """`torch.nn.Sigmoid`, differentiated by hand: the same but for its backward.
+    """`torch.nn.Sigmoid`, differentiated by hand: identical except for its backward.
 
-    Input and output are of the same, any shape. See `sigmoid` for the errors raised and
+    Input and output have the same, arbitrary shape. See `sigmoid` for the errors raised and
     `SigmoidFunction` for the gradient.
     """
 

@@ -11,14 +11,14 @@ from torch.autograd import Function
 from manual_bp import _require
 from manual_bp.layers._activation import Activation, at_least_tiny, entry_point
 
-# From a threshold of 20 on, ln(1 + e^t) above it is t but for 2e-9, so that a tells on which side
-# of it z was. Below, one and the same a comes from either side.
+# Above a threshold of at least 20, ln(1 + e^t) differs from t by at most 2e-9, so a determines on
+# which side of the threshold z was. For a lower threshold, some a come from both sides.
 TELLING_THRESHOLD = 20.0
 
 
 def softplus_prime_from_z(z: Tensor, beta: float, threshold: float) -> Tensor:
     """σ'(z) = 1 / (1 + e^(−β z)), and 1 where a = z. Shape as z."""
-    t = beta * z.to(torch.promote_types(z.dtype, torch.float32))  # as PyTorch compares it
+    t = beta * z.to(torch.promote_types(z.dtype, torch.float32))  # PyTorch compares in this dtype
     return torch.where(t > threshold, 1, torch.sigmoid(t)).to(z.dtype)
 
 
@@ -30,13 +30,13 @@ class SoftplusFunction(Function):
         ∂C/∂z = grad_a / (1 + exp(-β z))        and grad_a where β z > threshold
 
     since σ'(z) = e^(βz) / (1 + e^(βz)) = 1 / (1 + e^(−βz)), the sigmoid of β z.
-    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
-    linear layer above gave grad_a = wᵀδ.
+    This is all of BP1 when grad_a = ∇_a C comes from the cost, and the second factor of BP2 when
+    grad_a = wᵀδ comes from the linear layer above.
 
-    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
-    Units: element by element; nothing is summed or averaged.
+    Shapes: z, a, grad_a and ∂C/∂z have the same, arbitrary shape.
+    Units: elementwise; nothing is summed or averaged.
     Saves: z, as PyTorch does, so that a may be changed in place afterwards.
-    Errors: none of its own; `softplus` checks the arguments.
+    Errors: none; `softplus` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Dugas et al.,
     Incorporating Second-Order Functional Knowledge for Better Option Pricing, for softplus.
     """
@@ -78,14 +78,14 @@ def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
 
     Args:
         z: Weighted inputs, of any shape.
-        beta: β, how sharp the bend at 0 is; not 0.
+        beta: β, how sharply a bends at z = 0; not 0.
         threshold: Where β z is above it, a = z.
 
     Returns:
-        a, the activations, shaped as z.
+        a, the activations, with the shape of z.
 
     Raises:
-        TypeError: z is no dense tensor of a real floating dtype.
+        TypeError: z is not a dense tensor with a real floating-point dtype.
         ValueError: beta is 0.
 
     See `SoftplusFunction` for the gradient.
@@ -101,16 +101,16 @@ _softplus = entry_point(softplus, SoftplusFunction, _require.real, _check_option
 
 
 class Softplus(Activation, nn.Softplus, function=softplus):
-    """`torch.nn.Softplus`, differentiated by hand: the same but for its backward.
+    """`torch.nn.Softplus`, differentiated by hand: identical except for its backward.
 
     Args:
-        beta: β, how sharp the bend at 0 is; not 0.
+        beta: β, how sharply a bends at z = 0; not 0.
         threshold: Where β z is above it, a = z.
 
     Raises:
         ValueError: beta is 0.
 
-    Input and output are of the same, any shape. See `softplus` for the errors raised and
+    Input and output have the same, arbitrary shape. See `softplus` for the errors raised and
     `SoftplusFunction` for the gradient.
     """
 
@@ -129,7 +129,7 @@ class Softplus(Activation, nn.Softplus, function=softplus):
         _check_options(self.beta, self.threshold)
 
     def require_slope_from_a(self) -> None:
-        """Raise a ValueError if the threshold is below 20: a does not tell which side z was on."""
+        """Raise a ValueError if the threshold is below 20: a does not tell on which side z was."""
         _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
 
     def sigma_prime(self, a: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Softplus(Activation, nn.Softplus, function=softplus):
         self.require_options()
         self.require_slope_from_a()
         beta, threshold = self.beta, self.threshold
-        softplus_into: Any = F.softplus  # says the schema, though not the type
+        softplus_into: Any = F.softplus  # its annotation lacks out=
 
         def sigma_() -> None:
             softplus_into(a, beta, threshold, out=a)

@@ -15,7 +15,7 @@ from manual_bp.layers._activation import Activation, at_least_tiny, entry_point
 def tanh_prime(a: Tensor) -> Tensor:
     """σ'(z), written in terms of a = tanh(z): σ' = 1 − σ². Shape as a.
 
-    As (1 − σ)(1 + σ): where a neuron is saturated, 1 − σ² would round what is left.
+    As (1 − σ)(1 + σ), because 1 − σ² loses digits where a neuron is saturated.
     """
     return (1 - a) * (1 + a)
 
@@ -27,14 +27,14 @@ class TanhFunction(Function):
 
         ∂C/∂z = grad_a * (1 - a) * (1 + a)        ∂C/∂z_xj = ∂C/∂a_xj (1 − a_xj²)
 
-    This is all of BP1 when the cost gave grad_a = ∇_a C, and the second factor of BP2 when the
-    linear layer above gave grad_a = wᵀδ. Complex tensors take the conjugate of σ', as PyTorch's
-    gradients do.
+    This is all of BP1 when grad_a = ∇_a C comes from the cost, and the second factor of BP2 when
+    grad_a = wᵀδ comes from the linear layer above. For complex tensors σ' is conjugated, as in
+    PyTorch.
 
-    Shapes: z, a, grad_a and ∂C/∂z are alike, of any shape.
-    Units: element by element; nothing is summed or averaged.
-    Saves: a alone, since σ'(z) = 1 − a².
-    Errors: none of its own; `tanh` checks the argument.
+    Shapes: z, a, grad_a and ∂C/∂z have the same, arbitrary shape.
+    Units: elementwise; nothing is summed or averaged.
+    Saves: only a, since σ'(z) = 1 − a².
+    Errors: none; `tanh` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for tanh.
     """
 
@@ -75,10 +75,10 @@ def tanh(z: Tensor) -> Tensor:
         z: Weighted inputs, of any shape; integers become floats, as in `torch.tanh`.
 
     Returns:
-        a, the activations, shaped as z, each between -1 and 1.
+        a, the activations, with the shape of z, each between -1 and 1.
 
     Raises:
-        TypeError: z is no dense tensor.
+        TypeError: z is not a dense tensor.
 
     See `TanhFunction` for the gradient.
     """
@@ -89,9 +89,9 @@ _tanh = entry_point(tanh, TanhFunction, _require.tensor)
 
 
 class Tanh(Activation, nn.Tanh, function=tanh):
-    """`torch.nn.Tanh`, differentiated by hand: the same but for its backward.
+    """`torch.nn.Tanh`, differentiated by hand: identical except for its backward.
 
-    Input and output are of the same, any shape. See `tanh` for the errors raised and
+    Input and output have the same, arbitrary shape. See `tanh` for the errors raised and
     `TanhFunction` for the gradient.
     """
 
