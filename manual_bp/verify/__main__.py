@@ -1,6 +1,6 @@
 """`python -m manual_bp.verify package.module:Name`, or `--self-test`.
 
-Exit code 0 if all is right, 1 if something failed, 2 for input that cannot be used.
+The exit code is 0 if everything is right, 1 if something failed, and 2 for unusable input.
 """
 
 import argparse
@@ -24,24 +24,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def refuse(reason: str) -> NoReturn:
-    """Say in one line what is wrong, and end with exit code 2."""
+    """Print one line that says what is wrong, and exit with code 2."""
     print(f"{PROGRAM}: {' '.join(reason.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judge what was named; the exit code."""
+    """Run the command line; the exit code."""
     parser = _Parser(PROGRAM, description="Judge hand-written backwards.")
     parser.add_argument("case", nargs="?", help="package.module:Name of a Case, or a list of them")
-    parser.add_argument("--seed", type=int, help="start random numbers from here")
-    parser.add_argument("--check", action="append", help="run this check only; may be repeated")
+    parser.add_argument("--seed", type=int, help="seed of the random numbers")
+    parser.add_argument("--check", action="append", help="run only this check; may be repeated")
     parser.add_argument("--no-compiler", action="store_true", help="leave out the slow checks")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--self-test", action="store_true", help="judge the kit itself")
-    parser.add_argument("--seeds", type=int, default=3, help="of the self-test (3)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds in the self-test (3)")
     options = parser.parse_args(arguments)
     if options.self_test == (options.case is not None):
-        refuse("either package.module:Name of a Case is wanted, or --self-test")
+        refuse("give either package.module:Name of a Case or --self-test")
     if options.seeds < 1:
         refuse(f"--seeds must be at least 1; got {options.seeds}")
     if options.self_test:
@@ -52,10 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.check or ()) - names)
     if unknown:
         refuse(f"--check must be one of {', '.join(sorted(names))}; got {', '.join(unknown)}")
-    cases = [
-        case if options.seed is None else replace(case, seed=options.seed)
-        for case in find(options.case)
-    ]
+    cases = find(options.case)
+    if options.seed is not None:
+        cases = [replace(case, seed=options.seed) for case in cases]
     reports = [run(case, options.check, slow=not options.no_compiler) for case in cases]
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
@@ -64,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(report.ok for report in reports) else 1
 
 
-def find(place: str) -> list[Case]:
+def find(location: str) -> list[Case]:
     """The case or cases at package.module:Name."""
-    module_name, separator, name = place.partition(":")
-    if not separator or not module_name or not name:
-        refuse(f"package.module:Name is wanted; got {place!r}")
+    module_name, _, name = location.partition(":")
+    if not module_name or not name:
+        refuse(f"the case must be package.module:Name; got {location!r}")
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -80,8 +79,10 @@ def find(place: str) -> list[Case]:
     cases = list(found) if isinstance(found, list | tuple) else [found]
     if not cases or not all(isinstance(case, Case) for case in cases):
         kind = type(found).__name__
-        refuse(f"{place} must be a Case (function_case, module_case) or a list of them; got {kind}")
-    return [replace(case, place=place) for case in cases]
+        refuse(
+            f"{location} must be a Case (function_case, module_case) or a list of them; got {kind}"
+        )
+    return [replace(case, location=location) for case in cases]
 
 
 if __name__ == "__main__":

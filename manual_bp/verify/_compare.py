@@ -1,4 +1,4 @@
-"""Two tensors held against each other; and, where they differ, a guess at the mistake."""
+"""Compares two tensors and, where they differ, guesses the mistake."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 
-class Mismatch(AssertionError):  # noqa: N818 (it is the case that is wrong, not the check)
-    """A check failed: the message says where, what was expected, what came, and a diagnosis."""
+class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not the check)
+    """A check failed. The message says where, what was expected, what was found, and why."""
 
-    def diagnosed(self, story: str) -> "Mismatch":
-        """The same with another diagnosis, by one who knows better."""
-        return Mismatch(str(self).split("\ndiagnosis: ")[0] + _diagnosis(story))
+    def diagnosed(self, diagnosis: str) -> "Mismatch":
+        """The same mismatch with another diagnosis."""
+        return Mismatch(str(self).split("\ndiagnosis: ")[0] + _line(diagnosis))
 
 
-class NotApplicable(Exception):  # noqa: N818 (it is no error)
-    """A check has nothing to compare; the message says why."""
+class NotApplicable(Exception):  # noqa: N818 (it is not an error)
+    """A check has nothing to compare. The message says why."""
 
 
 def compare(
@@ -23,52 +23,45 @@ def compare(
     got: Tensor | None,
     expected: Tensor | None,
     *,
-    rtol: float = 1e-8,
     clues: Mapping[str, Tensor] | None = None,
     sizes: Sequence[int] = (),
     scale: Tensor | None = None,
 ) -> None:
-    """Raise a Mismatch unless both agree, element by element.
+    """Raise a Mismatch unless two tensors agree, element by element.
+
+    Each element may differ by 1e-8 of its size, plus an allowance for rounding: 100 times the
+    dtype's eps, relative to the largest element.
 
     Args:
         what: What is compared, for the message.
-        got: What came; None counts as zero.
+        got: What was found; None counts as zero.
         expected: What is right; None counts as zero.
-        rtol: The relative difference allowed. Beside it stands only what rounding can do:
-            100 times the dtype's eps, relative to the largest element.
-        clues: What a known mistake would give: if `got` is that, its key is the diagnosis.
-        sizes: Numbers that, as a constant ratio, mean a mean taken for a sum.
-        scale: A tensor of the usual size of `expected`, where that may cancel to nothing.
+        clues: The values that known mistakes would give. If `got` is one, its key is the diagnosis.
+        sizes: Numbers that, as a constant ratio, point to a mean in place of a sum.
+        scale: A tensor of the usual size of `expected`, where that may cancel to zero.
     """
-    if got is None and expected is None:
-        return
-    if expected is None:
-        assert got is not None
-        expected = torch.zeros_like(got)
     if got is None:
-        if not expected.count_nonzero():
-            return
-        raise Mismatch(f"{what}: expected {_summary(expected)}, got None: no gradient came at all")
-    if got.shape != expected.shape:
-        raise Mismatch(
-            f"{what}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-            + _diagnosis(_shape_diagnosis(got, expected))
-        )
-    if got.dtype != expected.dtype:
-        raise Mismatch(
-            f"{what}: expected {expected.dtype}, got {got.dtype}" + _diagnosis("dtype demoted")
-        )
-    wrong = _wrong(got, expected, rtol, scale)
-    if not wrong.any():
+        if expected is not None and expected.count_nonzero():
+            shape = tuple(expected.shape)
+            raise Mismatch(f"{what}: expected a tensor of shape {shape}, got None: no gradient")
         return
-    index = tuple(_worst(got, expected, wrong))
-    one, other = expected[index].item(), got[index].item()
-    ratio = f", ratio {other / one:.6g}" if one else ""
-    raise Mismatch(
-        f"{what}, at index {index}: expected {one:.10g}, got {other:.10g}{ratio}; "
-        f"{int(wrong.sum())} of {wrong.numel()} elements differ"
-        + _diagnosis(diagnose(got, expected, wrong, clues or {}, sizes))
-    )
+    expected = torch.zeros_like(got) if expected is None else expected
+    if got.shape != expected.shape:
+        shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
+        raise Mismatch(f"{what}: {shapes}" + _line(_shape_diagnosis(got, expected)))
+    if got.dtype != expected.dtype:
+        dtypes = f"expected {expected.dtype}, got {got.dtype}"
+        raise Mismatch(f"{what}: {dtypes}" + _line("dtype demoted"))
+    wrong = _wrong(got, expected, 1e-8, scale)
+    if wrong.any():
+        index = tuple(_worst(got, expected, wrong))
+        right, found = expected[index].item(), got[index].item()
+        ratio = f", ratio {found / right:.6g}" if right else ""
+        raise Mismatch(
+            f"{what}, at index {index}: expected {right:.10g}, got {found:.10g}{ratio}; "
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ"
+            + _line(diagnose(got, expected, wrong, clues or {}, sizes))
+        )
 
 
 def diagnose(
@@ -78,10 +71,10 @@ def diagnose(
     clues: Mapping[str, Tensor],
     sizes: Sequence[int],
 ) -> str:
-    """The mistake that the difference looks like; empty if it looks like none that is known."""
-    for story, value in clues.items():
+    """The known mistake that the difference looks like; empty if there is none."""
+    for mistake, value in clues.items():
         if value.shape == got.shape and not _wrong(got, value, 1e-6).any():
-            return story
+            return mistake
     if expected.is_complex() and not _wrong(got, expected.conj().resolve_conj(), 1e-8).any():
         return "equal to the complex conjugate"
     ratio = _constant_ratio(got, expected)
@@ -98,13 +91,13 @@ def diagnose(
 
 def _ratio_diagnosis(ratio: float, sizes: Sequence[int]) -> str:
     if abs(ratio + 1) < 1e-6:
-        return "equal to -1 times the right one: a sign"
+        return "-1 times the right one: a sign error"
     for size in sorted(set(sizes)):
         if size > 1 and abs(ratio * size - 1) < 1e-6:
             return f"1/{size} of the right one: a mean over {size} where a sum belongs"
         if size > 1 and abs(ratio / size - 1) < 1e-6:
             return (
-                f"{size} times the right one: a sum over {size} where a mean belongs, or a factor"
+                f"{size} times the right one: a factor, or a sum over {size} where a mean belongs"
             )
     if ratio == 0:
         return "zero everywhere"
@@ -112,9 +105,9 @@ def _ratio_diagnosis(ratio: float, sizes: Sequence[int]) -> str:
 
 
 def _shape_diagnosis(got: Tensor, expected: Tensor) -> str:
-    if got.ndim == 2 and got.shape == expected.mT.shape:
-        same = not _wrong(got, expected.mT, 1e-6).any()
-        return "equal to the transpose" if same else "the shape of the transpose"
+    if got.ndim == expected.ndim == 2 and got.shape == expected.mT.shape:
+        is_equal = not _wrong(got, expected.mT, 1e-6).any()
+        return "equal to the transpose" if is_equal else "the shape of the transpose"
     extra = got.ndim - expected.ndim
     if extra > 0 and got.shape[extra:] == expected.shape:
         return "missing a sum over the batch"
@@ -132,7 +125,7 @@ def _constant_ratio(got: Tensor, expected: Tensor) -> float | None:
 
 
 def _wrong(got: Tensor, expected: Tensor, rtol: float, usual: Tensor | None = None) -> Tensor:
-    """Which elements differ by more than is allowed; not finite is wrong unless it is the same."""
+    """Which elements differ by more than is allowed. Those not finite must be the same."""
     finite = expected.isfinite() & got.isfinite()
     same = (got == expected) | (got.isnan() & expected.isnan())
     scale = expected[finite].abs().max().item() if finite.any() else 0.0
@@ -149,9 +142,5 @@ def _worst(got: Tensor, expected: Tensor, wrong: Tensor) -> list[int]:
     return [int(i) for i in torch.unravel_index(torch.tensor(position), wrong.shape)]
 
 
-def _summary(value: Tensor) -> str:
-    return f"a tensor of shape {tuple(value.shape)}"
-
-
-def _diagnosis(story: str) -> str:
-    return f"\ndiagnosis: {story}" if story else ""
+def _line(diagnosis: str) -> str:
+    return f"\ndiagnosis: {diagnosis}" if diagnosis else ""

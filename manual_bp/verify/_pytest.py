@@ -1,4 +1,4 @@
-"""One pytest test for each case and check."""
+"""A pytest test for each case and check."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pytest.MarkDecorator":
-    """A decorator for a test of one argument, `check`, which it should call.
+    """A decorator for a test with one argument, `check`, which the test should call.
 
         @parametrize_with_checks([function_case(...), module_case(...)])
         def test_my_layers(check):
             check()
 
-    Tests are named `<case>-<check>`, so that `-k` finds them. What is not applicable is skipped
-    with its reason, an expected failure is an xfail, and a case on a device that is not there is
-    skipped.
+    Tests are named `<case>-<check>`, so that `-k` can select them. Checks that do not apply are
+    skipped with the reason, as are cases on a device that is missing. An expected failure is an
+    xfail.
 
     Args:
         cases: What to judge.
-        slow: Whether to run the compiler's checks too.
+        slow: Whether to run the compiler checks too.
     """
     import pytest
 
@@ -42,7 +42,7 @@ def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pyt
         )
         for case in cases
         for check in CHECKS
-        if slow or not check.is_slow
+        if slow or not check.slow
     ]
     return pytest.mark.parametrize("check", parameters)
 

@@ -1,4 +1,4 @@
-"""What was found: one outcome a check, and the table of them."""
+"""The outcome of each check, and the report of a case."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,7 +8,7 @@ Status = Literal["passed", "failed", "not applicable", "expected failure", "unex
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check found, from how many comparisons, in how many seconds."""
+    """What one check found, with the number of comparisons and the seconds it took."""
 
     check: str
     status: Status
@@ -18,13 +18,13 @@ class Outcome:
 
     @property
     def is_failure(self) -> bool:
-        """Whether it counts against the case: an expected failure that passes does."""
+        """Whether it counts against the case. An unexpected pass does."""
         return self.status in ("failed", "unexpected pass")
 
 
 @dataclass(frozen=True)
 class Report:
-    """All outcomes of one case."""
+    """The outcomes of all checks of a case."""
 
     case: str
     seed: int
@@ -33,7 +33,7 @@ class Report:
 
     @property
     def ran(self) -> int:
-        """How many checks compared something."""
+        """The number of checks that compared something."""
         return sum(outcome.status != "not applicable" for outcome in self.outcomes)
 
     @property
@@ -47,12 +47,12 @@ class Report:
         return self.ran > 0 and not self.failures
 
     def raise_if_failed(self) -> None:
-        """Raise an AssertionError that holds the whole report, unless it is ok."""
+        """Raise an AssertionError with the whole report, unless it is ok."""
         if not self.ok:
             raise AssertionError(str(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """The whole report as plain values, ready for JSON."""
         return {
             "case": self.case,
             "seed": self.seed,
@@ -76,10 +76,10 @@ class Report:
             status: sum(outcome.status == status for outcome in self.outcomes)
             for status in ("passed", "failed", "expected failure", "unexpected pass")
         }
-        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        left = len(self.outcomes) - self.ran
+        summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        skipped = len(self.outcomes) - self.ran
         lines.append(
-            f"{'ok' if self.ok else 'NOT OK'}: {self.ran} checks ran ({told or 'none'}), "
-            f"{left} not applicable"
+            f"{'ok' if self.ok else 'NOT OK'}: {self.ran} checks ran ({summary or 'none'}), "
+            f"{skipped} not applicable"
         )
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which warnings are the candidate's, and which are PyTorch's about itself."""
+"""Tells warnings of the code under test from those of PyTorch about itself."""
 
 import os
 import sys
@@ -11,39 +11,37 @@ from typing import Any
 
 import torch
 
-_PYTORCHS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
-# They warn on behalf of their callers: the frame below theirs is the one that raised.
+_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+# Modules that warn for their callers: the frame below them raised the warning.
 _WARNERS = {"warnings", "_py_warnings", "typing_extensions"}
 
 
 @contextmanager
-def pytorchs_own_left_out() -> Iterator[None]:
-    """Drop the warnings of PyTorch about its own code, whatever their class and text.
+def without_pytorch_warnings() -> Iterator[None]:
+    """Drop PyTorch's warnings about its own code, whatever their class and text.
 
-    Those are raised by a line of PyTorch (or of this kit, which calls it), and name such a line. A
-    candidate's own may name one too: by stacklevel=2 they name the caller, and PyTorch calls
-    forward and backward. They meet the filters in force outside, and are shown once each or raised.
+    Those are raised by a line of PyTorch, or of this kit, which calls it, and name such a line. A
+    warning of the code under test may name one too: with stacklevel=2 it names the caller, and
+    PyTorch calls forward and backward. Such warnings meet the filters that were set outside, and
+    are shown once each or raised.
     """
     filters, show = list(warnings.filters), warnings.showwarning
     shown: set[tuple[object, ...]] = set()
 
     def show_once(
-        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+        message: Any, category: Any, filename: str, lineno: int, *more: Any, **_: Any
     ) -> None:
-        # One that names its caller names another line of the kit for each check.
-        place = () if _is_pytorchs(filename) else (filename, lineno)
+        # One that names its caller names a different line of the kit in each check.
+        place = () if _is_pytorch(filename) else (filename, lineno)
         key = (str(message), category, *place)
         if key not in shown:
             shown.add(key)
-            show(message, category, filename, lineno, file, line)
+            show(message, category, filename, lineno, *more)
 
-    def judge(
-        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
-        del file, line
+    def judge(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         frames = list(_frames(sys._getframe(1)))
         raised_in = next((f.f_code.co_filename for f in frames if not _is_warner(f)), filename)
-        if _is_pytorchs(raised_in) and _is_pytorchs(filename):
+        if _is_pytorch(raised_in) and _is_pytorch(filename):
             return
         names = [f.f_globals.get("__name__") for f in frames if f.f_code.co_filename == filename]
         with warnings.catch_warnings():
@@ -66,5 +64,5 @@ def _is_warner(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") in _WARNERS
 
 
-def _is_pytorchs(filename: str) -> bool:
-    return filename.startswith(_PYTORCHS)
+def _is_pytorch(filename: str) -> bool:
+    return filename.startswith(_FOLDERS)

@@ -10,7 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from manual_bp.verify._case import Case, function_case, module_case
+from manual_bp.verify._case import Case
+from manual_bp.verify._make_case import function_case, module_case
 
 
 @dataclass(frozen=True)
@@ -836,25 +837,25 @@ _BLIND = (
     Mutant(
         "seen_on_nothing",
         "a gradient is 17 times too large, and no sample has elements",
-        "telling_samples",
+        "informative_samples",
         function_case(_Seventeen, [(torch.ones(0, 3),)], torch.square, in_dims=(0,)),
     ),
     Mutant(
         "seen_at_zero",
         "a gradient is 17 times too large, and zero at all samples",
-        "telling_samples",
+        "informative_samples",
         function_case(_Seventeen, [(torch.zeros(5, 3),)], torch.square),
     ),
     Mutant(
         "seen_on_one_element",
         "dC/db is a mean where a sum belongs, of one row with one element",
-        "telling_samples",
+        "informative_samples",
         function_case(_MeanBias, [(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1))], F.linear),
     ),
     Mutant(
         "seen_by_the_bias_only",
         "dC/dw over N, and all samples have inputs of zero, so that dC/dw is zero",
-        "telling_samples",
+        "informative_samples",
         function_case(
             _ExtraMean, [(torch.zeros(5, IN), torch.ones(OUT, IN), torch.ones(OUT))], F.linear
         ),
@@ -862,7 +863,7 @@ _BLIND = (
     Mutant(
         "seen_detached",
         "a gradient is missing, and the reference has none either",
-        "telling_samples",
+        "informative_samples",
         function_case(
             lambda x: x.detach() ** 2, _elementwise_samples, lambda x: x.detach().square()
         ),

@@ -1,19 +1,23 @@
-"""The kit judged: it must catch every planted mistake, and find none in PyTorch's own layers."""
+"""Judges the kit: it must catch every planted mistake, and find none in PyTorch's own layers."""
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.autograd import gradcheck
 
-from manual_bp.verify._bench import Bench, leaves
-from manual_bp.verify._case import CAPABILITIES, Case, function_case, module_case
+from manual_bp.verify._autograd import leaves
+from manual_bp.verify._case import Case
+from manual_bp.verify._check import CheckContext
+from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import Report
 from manual_bp.verify._run import run
+from manual_bp.verify.checks import CAPABILITIES
 from manual_bp.verify.mutants import MUTANTS, Mutant
 
 FUNCTION_CAPABILITIES = CAPABILITIES - {"factory_kwargs"}
@@ -21,7 +25,7 @@ FUNCTION_CAPABILITIES = CAPABILITIES - {"factory_kwargs"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one mutant."""
+    """What the kit and gradcheck said of one mutant."""
 
     mutant: Mutant
     report: Report
@@ -39,7 +43,7 @@ class Verdict:
 
 
 def judge_mutants() -> Iterator[Verdict]:
-    """Every mutant, judged by all checks that stand a chance of being fast, and by its own."""
+    """Judge every mutant by all fast checks, and by the one meant for it."""
     for mutant in MUTANTS:
         report = run(mutant.case, slow=False)
         if mutant.caught_by not in {outcome.check for outcome in report.outcomes}:
@@ -50,9 +54,9 @@ def judge_mutants() -> Iterator[Verdict]:
 
 def default_gradcheck(case: Case) -> str:
     """What `torch.autograd.gradcheck` says, as most people call it: "caught" or "missed"."""
-    bench = Bench(case, "gradcheck")
+    ctx = CheckContext(case, "gradcheck")
     call: Any = case.call
-    samples = bench.samples
+    samples = ctx.samples
     if case.factory is not None:
         torch.manual_seed(case.seed)
         call = case.factory().double()
@@ -65,66 +69,59 @@ def default_gradcheck(case: Case) -> str:
         return "caught"
 
 
-def pytorchs_own(seed: int = 0, *, slow: bool = False) -> Iterator[Report]:
-    """PyTorch's own layers, of which every one must be found right."""
-    for case in pytorchs_cases():
+def pytorch_reports(seed: int = 0, *, slow: bool = False) -> Iterator[Report]:
+    """Judge PyTorch's own layers. Every one must be found right."""
+    for case in pytorch_cases():
         yield run(replace(case, seed=seed), slow=slow)
 
 
-def pytorchs_cases() -> list[Case]:
+def pytorch_cases() -> list[Case]:
     """PyTorch's own layers and losses, with what they support."""
-
-    def elementwise(g: torch.Generator) -> list[tuple[Any, ...]]:
-        return [(_randn(g, 5, 3),)]
-
-    def linear(g: torch.Generator) -> list[tuple[Any, ...]]:
-        square = (_randn(g, 3, 3), _randn(g, 3, 3), _randn(g, 3))
-        return [(_randn(g, 5, 3), _randn(g, 4, 3), _randn(g, 4)), square]
-
-    def pairs(g: torch.Generator) -> list[tuple[Any, ...]]:
-        return [(_randn(g, 5, 3), _randn(g, 5, 3))]
-
-    def classes(g: torch.Generator) -> list[tuple[Any, ...]]:
-        return [(_randn(g, 5, 3), torch.randint(3, (5,), generator=g))]
-
-    def indices(g: torch.Generator) -> list[tuple[Any, ...]]:
-        return [(torch.randint(7, (5,), generator=g),)]
-
     every = FUNCTION_CAPABILITIES
-    functions: list[Any] = [
-        torch.sigmoid,
-        torch.tanh,
-        F.relu,
-        F.softplus,
-        F.gelu,
-        F.silu,
-        F.elu,
-        torch.exp,
+
+    def function(fn: Any, samples: Any, in_dims: Any, supports: Any = every) -> Case:
+        return function_case(fn, samples, fn, supports=supports, in_dims=in_dims)
+
+    def module(factory: Any, samples: Any, supports: Any = ()) -> Case:
+        return module_case(factory, samples, factory, supports=supports, in_dims=(0,))
+
+    one: Any = partial(_matrices, 1)
+    two: Any = partial(_matrices, 2)
+    activations = (torch.sigmoid, torch.tanh, F.relu, F.softplus, F.gelu, F.silu, F.elu, torch.exp)
+    return [
+        *[function(activation, one, (0,)) for activation in activations],
+        function(F.linear, _linear_arguments, (0, None, None)),
+        function(_layer_norm, one, (0,)),
+        function(_softmax, one, (0,)),
+        function(F.mse_loss, two, (0, 0)),
+        function(F.cross_entropy, _classes, (0, 0), supports=()),
+        module(partial(nn.Linear, 3, 4), one, supports=CAPABILITIES),
+        function(_two_outputs, two, (0, 0)),
+        module(_mlp, one, supports=every),
+        module(lambda: nn.BatchNorm1d(3), one),
+        module(lambda: nn.Embedding(7, 4), _indices),
     ]
-    cases = [function_case(f, elementwise, f, supports=every, in_dims=(0,)) for f in functions]
-    cases += [
-        function_case(F.linear, linear, F.linear, supports=every, in_dims=(0, None, None)),
-        function_case(_layer_norm, elementwise, _layer_norm, supports=every, in_dims=(0,)),
-        function_case(_softmax, elementwise, _softmax, supports=every, in_dims=(0,)),
-        function_case(F.mse_loss, pairs, F.mse_loss, supports=every, in_dims=(0, 0)),
-        function_case(F.cross_entropy, classes, F.cross_entropy, in_dims=(0, 0)),
-        module_case(
-            _linear_module, elementwise, _linear_module, supports=CAPABILITIES, in_dims=(0,)
-        ),
-        function_case(_two_outputs, pairs, _two_outputs, supports=every, in_dims=(0, 0)),
-        module_case(_mlp, elementwise, _mlp, supports=every, in_dims=(0,)),
-        module_case(_batch_norm, elementwise, _batch_norm, in_dims=(0,)),
-        module_case(_embedding, indices, _embedding, in_dims=(0,)),
-    ]
-    return cases
 
 
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+def _randn(g: Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def _linear_module(**options: Any) -> nn.Module:
-    return nn.Linear(3, 4, **options)
+def _matrices(count: int, g: Generator) -> list[tuple[Any, ...]]:
+    return [tuple(_randn(g, 5, 3) for _ in range(count))]
+
+
+def _linear_arguments(g: Generator) -> list[tuple[Any, ...]]:
+    square = (_randn(g, 3, 3), _randn(g, 3, 3), _randn(g, 3))
+    return [(_randn(g, 5, 3), _randn(g, 4, 3), _randn(g, 4)), square]
+
+
+def _classes(g: Generator) -> list[tuple[Any, ...]]:
+    return [(_randn(g, 5, 3), torch.randint(3, (5,), generator=g))]
+
+
+def _indices(g: Generator) -> list[tuple[Any, ...]]:
+    return [(torch.randint(7, (5,), generator=g),)]
 
 
 def _two_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,14 +130,6 @@ def _two_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def _batch_norm() -> nn.Module:
-    return nn.BatchNorm1d(3)
-
-
-def _embedding() -> nn.Module:
-    return nn.Embedding(7, 4)
 
 
 def _layer_norm(x: Tensor) -> Tensor:
@@ -152,36 +141,36 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def print_matrix(verdicts: list[Verdict]) -> None:
-    """Who was caught by what, beside what default gradcheck says."""
-    width = max(len(verdict.mutant.name) for verdict in verdicts)
+    """Print which checks caught each mutant, beside what default gradcheck says."""
+    name = max(len(verdict.mutant.name) for verdict in verdicts)
     meant = max(len(verdict.mutant.caught_by) for verdict in verdicts)
-    print(
-        f"{'planted mistake':{width}}  {'meant for':{meant}}  kit     gradcheck  others that fail"
-    )
+    print(f"{'planted mistake':{name}}  {'meant for':{meant}}  kit     gradcheck  others that fail")
     for verdict in verdicts:
-        others = [name for name in verdict.caught_by if name != verdict.mutant.caught_by]
-        print(
-            f"{verdict.mutant.name:{width}}  {verdict.mutant.caught_by:{meant}}  "
-            f"{'caught' if verdict.is_caught else 'MISSED'}  {verdict.gradcheck:9}  "
-            f"{', '.join(others)}".rstrip()
-        )
+        mutant = verdict.mutant
+        others = ", ".join(check for check in verdict.caught_by if check != mutant.caught_by)
+        kit = "caught" if verdict.is_caught else "MISSED"
+        line = f"{mutant.name:{name}}  {mutant.caught_by:{meant}}  {kit}  {verdict.gradcheck:9}"
+        print(f"{line}  {others}".rstrip())
     caught = sum(verdict.is_caught for verdict in verdicts)
     theirs = sum(verdict.gradcheck == "caught" for verdict in verdicts)
     print(f"{len(verdicts)} mistakes: the kit caught {caught}, default gradcheck {theirs}")
 
 
 def self_test(seeds: int) -> bool:
-    """Judge all mutants, and PyTorch's own layers over so many seeds; print both."""
+    """Judge all mutants, and PyTorch's own layers with several seeds; print both.
+
+    Returns:
+        Whether every mutant was caught and every layer found right.
+    """
     verdicts = list(judge_mutants())
     print_matrix(verdicts)
-    reports = [report for seed in range(seeds) for report in pytorchs_own(seed, slow=seed == 0)]
+    reports = [report for seed in range(seeds) for report in pytorch_reports(seed, slow=seed == 0)]
     alarms = [report for report in reports if not report.ok]
     for report in alarms:
         print(report)
     checks = sum(report.ran for report in reports)
-    layers = len(reports) // max(seeds, 1)
     print(
-        f"PyTorch's own: {layers} layers, {seeds} seeds, {checks} checks, "
+        f"PyTorch's own: {len(reports) // seeds} layers, {seeds} seeds, {checks} checks, "
         f"{len(alarms)} false alarms"
     )
     return all(verdict.is_caught for verdict in verdicts) and not alarms

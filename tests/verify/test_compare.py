@@ -10,7 +10,7 @@ RIGHT = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], dtype=torch.float64)
 SQUARE = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
 
 
-def mistaken(got: Tensor | None, expected: Tensor, **options: Any) -> str:
+def message(got: Tensor | None, expected: Tensor, **options: Any) -> str:
     with pytest.raises(Mismatch) as mismatch:
         compare("gradient of w", got, expected, **options)
     return str(mismatch.value)
@@ -20,9 +20,9 @@ def mistaken(got: Tensor | None, expected: Tensor, **options: Any) -> str:
     ("got", "expected", "options", "diagnosis"),
     [
         (RIGHT / 5, RIGHT, {"sizes": [2, 5]}, "1/5 of the right one: a mean over 5 where a sum"),
-        (RIGHT * 5, RIGHT, {"sizes": [2, 5]}, "5 times the right one: a sum over 5 where a mean"),
+        (RIGHT * 5, RIGHT, {"sizes": [2, 5]}, "5 times the right one: a factor, or a sum over 5"),
         (RIGHT * 1.001, RIGHT, {}, "1.001 times the right one, everywhere"),
-        (-RIGHT, RIGHT, {}, "equal to -1 times the right one: a sign"),
+        (-RIGHT, RIGHT, {}, "-1 times the right one: a sign error"),
         (RIGHT * 0, RIGHT, {}, "zero everywhere"),
         (SQUARE.mT, SQUARE, {}, "equal to the transpose"),
         (RIGHT.mT, RIGHT, {}, "equal to the transpose"),
@@ -30,43 +30,45 @@ def mistaken(got: Tensor | None, expected: Tensor, **options: Any) -> str:
         (RIGHT.float(), RIGHT, {}, "dtype demoted"),
         ((RIGHT / 3).float().double(), RIGHT / 3, {}, "right to float32 precision only"),
         (RIGHT * (RIGHT < 5), RIGHT, {}, "zero where it should not be"),
-        (RIGHT + 1, RIGHT, {"clues": {"one too much": RIGHT + 1}}, "one too much"),
+        (RIGHT + 1, RIGHT, {"clues": {"one too large": RIGHT + 1}}, "one too large"),
         (SQUARE - 1j * SQUARE**2, SQUARE + 1j * SQUARE**2, {}, "equal to the complex conjugate"),
     ],
 )
-def test_diagnoses(got: Tensor, expected: Tensor, options: Any, diagnosis: str) -> None:
-    assert f"diagnosis: {diagnosis}" in mistaken(got, expected, **options)
+def test_the_diagnosis_names_the_mistake(
+    got: Tensor, expected: Tensor, options: Any, diagnosis: str
+) -> None:
+    assert f"diagnosis: {diagnosis}" in message(got, expected, **options)
 
 
-def test_the_message_says_where_and_how_much() -> None:
+def test_the_message_gives_index_values_and_ratio() -> None:
     got = RIGHT.clone()
     got[1, 2] = 14
-    assert mistaken(got, RIGHT) == (
+    assert message(got, RIGHT) == (
         "gradient of w, at index (1, 2): expected 7, got 14, ratio 2; 1 of 6 elements differ"
     )
-    assert "got None: no gradient came at all" in mistaken(None, RIGHT)
+    assert "expected a tensor of shape (2, 3), got None: no gradient" in message(None, RIGHT)
 
 
 @pytest.mark.parametrize("got", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_wrong_unless_it_should_be(got: float) -> None:
+def test_a_value_that_is_not_finite_is_right_only_if_expected(got: float) -> None:
     bad = RIGHT.clone()
     bad[0, 0] = got
-    assert "1 of 6 elements differ" in mistaken(bad, RIGHT)
-    assert "1 of 6 elements differ" in mistaken(RIGHT, bad)
+    assert "1 of 6 elements differ" in message(bad, RIGHT)
+    assert "1 of 6 elements differ" in message(RIGHT, bad)
     compare("same", bad, bad.clone())
 
 
-def test_what_passes() -> None:
+def test_rounding_and_missing_zeros_pass() -> None:
     compare("same", RIGHT, RIGHT * (1 + 1e-12))
     compare("none", None, None)
     compare("zero", None, RIGHT * 0)
     compare("zero", RIGHT * 0, None)
     compare("empty", RIGHT[:0], RIGHT[:0])
-    # Rounding of a sum that cancels: tiny beside its largest neighbour.
+    # The rounding of a sum that cancels is tiny beside the largest element.
     compare("cancelled", RIGHT + 1e-15, RIGHT)
 
 
-def test_a_small_element_counts_beside_a_large_one() -> None:
+def test_a_wrong_small_element_is_found_beside_a_large_one() -> None:
     right = torch.tensor([1.0, 1e-12], dtype=torch.float64)
     wrong = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    assert "zero where it should not be" in mistaken(wrong, right)
+    assert "zero where it should not be" in message(wrong, right)

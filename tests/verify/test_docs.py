@@ -1,4 +1,4 @@
-"""docs/verify.md works as printed, on a Function that is defined outside this repository."""
+"""docs/verify.md works as printed, on a Function defined outside this repository."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from manual_bp.verify.__main__ import main
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS
-from manual_bp.verify.self_test import default_gradcheck, pytorchs_cases
+from manual_bp.verify.self_test import default_gradcheck, pytorch_cases
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "verify.md").read_text("utf-8")
@@ -28,7 +28,7 @@ MISTAKES = list(zip(blocks("diff"), WRONG, strict=True))
 
 
 class Printed:
-    """What the command prints of a layer, in this process, which has PyTorch loaded."""
+    """What the command prints for a layer, run in this process, which has loaded PyTorch."""
 
     def __init__(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -52,12 +52,12 @@ def printed(
 
 
 def steady(line: str) -> str:
-    """A line without counts and seconds, and numbers to the digits that are the same elsewhere."""
+    """A line without counts and seconds, its numbers rounded to digits that no machine changes."""
     line = re.sub(r" +\d+ +\d+\.\d\d s  ", "  ", line).strip()
     return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.5g}", line)
 
 
-def mistaken(diff: str) -> str:
+def with_mistake(diff: str) -> str:
     layer = LAYER
     lines = diff.splitlines()
     for old, new in zip(
@@ -71,7 +71,7 @@ def mistaken(diff: str) -> str:
 
 
 def beside_the_layer(folder: Path, *arguments: str) -> list[str]:
-    """What Python prints in a process of its own, in a folder with the page's layer."""
+    """What a separate Python process prints, in a folder with the page's layer."""
     (folder / "my_layer.py").write_text(LAYER, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -91,18 +91,20 @@ def test_the_function_from_scratch_is_right(tmp_path: Path) -> None:
     lines = beside_the_layer(tmp_path, *command.split()[1:])
     assert f"{lines[-1]}\n" == RIGHT
     assert [line.split()[0] for line in lines[1:-1]] == [
-        check.name for check in CHECKS if not check.is_for_modules
+        check.name for check in CHECKS if not check.for_modules
     ]
 
 
-@pytest.mark.parametrize(("diff", "said"), MISTAKES, ids=["mean", "detached", "on_ctx"])
-def test_the_planted_mistakes(diff: str, said: str, printed: Printed) -> None:
-    lines = printed(mistaken(diff), code=1)
-    assert said.splitlines()[-1] == lines[-1]
-    assert set(map(steady, said.splitlines())) <= set(map(steady, lines))
+@pytest.mark.parametrize(("diff", "shown"), MISTAKES, ids=["mean", "detached", "on_ctx"])
+def test_the_planted_mistakes_print_what_the_page_shows(
+    diff: str, shown: str, printed: Printed
+) -> None:
+    lines = printed(with_mistake(diff), code=1)
+    assert shown.splitlines()[-1] == lines[-1]
+    assert set(map(steady, shown.splitlines())) <= set(map(steady, lines))
 
 
-def test_readme_shows_the_first_of_them() -> None:
+def test_readme_shows_the_first_planted_mistake() -> None:
     (shown,) = re.findall(r"```text\n(gradients_match_reference .*?)```", README, flags=re.DOTALL)
     lines = [line.strip() for line in WRONG[0].splitlines()]
     assert [line.strip() for line in shown.splitlines()] == lines[:2]
@@ -114,26 +116,26 @@ def test_the_reproduction_can_be_typed_as_printed(printed: Printed) -> None:
     again = re.findall(r"again: python -m manual_bp.verify my_layer:SCALE (.*)", "\n".join(lines))
     assert again[0] == "--check finite_differences --seed 5"
     repeated = "\n".join(printed(layer, *again[0].split(), code=1))
-    (told,) = re.findall(r"slope along .*", repeated)
-    assert told in "\n".join(lines)
+    (message,) = re.findall(r"slope along .*", repeated)
+    assert message in "\n".join(lines)
 
 
 def test_the_table_of_checks_is_the_list_of_checks() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (capability)? ?\|", PAGE, flags=re.MULTILINE)
     described = [
-        (check.name, (check.run.__doc__ or "").splitlines()[0], check.is_capability)
+        (check.name, (check.run.__doc__ or "").splitlines()[0], check.capability)
         for check in CHECKS
     ]
     assert [(name, text, bool(capability)) for name, text, capability in rows] == described
 
 
-def test_the_figures_of_the_self_test() -> None:
-    """`test_self_test.py` holds that every mistake is caught."""
+def test_the_figures_of_the_self_test_are_current() -> None:
+    """`test_self_test.py` tests that every mistake is caught."""
     count = len(MUTANTS)
     theirs = sum(default_gradcheck(mutant.case) == "caught" for mutant in MUTANTS)
     assert theirs < count / 2
     assert f"{count} mistakes: the kit caught {count}, default gradcheck {theirs}\n" in PAGE
-    assert f"PyTorch's own: {len(pytorchs_cases())} layers, 50 seeds, " in PAGE
+    assert f"PyTorch's own: {len(pytorch_cases())} layers, 50 seeds, " in PAGE
     words = " ".join(README.split())
     assert f"Of {count} planted mistakes it catches {count}; `gradcheck` with its" in words
     assert f"defaults catches {theirs} (" in words
@@ -164,7 +166,7 @@ others = {
 }
 
 class Without:
-    # Raising would not do: PyTorch asks for some of them by find_spec, and does without.
+    # Raising would not work: PyTorch looks for some of them by find_spec, and runs without them.
     def __init__(self, finder):
         self.finder = finder
 
@@ -183,8 +185,8 @@ sys.exit(main(["my_layer:SCALE", "--no-compiler"]))
 """
 
 
-def test_it_needs_what_the_page_says(tmp_path: Path) -> None:
-    """The kit judges a case where all else that is installed cannot be imported."""
+def test_it_needs_only_the_packages_that_the_page_names(tmp_path: Path) -> None:
+    """The kit judges a case although no other installed package can be imported."""
     assert "PyTorch, NumPy and tabulate" in " ".join(PAGE.split())
     assert "PyTorch, NumPy and tabulate" in " ".join(README.split())
     beside_the_layer(tmp_path, "-c", ALONE)

@@ -35,31 +35,37 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def test_exit_codes(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_tells_right_from_wrong(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([f"{module}:GOOD", "--no-compiler"]) == 0
     assert "tanh on cpu, seed 0" in capsys.readouterr().out
     assert main([f"{module}:BAD", "--check", "gradients_match_reference", "--seed", "5"]) == 1
-    said = capsys.readouterr().out
-    assert "wrong on cpu, seed 5" in said
-    assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in said
+    printed = capsys.readouterr().out
+    assert "wrong on cpu, seed 5" in printed
+    assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in printed
 
 
-def test_a_list_and_json(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_cases_is_printed_as_json(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([f"{module}:BOTH", "--json", "--check", "finite_differences"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert [report["ok"] for report in found] == [True, False]
 
 
-def test_only_what_does_not_apply_is_no_success(module: str) -> None:
+def test_a_run_without_any_applicable_check_is_not_ok(module: str) -> None:
     assert main([f"{module}:GOOD", "--check", "pickle"]) == 1
 
 
-def test_self_test(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of some; `test_self_test.py` judges all of them."""
+def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some mutants only; `test_self_test.py` judges all of them."""
     some = [MUTANTS[0], next(m for m in MUTANTS if m.caught_by == "compile")]
     monkeypatch.setattr(self_test, "MUTANTS", some)
-    cases = self_test.pytorchs_cases()[:2]
-    monkeypatch.setattr(self_test, "pytorchs_cases", lambda: cases)
+    cases = self_test.pytorch_cases()[:2]
+    monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
     assert main(["--self-test", "--seeds", "2"]) == 0
     *_, mutants, layers = capsys.readouterr().out.splitlines()
     assert mutants.startswith("2 mistakes: the kit caught 2, default gradcheck ")
@@ -70,7 +76,7 @@ def test_self_test(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert main(["--self-test", "--seeds", "1"]) == 1
     assert "MISSED" in capsys.readouterr().out
     monkeypatch.setattr(self_test, "MUTANTS", some[:1])
-    monkeypatch.setattr(self_test, "pytorchs_cases", lambda: [some[0].case])
+    monkeypatch.setattr(self_test, "pytorch_cases", lambda: [some[0].case])
     assert main(["--self-test", "--seeds", "1"]) == 1
     assert capsys.readouterr().out.endswith(" 1 false alarms\n")
 
@@ -78,9 +84,9 @@ def test_self_test(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "either package.module:Name of a Case is wanted, or --self-test"),
-        (["{}:GOOD", "--self-test"], "either package.module:Name of a Case is wanted, or"),
-        (["{}"], "package.module:Name is wanted; got"),
+        ([], "give either package.module:Name of a Case or --self-test"),
+        (["{}:GOOD", "--self-test"], "give either package.module:Name of a Case or"),
+        (["{}"], "the case must be package.module:Name; got"),
         (["no_such_module:CASE"], "no_such_module cannot be imported: ModuleNotFoundError"),
         (["broken_{}:CASE"], "cannot be imported: ZeroDivisionError"),
         (["leaving_{}:CASE"], "cannot be imported: SystemExit"),
@@ -99,7 +105,7 @@ def test_unusable_input_is_one_line(
     with pytest.raises(SystemExit) as stop:
         main([argument.format(module) for argument in arguments])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("python -m manual_bp.verify: ")
-    assert reason in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m manual_bp.verify: ")
+    assert reason in printed
+    assert printed.count("\n") == 1

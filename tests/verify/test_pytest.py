@@ -1,4 +1,4 @@
-"""The decorator, tried in a pytest run of its own."""
+"""The decorator, in a separate run of pytest."""
 
 import subprocess
 import sys
@@ -36,12 +36,12 @@ def test_layers(check):
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest says where warnings are errors."""
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of pytest with warnings turned into errors."""
     folder = tmp_path_factory.mktemp("layers")
     (folder / "test_layers.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    chosen = "gradients_match_reference or forward_ad or compile or good-vmap or blind-telling"
+    chosen = "gradients_match_reference or forward_ad or compile or good-vmap or blind-informative"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", chosen]
     done = subprocess.run(
         [*command, "test_layers.py"],
@@ -54,25 +54,25 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout
 
 
-def test_one_test_for_each_case_and_check(said: str) -> None:
-    assert "PASSED test_layers.py::test_layers[good-gradients_match_reference]" in said
-    assert "FAILED test_layers.py::test_layers[bad-gradients_match_reference]" in said
-    assert "XFAIL test_layers.py::test_layers[known-gradients_match_reference]" in said
-    assert "bad, gradients_match_reference, seed 0: gradient of x, at index" in said
-    assert "diagnosis: 0.5 times the right one, everywhere" in said
+def test_one_test_for_each_case_and_check(output: str) -> None:
+    assert "PASSED test_layers.py::test_layers[good-gradients_match_reference]" in output
+    assert "FAILED test_layers.py::test_layers[bad-gradients_match_reference]" in output
+    assert "XFAIL test_layers.py::test_layers[known-gradients_match_reference]" in output
+    assert "bad, gradients_match_reference, seed 0: gradient of x, at index" in output
+    assert "diagnosis: 0.5 times the right one, everywhere" in output
 
 
-def test_what_does_not_apply_is_skipped_with_its_reason(said: str) -> None:
-    assert "in_dims was not given: which dimension counts the samples?" in said
-    assert "compile" not in said.split("short test summary")[1]
+def test_checks_that_do_not_apply_are_skipped_with_the_reason(output: str) -> None:
+    assert "in_dims was not given: which dimension counts the samples?" in output
+    assert "compile" not in output.split("short test summary")[1]
 
 
-def test_samples_that_show_nothing_are_a_failure(said: str) -> None:
-    assert "FAILED test_layers.py::test_layers[blind-telling_samples]" in said
-    assert "it cannot tell: the gradient of" in said
+def test_uninformative_samples_are_a_failure(output: str) -> None:
+    assert "FAILED test_layers.py::test_layers[blind-informative_samples]" in output
+    assert "inconclusive: the gradient of" in output
 
 
-def test_warnings_are_errors_but_for_pytorchs_own(said: str) -> None:
-    assert "PASSED test_layers.py::test_layers[good-forward_ad]" in said
-    assert "FAILED test_layers.py::test_layers[warns-gradients_match_reference]" in said
-    assert "its own warning, which the filters in force make an error: UserWarning: slow" in said
+def test_warnings_are_errors_except_those_of_pytorch(output: str) -> None:
+    assert "PASSED test_layers.py::test_layers[good-forward_ad]" in output
+    assert "FAILED test_layers.py::test_layers[warns-gradients_match_reference]" in output
+    assert "a warning that the current filters turn into an error: UserWarning: slow" in output

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from manual_bp.verify import check_function, check_module, function_case, module_case, run
-from manual_bp.verify._bench import Bench
+from manual_bp.verify import (
+    CAPABILITIES,
+    check_function,
+    check_module,
+    function_case,
+    module_case,
+    run,
+)
+from manual_bp.verify._check import CheckContext
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS
 
@@ -56,7 +63,7 @@ def message(report: Any, check: str) -> str:
     return str(found.message)
 
 
-def test_a_function_class_that_is_right() -> None:
+def test_a_right_function_passes() -> None:
     report = check_function(Square, SAMPLES, square, in_dims=(0,), slow=False)
     assert report.ok, report
     assert report.case == "Square"
@@ -67,25 +74,25 @@ def test_a_function_class_that_is_right() -> None:
     assert message(report, "vmap").startswith("not declared; it refuses: RuntimeError: ")
 
 
-def test_what_was_declared_must_work() -> None:
+def test_a_declared_capability_that_raises_is_a_failure() -> None:
     report = check_function(Square, SAMPLES, square, supports=["vmap"], in_dims=(0,), only=["vmap"])
     assert status(report, "vmap") == "failed"
     assert "raised RuntimeError" in message(report, "vmap")
 
 
-def test_a_function_that_is_wrong() -> None:
+def test_a_wrong_function_fails_with_diagnosis_and_reproduction() -> None:
     report = check_function(Wrong, SAMPLES, square, seed=4, slow=False)
     assert not report.ok
-    told = message(report, "gradients_match_reference")
-    assert "gradient of x, at index" in told
-    assert "ratio 1.001" in told
-    assert "diagnosis: 1.001 times the right one, everywhere" in told
-    assert told.endswith(
+    text = message(report, "gradients_match_reference")
+    assert "gradient of x, at index" in text
+    assert "ratio 1.001" in text
+    assert "diagnosis: 1.001 times the right one, everywhere" in text
+    assert text.endswith(
         "again: check_function(Wrong, ..., seed=4, only=['gradients_match_reference'])"
     )
 
 
-def test_a_refusal_by_once_differentiable_is_a_refusal() -> None:
+def test_once_differentiable_is_a_refusal() -> None:
     class Once(Square):
         backward: Any = staticmethod(once_differentiable(Square.backward))
 
@@ -94,26 +101,82 @@ def test_a_refusal_by_once_differentiable_is_a_refusal() -> None:
     assert "it refuses: RuntimeError: a derivative is marked" in message(report, "third_order")
 
 
-def test_without_a_reference_finite_differences_judge() -> None:
+def test_without_a_reference_finite_differences_find_the_mistake() -> None:
     report = check_function(Wrong, SAMPLES, slow=False)
     assert message(report, "gradients_match_reference") == "no reference was given"
     assert status(report, "finite_differences") == "failed"
     assert check_function(Square, SAMPLES, slow=False).ok
 
 
-def test_the_same_seed_asks_the_same_and_another_asks_another() -> None:
+def test_the_seed_determines_the_samples() -> None:
     def draw(g: torch.Generator) -> list[tuple[Tensor]]:
         return [(torch.randn(5, generator=g),)]
 
     case = function_case(Square, draw)
-    (one,), (again,) = (Bench(case, "vmap").samples[0] for _ in range(2))
-    (other,) = Bench(replace(case, seed=1), "vmap").samples[0]
+    (one,), (again,) = (CheckContext(case, "vmap").samples[0] for _ in range(2))
+    (other,) = CheckContext(replace(case, seed=1), "vmap").samples[0]
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert one.dtype is torch.float64
 
 
-def test_an_expected_failure() -> None:
+def wrong_for_three_dimensions(x: Tensor) -> Tensor:
+    return x * (x.detach() if x.ndim == 3 else x)
+
+
+TWO_SAMPLES = [SAMPLES[0], (torch.randn(2, 5, 3, dtype=torch.float64),)]
+
+
+def test_a_message_names_the_sample_that_failed() -> None:
+    only = ["gradients_match_reference"]
+    report = check_function(wrong_for_three_dimensions, TWO_SAMPLES, square, only=only)
+    assert message(report, *only).startswith(
+        "sample 2 of 2, shape (2, 5, 3): gradient of x, at index ("
+    )
+    report = check_function(wrong_for_three_dimensions, TWO_SAMPLES[1:], square, only=only)
+    assert message(report, *only).startswith("gradient of x, at index (")
+
+
+@pytest.mark.parametrize("supports", [[], ["vmap"]])
+def test_an_error_names_the_sample_that_raised_it(supports: list[str]) -> None:
+    def bounded(x: Tensor, w: Tensor) -> Tensor:
+        return x * w if x.shape[-1] == 3 else x[9]
+
+    samples = [(torch.ones(5, 3), torch.ones(3)), (torch.ones(5, 4), torch.ones(4))]
+    options: Any = {"supports": supports, "in_dims": (0, None)}
+    report = check_function(bounded, samples, only=["deterministic"], **options)
+    where = "sample 2 of 2, shapes (5, 4), (4,): "
+    assert message(report, "deterministic").startswith(f"{where}raised IndexError: ")
+    report = check_function(bounded, samples, only=["vmap"], **options)
+    refusal = f"{where}raised " if supports else f"not declared; it refuses: {where}"
+    assert message(report, "vmap").startswith(refusal)
+
+
+def test_the_compiler_check_names_the_sample_with_tied_arguments() -> None:
+    def wrong_when_tied(x: Tensor, y: Tensor) -> Tensor:
+        return x * y * (2 if x is y and torch.compiler.is_compiling() else 1)
+
+    one, two = torch.rand(5, 3) + 1, torch.rand(4, 4) + 1
+    samples = [(one, one[0]), (two, two + 1)]
+    report = check_function(wrong_when_tied, samples, torch.mul, only=["compile"])
+    assert "sample 2 of 2, shapes (4, 4), (4, 4): output when compiled" in str(report)
+
+
+@pytest.mark.parametrize("is_complex_first", [True, False])
+def test_a_sample_that_a_check_cannot_use_does_not_hide_the_others(is_complex_first: bool) -> None:
+    def demoted(x: Tensor) -> Tensor:
+        return x * (x.bfloat16().to(x.dtype) if x.dtype is torch.float32 else x)
+
+    samples = [SAMPLES[0], (torch.randn(4, 3, dtype=torch.complex128),)]
+    samples = samples[::-1] if is_complex_first else samples
+    only = ["float32"]
+    assert status(check_function(square, samples, square, only=only), *only) == "passed"
+    assert status(check_function(demoted, samples, square, only=only), *only) == "failed"
+    report = check_function(square, [(SAMPLES[0][0] * 1j,)], square, only=only)
+    assert message(report, *only) == "the sample is complex"
+
+
+def test_an_expected_failure_is_ok_and_its_pass_is_not() -> None:
     known = {"gradients_match_reference": "a thousandth too large"}
     only = ["gradients_match_reference"]
     report = check_function(Wrong, SAMPLES, square, expected_failures=known, only=only)
@@ -124,7 +187,7 @@ def test_an_expected_failure() -> None:
     assert status(report, *only) == "unexpected pass"
 
 
-def test_a_module_whose_parameter_gradients_are_wrong() -> None:
+def test_a_wrong_parameter_gradient_of_a_module_is_found() -> None:
     class Doubling(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             w = self.weight * 2 - self.weight.detach()
@@ -135,12 +198,12 @@ def test_a_module_whose_parameter_gradients_are_wrong() -> None:
 
     assert torch.autograd.gradcheck(Doubling(3, 4).double(), SAMPLES[0][0].requires_grad_())
     report = check_module(lambda: Doubling(3, 4), samples, lambda: nn.Linear(3, 4), slow=False)
-    told = message(report, "gradients_match_reference")
-    assert "gradient of weight" in told
-    assert "diagnosis: 2 times the right one, everywhere" in told
+    text = message(report, "gradients_match_reference")
+    assert "gradient of weight" in text
+    assert "diagnosis: 2 times the right one, everywhere" in text
 
 
-STORIES = {
+DIAGNOSES = {
     "flat_beyond_15": "right except where the argument is large",
     "reads_memory_in_order": "right only for contiguous upstream gradients",
     "drops_curvature": "a term of order 2 is missing",
@@ -149,21 +212,21 @@ STORIES = {
     "keeps_on_ctx": "hidden from saved-tensor hooks",
     "saves_data": "the change went unnoticed",
     "returns_float32": "dtype demoted",
-    "ignores_needs": "ctx.needs_input_grad is not asked",
+    "ignores_needs": "ctx.needs_input_grad is not used",
     "keeps_output": "a reference cycle",
     "shared_buffer": "overwritten by the next backward",
 }
 
 
-@pytest.mark.parametrize("name", STORIES)
-def test_the_diagnosis_fits_the_mistake(name: str) -> None:
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_the_diagnosis_fits_the_planted_mistake(name: str) -> None:
     (mutant,) = [mutant for mutant in MUTANTS if mutant.name == name]
     (outcome,) = run(mutant.case, only=[mutant.caught_by]).outcomes
     assert "diagnosis: " in outcome.message
-    assert STORIES[name] in outcome.message
+    assert DIAGNOSES[name] in outcome.message
 
 
-def test_what_was_declared_must_be_judged() -> None:
+def test_a_declared_capability_that_cannot_be_judged_is_a_failure() -> None:
     report = check_function(Square, SAMPLES, supports=["double_backward"], only=["double_backward"])
     assert status(report, "double_backward") == "failed"
     assert message(report, "double_backward") == (
@@ -171,7 +234,7 @@ def test_what_was_declared_must_be_judged() -> None:
     )
 
 
-def test_where_two_calls_differ_nothing_else_is_compared() -> None:
+def test_nothing_else_is_compared_if_two_calls_differ() -> None:
     report = check_function(lambda x: x * torch.rand_like(x), SAMPLES, square, slow=False)
     (failure,) = report.failures
     assert failure.check == "deterministic"
@@ -189,7 +252,7 @@ def test_where_two_calls_differ_nothing_else_is_compared() -> None:
         lambda x: (x * x, (x <= 0,)),
     ],
 )
-def test_every_output_counts_however_it_is_nested(wrong: Any) -> None:
+def test_nested_outputs_are_all_compared(wrong: Any) -> None:
     def right(x: Tensor) -> Any:
         return x * x, (x <= 0, x * 3)
 
@@ -197,7 +260,7 @@ def test_every_output_counts_however_it_is_nested(wrong: Any) -> None:
     assert not check_function(wrong, SAMPLES, right, only=["forward_matches_reference"]).ok
 
 
-def test_a_buffer_follows_its_module() -> None:
+def test_buffers_are_cast_and_restored_for_each_call() -> None:
     class Shift(nn.Module):
         shift: Tensor
 
@@ -215,7 +278,7 @@ def test_a_buffer_follows_its_module() -> None:
     assert {status(report, name) for name in names} == {"passed"}
 
 
-def test_the_callers_random_numbers_are_left_alone() -> None:
+def test_the_random_state_of_the_caller_does_not_change() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -223,7 +286,7 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_kink_is_detected_and_reported() -> None:
+def test_directions_at_a_kink_are_reported() -> None:
     at_a_kink = [(torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64),)]
     report = check_function(F.relu, at_a_kink, F.relu, only=["finite_differences", "at_zero"])
     assert report.ok
@@ -233,7 +296,7 @@ def test_a_kink_is_detected_and_reported() -> None:
 
 
 def kept(value: Tensor) -> Tensor:
-    """A Function whose output is saved: whoever hands it back to autograd makes a cycle."""
+    """Saves its output, which makes a reference cycle if a hook keeps it."""
     return torch.exp(value)
 
 
@@ -247,7 +310,7 @@ def kept(value: Tensor) -> Tensor:
     ],
     ids=lambda case: case.name,
 )
-def test_runs_leave_no_tensors_behind(case: Any) -> None:
+def test_a_run_leaves_no_tensors_behind(case: Any) -> None:
     def live() -> Counter[str]:
         gc.collect()
         nodes = (Tensor, torch.autograd.graph.Node)
@@ -257,11 +320,11 @@ def test_runs_leave_no_tensors_behind(case: Any) -> None:
     before = live()
     for _ in range(3):
         run(case, slow=False)
-    assert not live() - before  # what other tests left may go in between
+    assert not live() - before  # tensors of other tests may be freed in between
 
 
 class Masked(Function):
-    """x ⊙ mask, where the mask is to have no gradient."""
+    """x ⊙ mask, where the mask has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -274,10 +337,10 @@ class Masked(Function):
         return grad * mask, None
 
 
-def test_an_argument_without_a_gradient_is_best_closed_over() -> None:
+def test_an_argument_that_never_has_a_gradient_should_be_closed_over() -> None:
     mask = torch.rand(5, 3, dtype=torch.float64)
     report = check_function(Masked, [(*SAMPLES[0], mask)], only=["finite_differences"])
-    assert "is best closed over" in message(report, "finite_differences")
+    assert "close over an argument that is to have none" in message(report, "finite_differences")
     report = check_function(
         lambda x: Masked.apply(x, mask.to(x.dtype)),
         SAMPLES,
@@ -295,7 +358,7 @@ def test_an_argument_without_a_gradient_is_best_closed_over() -> None:
 
 
 class Sine(Function):
-    """sin x, which saves what it computes."""
+    """sin x, which saves cos x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -308,14 +371,14 @@ class Sine(Function):
         return grad * slope
 
 
-def test_what_forward_computes_and_saves_is_a_constant() -> None:
+def test_an_intermediate_that_forward_saves_is_a_constant_in_double_backward() -> None:
     report = check_function(Sine, SAMPLES, torch.sin, slow=False)
     assert {outcome.check for outcome in report.failures} == {"double_backward"}
     assert "so is what forward computes and saves" in message(report, "double_backward")
 
 
 class Domain(Function):
-    """ln x, refused where it is not."""
+    """ln x, which refuses x ≤ 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -331,7 +394,7 @@ class Domain(Function):
 
 
 class Narrow(Domain):
-    """ln x, refused where it is small, though the reference is not."""
+    """ln x, which also refuses x ≥ 10, where the reference is finite."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -340,7 +403,7 @@ class Narrow(Domain):
         return Domain.forward(ctx, x)
 
 
-def test_what_the_reference_has_no_value_for_may_be_refused() -> None:
+def test_arguments_outside_the_domain_of_the_reference_may_be_refused() -> None:
     samples = [(torch.rand(5, 3, dtype=torch.float64) + 0.1,)]
     report = check_function(Domain, samples, torch.log, slow=False, in_dims=(0,))
     report.raise_if_failed()
@@ -350,7 +413,7 @@ def test_what_the_reference_has_no_value_for_may_be_refused() -> None:
 
 
 @pytest.mark.parametrize("check", ["float32", "bfloat16", "float16"])
-def test_the_dtype_of_an_output_is_the_references(check: str) -> None:
+def test_an_output_must_have_the_dtype_of_the_reference(check: str) -> None:
     def wide(x: Tensor) -> Tensor:
         return x.double().exp()
 
@@ -362,13 +425,20 @@ def test_the_dtype_of_an_output_is_the_references(check: str) -> None:
     assert "expected torch.float64, as the reference" in message(report, check)
 
 
-def test_every_check_has_a_description() -> None:
+def test_every_check_has_a_unique_name_and_a_description() -> None:
     assert all(check.run.__doc__ for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
 
+def test_the_capabilities_are_the_checks_that_are_declared_as_such() -> None:
+    assert {check.name for check in CHECKS if check.capability} == CAPABILITIES
+    assert {"vmap", "compile", "factory_kwargs"} < CAPABILITIES
+    assert not {"deterministic", "pickle"} & CAPABILITIES
+    assert all(check.capability for check in CHECKS if check.only_if_declared)
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "told"),
+    ("options", "error", "message"),
     [
         ({"supports": ["vmpa"]}, ValueError, r"supports must be of .*'vmap'.*; got \['vmpa'\]"),
         ({"only": ["vmpa"]}, ValueError, r"must name checks of .*; got \['vmpa'\]"),
@@ -390,13 +460,15 @@ def test_every_check_has_a_description() -> None:
         ({"reference": 3}, TypeError, "reference must be callable; got int"),
     ],
 )
-def test_unusable_input(options: dict[str, Any], error: type[Exception], told: str) -> None:
+def test_unusable_input_raises(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     arguments: dict[str, Any] = {"fn": Square, "samples": SAMPLES} | options
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         check_function(**arguments)
 
 
-def test_unusable_modules() -> None:
+def test_unusable_modules_raise() -> None:
     with pytest.raises(TypeError, match=r"factory must make an nn.Module; got Tensor"):
         module_case(lambda: torch.ones(2), SAMPLES)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=r"reference must have the parameters of the module, \["):

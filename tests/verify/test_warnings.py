@@ -1,4 +1,4 @@
-"""PyTorch's warnings about its own code are no part of a verdict; the candidate's own are."""
+"""Warnings of the code under test count; PyTorch's warnings about its own code do not."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ SAMPLES = [(torch.randn(5, 3, dtype=torch.float64),)]
 
 
 class Square(Function):
-    """x ⊙ x, with a place to call something in forward and in backward."""
+    """x ⊙ x, from which the Functions that warn inherit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def checked(fn: Any, action: Any = "error") -> Report:
         return check_function(fn, SAMPLES, torch.square, slow=False)
 
 
-def pytorchs_own(source: str) -> Any:
-    """`call` of a module that PyTorch might have one day."""
+def pytorch_call(source: str) -> Any:
+    """`call` of a module that PyTorch might add one day."""
     names: dict[str, Any] = {"__name__": "torch.one_day"}
     file = Path(torch.__file__).parent / "one_day.py"
     exec(compile(f"import torch, typing_extensions, warnings\n{source}", str(file), "exec"), names)
@@ -57,8 +57,8 @@ OWN = [
 
 @pytest.mark.parametrize("source", OWN)
 @pytest.mark.parametrize("action", ["error", "always"])
-def test_pytorchs_own_are_left_out(source: str, action: str) -> None:
-    call = pytorchs_own(source)
+def test_pytorchs_own_warnings_are_dropped(source: str, action: str) -> None:
+    call = pytorch_call(source)
 
     class Calls(Square):
         @staticmethod
@@ -66,16 +66,16 @@ def test_pytorchs_own_are_left_out(source: str, action: str) -> None:
             call()
             return Square.backward(ctx, grad)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         report = checked(Calls, action)
     assert report.ok, report
-    assert not told
+    assert not caught
 
 
-def test_those_that_the_kit_brings_about_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By stacklevel=2 a warning of PyTorch names the caller, which is the kit."""
+def test_warnings_of_pytorch_caused_by_the_kit_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stacklevel=2 a warning of PyTorch names its caller, which is the kit."""
     stack = torch.stack
-    call = pytorchs_own("def call():\n    warnings.warn('x', FutureWarning, stacklevel=3)")
+    call = pytorch_call("def call():\n    warnings.warn('x', FutureWarning, stacklevel=3)")
 
     def deprecated(*arguments: Any) -> Tensor:
         call()
@@ -86,8 +86,8 @@ def test_those_that_the_kit_brings_about_as_well(monkeypatch: pytest.MonkeyPatch
     assert report.ok, report
 
 
-def test_a_deprecated_call_by_the_candidate_is_the_candidates() -> None:
-    call = pytorchs_own("def call():\n    warnings.warn('x', FutureWarning, stacklevel=2)")
+def test_a_deprecated_call_in_the_code_under_test_counts() -> None:
+    call = pytorch_call("def call():\n    warnings.warn('x', FutureWarning, stacklevel=2)")
     report = checked(lambda x: call() or x * x)
     assert "FutureWarning: x" in report.failures[0].message
 
@@ -100,7 +100,7 @@ class WarnsInForward(Square):
 
 
 class NamesItsCaller(Square):
-    """As ruff and flake8 have it; the caller is PyTorch."""
+    """As ruff and flake8 demand. The caller is PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -115,38 +115,38 @@ class WarnsInBackward(Square):
         return Square.backward(ctx, grad)
 
 
-OF_THE_CANDIDATE = [WarnsInForward, NamesItsCaller, WarnsInBackward]
+WARNING = [WarnsInForward, NamesItsCaller, WarnsInBackward]
 
 
-@pytest.mark.parametrize("candidate", OF_THE_CANDIDATE)
-def test_the_candidates_own_are_errors_if_the_user_wants(candidate: Any) -> None:
+@pytest.mark.parametrize("candidate", WARNING)
+def test_a_warning_is_a_failure_if_the_filters_make_it_an_error(candidate: Any) -> None:
     report = checked(candidate)
     assert not report.ok
-    (told,) = [o.message for o in report.failures if o.check == "gradients_match_reference"]
-    assert told.startswith(
-        "raised its own warning, which the filters in force make an error: UserWarning: a slow path"
+    (message,) = [o.message for o in report.failures if o.check == "gradients_match_reference"]
+    assert message.startswith(
+        "raised a warning that the current filters turn into an error: UserWarning: a slow path"
     )
     assert not any("two calls" in outcome.message for outcome in report.outcomes)
 
 
-@pytest.mark.parametrize("candidate", OF_THE_CANDIDATE)
-def test_else_they_are_shown_once(candidate: Any) -> None:
-    with pytest.warns(UserWarning, match="a slow path") as told:
+@pytest.mark.parametrize("candidate", WARNING)
+def test_a_warning_is_shown_once(candidate: Any) -> None:
+    with pytest.warns(UserWarning, match="a slow path") as caught:
         report = checked(candidate, "always")
     assert report.ok, report
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
-def test_or_not_at_all() -> None:
-    with warnings.catch_warnings(record=True) as told:
+def test_a_warning_is_ignored_if_the_filters_say_so() -> None:
+    with warnings.catch_warnings(record=True) as caught:
         assert checked(WarnsInForward, "ignore").ok
-    assert not told
+    assert not caught
     with warnings.catch_warnings(action="error"):
         warnings.filterwarnings("ignore", module=f"{__name__}$")
         assert check_function(WarnsInForward, SAMPLES, torch.square, slow=False).ok
 
 
-def test_a_module_that_names_its_caller() -> None:
+def test_a_warning_of_a_module_that_names_its_caller_counts() -> None:
     class Warns(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
             warnings.warn("a slow path", stacklevel=2)
@@ -160,7 +160,7 @@ def test_a_module_that_names_its_caller() -> None:
         assert judged().ok
 
 
-def test_the_filters_are_left_as_they_were() -> None:
+def test_the_filters_are_restored() -> None:
     filters, show = list(warnings.filters), warnings.showwarning
     checked(WarnsInForward)
     assert (list(warnings.filters), warnings.showwarning) == (filters, show)
@@ -210,8 +210,8 @@ CASES = [
 """
 
 
-def test_the_command_in_a_fresh_process_where_warnings_are_errors(tmp_path: Path) -> None:
-    """There PyTorch loads what it loads late, and warns of that."""
+def test_the_command_in_a_new_process_with_warnings_as_errors(tmp_path: Path) -> None:
+    """There PyTorch loads some modules for the first time, and warns."""
     late = ["forward_ad", "forward_over_reverse", "vmap", "per_sample_gradients", "autocast"]
     checks = [f"--check={name}" for name in ("finite_differences", *late, "compile")]
     (tmp_path / "cases.py").write_text(CASES)

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify._bench import (
-    Bench,
-    Call,
+from manual_bp.verify._autograd import (
     custom_nodes,
     gradients,
     gradients_of,
     leaves,
+    node_name,
     outputs_of,
     positions,
 )
-from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._case import Call, Sample, is_differentiable
+from manual_bp.verify._check import CheckContext
+from manual_bp.verify._compare import Mismatch, NotApplicable
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
@@ -29,54 +29,63 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether the elements are all of its memory, one after the other."""
+    """Whether a tensor is contiguous and starts where its memory starts."""
     return value.is_contiguous() and not value.storage_offset()
 
 
 def compare_with_reference(
-    bench: Bench, arguments: Sample, where: str, *, far_out: bool = False
+    ctx: CheckContext, arguments: Sample, where: str, *, is_large: bool = False
 ) -> None:
-    """Compare outputs and gradients with the reference's, unless that refuses the arguments.
+    """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
-    Where its output is not finite, as the logarithm's is below 0, the candidate may refuse them.
+    Where the reference's output is not finite (a logarithm below 0), the call may refuse them too.
     """
+    reference = ctx.reference
     try:
-        upstream = bench.upstream(bench.reference, arguments)
+        upstream = ctx.upstream(reference, arguments)
     except Exception:
         return
-    right, expected = gradients(bench.reference, leaves(arguments), upstream)
+    expected_result, expected = gradients(reference, leaves(arguments), upstream)
     try:
-        result, found = gradients(bench.case.call, leaves(arguments), upstream)
+        result, found = gradients(ctx.call, leaves(arguments), upstream)
     except Exception:
-        if all(t.isfinite().all() for t in outputs_of(right)):
+        if all(t.isfinite().all() for t in outputs_of(expected_result)):
             raise
         return
-    bench.same_outputs(result, right, where)
-    bench.same_gradients(arguments, found, expected, where, far_out=far_out)
+    ctx.compare_outputs(result, expected_result, where)
+    ctx.compare_gradients(arguments, found, expected, where, is_large=is_large)
 
 
-def compare_raw(bench: Bench, arguments: Sample, result: Any) -> None:
-    """Call every hand-written backward once more, by itself, with what came to it from above."""
+def require_custom_nodes(result: Any) -> list[Any]:
+    """The nodes of hand-written Functions in the graph, for checks that need one."""
     nodes = custom_nodes(result)
-    above: dict[Any, Any] = {}
+    if not nodes:
+        raise NotApplicable("no hand-written Function in the graph")
+    return nodes
+
+
+def compare_raw(ctx: CheckContext, arguments: Sample, result: Any) -> None:
+    """Call every hand-written backward once more, by itself, with its own upstream gradients."""
+    nodes = custom_nodes(result)
+    received: dict[Any, Any] = {}
     for node in nodes:
-        node.register_prehook(partial(above.__setitem__, node))
-    upstream = [bench.random_like(t) for t in outputs_of(result)]
+        node.register_prehook(partial(received.__setitem__, node))
+    upstream = [ctx.random_like(t) for t in outputs_of(result)]
     gradients_of(result, arguments, upstream, retain_graph=True)
     for node in nodes:
-        if any(gradient is None for gradient in above.get(node, [None])):
-            continue  # some output of it was not used
+        if any(gradient is None for gradient in received.get(node, [None])):
+            continue  # one of its outputs was not used
         with torch.no_grad():
-            returned = node.apply(*above[node])
+            returned = node.apply(*received[node])
         returned = returned if isinstance(returned, tuple) else (returned,)
         edges = iter([edge for edge in node.next_functions if edge[0] is not None])
-        # PyTorch lets a backward leave out what follows its last gradient, and add None to it.
+        # A backward may return fewer values than there are arguments, or more that are None.
         for i, (gradient, needed) in enumerate(zip(returned, node.needs_input_grad, strict=False)):
             if not needed:
                 continue
             next_node, slot = next(edges)
             if gradient is not None:
-                bench.comparisons += 1
+                ctx.comparisons += 1
                 _compare_kind(node, i, gradient, next_node._input_metadata[slot])
 
 
@@ -87,19 +96,14 @@ def _compare_kind(node: Any, i: int, gradient: Tensor, wanted: Any) -> None:
         ("device", gradient.device, wanted.device),
     ):
         if got != expected:
-            story = "missing a sum over the batch"
+            diagnosis = "missing a sum over the batch"
             if what == "dtype":
                 is_wider = gradient.dtype.itemsize > wanted.dtype.itemsize
-                story = "promoted by a tensor of a wider dtype" if is_wider else "dtype demoted"
+                diagnosis = "promoted by a tensor of a wider dtype" if is_wider else "dtype demoted"
             raise Mismatch(
                 f"{what} of gradient {i} as {node_name(node)} returned it: expected {expected}, "
-                f"got {got}\ndiagnosis: {story}; the engine hides it by a cast"
+                f"got {got}\ndiagnosis: {diagnosis}; the autograd engine hides it by a cast"
             )
-
-
-def node_name(node: Any) -> str:
-    """What a hand-written Function is called."""
-    return type(node).__name__.removesuffix("Backward")
 
 
 def cast(sample: Sample, dtype: torch.dtype) -> Sample:
@@ -109,6 +113,12 @@ def cast(sample: Sample, dtype: torch.dtype) -> Sample:
     )
 
 
+def require_real(sample: Sample) -> None:
+    """Refuse a sample with complex tensors, for checks of lower precision."""
+    if any(isinstance(t, Tensor) and t.is_complex() for t in sample):
+        raise NotApplicable("the sample is complex")
+
+
 def first_line(error: BaseException) -> str:
     """An exception in one short line."""
     text = str(error).strip().splitlines()
@@ -116,11 +126,10 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 100 else f"{line[:97]}..."
 
 
-def pairs_of_one_shape(bench: Bench) -> list[tuple[Sample, int, int]]:
-    """The samples in which one tensor could stand for two arguments, and for which."""
+def pairs_of_one_shape(sample: Sample) -> list[tuple[int, int]]:
+    """The pairs of arguments that one tensor could replace."""
     return [
-        (sample, i, j)
-        for sample in bench.samples
+        (i, j)
         for i in positions(sample)
         for j in positions(sample)
         if i < j and sample[i].shape == sample[j].shape and sample[i].dtype == sample[j].dtype
@@ -128,7 +137,7 @@ def pairs_of_one_shape(bench: Bench) -> list[tuple[Sample, int, int]]:
 
 
 def tied(call: Call, i: int, j: int) -> Call:
-    """The call with its argument i in the place of its argument j too."""
+    """The call with its argument i in the place of argument j as well."""
 
     def once(*arguments: Any) -> Any:
         return call(*arguments[:j], arguments[i], *arguments[j + 1 :])

@@ -1,45 +1,44 @@
-"""Many calls at once."""
+"""Transforms over the sample dimension."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manual_bp.verify._bench import Bench, leaves, outputs_of, positions, tensors_of
+from manual_bp.verify._autograd import leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Sample
+from manual_bp.verify._check import CheckContext, check
 
 
-def vmap(bench: Bench) -> None:
-    """Under vmap as in a loop over the samples."""
-    in_dims = bench.in_dims
-    for sample in bench.with_rows():
-        batched = torch.func.vmap(bench.case.call, in_dims)(*sample)
-        rows = [bench.case.call(*row) for row in _rows(sample, in_dims)]
-        looped = tuple(torch.stack(parts) for parts in zip(*map(tensors_of, rows), strict=True))
-        bench.same_outputs(batched, looped, " under vmap")
+@check(capability=True)
+def vmap(ctx: CheckContext, sample: Sample) -> None:
+    """Under vmap the same as in a loop over the samples."""
+    in_dims = ctx.in_dims(sample)
+    batched = torch.func.vmap(ctx.call, in_dims)(*sample)
+    rows = [ctx.call(*row) for row in _rows(sample, in_dims)]
+    looped = tuple(torch.stack(parts) for parts in zip(*map(tensors_of, rows), strict=True))
+    ctx.compare_outputs(batched, looped, " under vmap")
 
 
-def per_sample_gradients(bench: Bench) -> None:
-    """The gradient of every sample by vmap(grad), as in a loop."""
-    in_dims = bench.in_dims
-    for sample in bench.with_rows():
-        places = positions(sample)
+@check(capability=True)
+def per_sample_gradients(ctx: CheckContext, sample: Sample) -> None:
+    """The gradient of every sample by vmap(grad), the same as in a loop."""
+    in_dims, places = ctx.in_dims(sample), positions(sample)
 
-        def total(*arguments: Any) -> Tensor:
-            return torch.stack(
-                [t.pow(2).sum().real for t in outputs_of(bench.case.call(*arguments))]
-            ).sum()
+    def total(*arguments: Any) -> Tensor:
+        outputs = outputs_of(ctx.call(*arguments))
+        return torch.stack([t.pow(2).sum().real for t in outputs]).sum()
 
-        derivative = torch.func.grad(total, tuple(places))
-        found = torch.func.vmap(derivative, in_dims)(*sample)
-        looped = []
-        for row in _rows(sample, in_dims):
-            arguments = leaves(row)
-            wanted = [arguments[i] for i in places]
-            looped.append(torch.autograd.grad(total(*arguments), wanted, allow_unused=True))
-        for i, one, others in zip(places, found, zip(*looped, strict=True), strict=True):
-            expected = torch.stack([torch.zeros_like(one[0]) if g is None else g for g in others])
-            bench.same(f"per-sample gradient of {bench.case.label(i)}", one, expected)
+    derivative = torch.func.grad(total, tuple(places))
+    found = torch.func.vmap(derivative, in_dims)(*sample)
+    looped = []
+    for row in _rows(sample, in_dims):
+        arguments = leaves(row)
+        wanted = [arguments[i] for i in places]
+        looped.append(torch.autograd.grad(total(*arguments), wanted, allow_unused=True))
+    for i, one, others in zip(places, found, zip(*looped, strict=True), strict=True):
+        expected = torch.stack([torch.zeros_like(one[0]) if g is None else g for g in others])
+        ctx.compare(f"per-sample gradient of {ctx.label(i)}", one, expected)
 
 
 def _rows(sample: Sample, in_dims: tuple[int | None, ...]) -> list[Sample]:

@@ -7,53 +7,53 @@ from typing import Any
 import torch
 from torch import nn
 
-from manual_bp.verify._bench import Bench, Call, gradients, leaves
-from manual_bp.verify._case import Sample
+from manual_bp.verify._autograd import gradients, leaves
+from manual_bp.verify._case import Call, Sample
+from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 
-def compiled(bench: Bench) -> None:
-    """Compiled in one graph: values and gradients as in eager code, of tied arguments as well."""
-    pairs = pairs_of_one_shape(bench)
-    _compare_compiled(bench, bench.case.call, [bench.most_telling()], dynamic=False)
-    for sample, i, j in pairs:
-        _compare_compiled(bench, tied(bench.case.call, i, j), [sample], dynamic=False)
+@check(capability=True, slow=True, best_sample=True)
+def compile_(ctx: CheckContext, sample: Sample) -> None:
+    """Compiled in one graph, values and gradients as in eager mode, for tied arguments as well."""
+    _compare_compiled(ctx, ctx.call, [sample], dynamic=False)
+    for other in ctx.each(ctx.samples):
+        for i, j in pairs_of_one_shape(other):
+            _compare_compiled(ctx, tied(ctx.call, i, j), [other], dynamic=False)
 
 
-def compile_dynamic(bench: Bench) -> None:
-    """Compiled with dynamic shapes: right for another number of rows too."""
-    in_dims = bench.in_dims
-    bench.with_rows()
-    sample = bench.most_telling()
+@check(capability=True, slow=True, best_sample=True)
+def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
+    """Compiled with dynamic shapes, right for another number of rows too."""
     fewer = tuple(
         t if d is None else t.narrow(d, 0, t.shape[d] - 1)
-        for t, d in zip(sample, in_dims, strict=True)
+        for t, d in zip(sample, ctx.in_dims(sample), strict=True)
     )
-    _compare_compiled(bench, bench.case.call, [sample, fewer], dynamic=True)
+    _compare_compiled(ctx, ctx.call, [sample, fewer], dynamic=True)
 
 
-def export(bench: Bench) -> None:
-    """Exported by torch.export: the same values."""
-    sample = bench.most_telling()
+@check(capability=True, slow=True, best_sample=True)
+def export(ctx: CheckContext, sample: Sample) -> None:
+    """Exported by torch.export, the same values."""
 
     class Exported(nn.Module):
         def forward(self, *arguments: Any) -> Any:
-            return bench.case.call(*arguments)
+            return ctx.call(*arguments)
 
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(Exported(), sample)
-    bench.same_outputs(program.module()(*sample), bench.case.call(*sample), " of the export")
+    ctx.compare_outputs(program.module()(*sample), ctx.call(*sample), " of the export")
 
 
 def _compare_compiled(
-    bench: Bench, call: Call, samples: Sequence[Sample], *, dynamic: bool
+    ctx: CheckContext, call: Call, samples: Sequence[Sample], *, dynamic: bool
 ) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with warnings.catch_warnings(action="ignore"):
         whole = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for sample in samples:
-            upstream = bench.upstream(call, sample)
+            upstream = ctx.upstream(call, sample)
             result, found = gradients(whole, leaves(sample), upstream)
             expected_result, expected = gradients(call, leaves(sample), upstream)
-            bench.same_outputs(result, expected_result, " when compiled")
-            bench.same_gradients(sample, found, expected, " when compiled")
+            ctx.compare_outputs(result, expected_result, " when compiled")
+            ctx.compare_gradients(sample, found, expected, " when compiled")

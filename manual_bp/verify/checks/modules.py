@@ -1,88 +1,94 @@
-"""What a module has to do besides."""
+"""What modules must do besides."""
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from manual_bp.verify._bench import Bench, leaves, outputs_of
+from manual_bp.verify._autograd import leaves, outputs_of
 from manual_bp.verify._case import Sample
+from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify.checks._shared import cast
 
 
-def state_dict(bench: Bench) -> None:
-    """A second module given the first one's state_dict computes the same."""
-    module, inputs = _module(bench)
-    torch.manual_seed(bench.case.seed + 1)
-    other = _factory(bench)().to(bench.case.device).double()
+@check(for_modules=True, best_sample=True)
+def state_dict(ctx: CheckContext, sample: Sample) -> None:
+    """A second module that loads the first one's state_dict computes the same."""
+    module, inputs = _module(ctx, sample)
+    other, _ = _module(ctx, sample, seed=ctx.case.seed + 1)
     other.load_state_dict(module.state_dict())
-    bench.same_outputs(other(*inputs), module(*inputs), " after load_state_dict")
-    if bench.case.reference_factory is not None:
-        theirs = bench.case.reference_factory()
-        bench.comparisons += 1
-        if set(theirs.state_dict()) != set(module.state_dict()):
+    ctx.compare_outputs(other(*inputs), module(*inputs), " after load_state_dict")
+    if ctx.case.reference_factory is not None:
+        expected = sorted(ctx.case.reference_factory().state_dict())
+        ctx.comparisons += 1
+        if sorted(module.state_dict()) != expected:
             raise Mismatch(
-                f"keys of state_dict: expected {sorted(theirs.state_dict())}, as the reference, "
+                f"keys of state_dict: expected {expected}, as the reference, "
                 f"got {sorted(module.state_dict())}"
             )
 
 
-def pickled(bench: Bench) -> None:
+@check(for_modules=True, best_sample=True)
+def pickle_(ctx: CheckContext, sample: Sample) -> None:
     """A pickled module computes the same."""
-    module, inputs = _module(bench)
+    module, inputs = _module(ctx, sample)
     if "<locals>" in type(module).__qualname__:
-        raise NotApplicable("the class is local to a function, which pickle never takes")
+        raise NotApplicable("the class is local to a function, so it cannot be pickled")
     copied = pickle.loads(pickle.dumps(module))
-    bench.same_outputs(copied(*inputs), module(*inputs), " after pickling")
+    ctx.compare_outputs(copied(*inputs), module(*inputs), " after pickling")
 
 
-def deepcopied(bench: Bench) -> None:
-    """A deepcopy computes the same, and gives its own parameters the gradients."""
-    module, inputs = _module(bench)
+@check(for_modules=True, best_sample=True)
+def deepcopy(ctx: CheckContext, sample: Sample) -> None:
+    """A deepcopy computes the same, with parameters of its own."""
+    module, inputs = _module(ctx, sample)
     copied = copy.deepcopy(module)
-    bench.same_outputs(copied(*inputs), module(*inputs), " after deepcopy")
-    theirs = {name: p.shape for name, p in module.named_parameters()}
-    ours = {name: p.shape for name, p in copied.named_parameters()}
-    bench.comparisons += 1
-    if ours != theirs:
-        raise Mismatch(f"parameters of the deepcopy: expected {theirs}, got {ours}")
+    ctx.compare_outputs(copied(*inputs), module(*inputs), " after deepcopy")
+    expected = {name: p.shape for name, p in module.named_parameters()}
+    found = {name: p.shape for name, p in copied.named_parameters()}
+    ctx.comparisons += 1
+    if found != expected:
+        raise Mismatch(f"parameters of the deepcopy: expected {expected}, got {found}")
     before = [t.detach().clone() for t in outputs_of(module(*inputs))]
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.add_(1)
-    for was, now, there in zip(
+    for was, now, of_copy in zip(
         before, outputs_of(module(*inputs)), outputs_of(copied(*inputs)), strict=True
     ):
-        bench.same("output of the original after its copy was changed", now.detach(), was)
-        if theirs and torch.equal(there, was):
+        ctx.compare("output of the original after its copy was changed", now.detach(), was)
+        if expected and torch.equal(of_copy, was):
             raise Mismatch(
                 "output of the copy: expected it to follow the copy's parameters, got the "
                 "original's output\ndiagnosis: the copy still computes with the original"
             )
 
 
-def to_dtype(bench: Bench) -> None:
-    """After .to(dtype) parameters and outputs have it, in float32 and in bfloat16."""
+@check(for_modules=True, best_sample=True)
+def to_dtype(ctx: CheckContext, sample: Sample) -> None:
+    """After .to(dtype), parameters and outputs have that dtype, in float32 and in bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        module, inputs = _module(bench)
-        module.to(dtype)
-        result = module(*cast(inputs, dtype))
-        for name, tensor in (*module.named_parameters(), *_numbered(outputs_of(result))):
-            bench.comparisons += 1
+        module, inputs = _module(ctx, sample)
+        outputs = outputs_of(module.to(dtype)(*cast(inputs, dtype)))
+        named = [(f"output {i}", t) for i, t in enumerate(outputs)]
+        for name, tensor in (*module.named_parameters(), *named):
+            ctx.comparisons += 1
             if tensor.dtype is not dtype:
                 raise Mismatch(f"{name} after .to({dtype}): got {tensor.dtype}")
 
 
-def factory_kwargs(bench: Bench) -> None:
-    """The factory takes device and dtype, and its parameters heed them."""
-    made: Any = _factory(bench)
-    module = made(device="meta", dtype=torch.float16)
-    for name, parameter in module.named_parameters():
-        bench.comparisons += 1
+@check(capability=True, for_modules=True)
+def factory_kwargs(ctx: CheckContext, sample: Sample) -> None:
+    """The factory takes device and dtype, and its parameters have them."""
+    if sample is not ctx.samples[0]:
+        return  # the samples make no difference
+    factory: Any = _factory(ctx)
+    for name, parameter in factory(device="meta", dtype=torch.float16).named_parameters():
+        ctx.comparisons += 1
         if parameter.dtype is not torch.float16 or parameter.device.type != "meta":
             raise Mismatch(
                 f"{name}, made with device='meta', dtype=torch.float16: got {parameter.dtype} "
@@ -90,63 +96,58 @@ def factory_kwargs(bench: Bench) -> None:
             )
 
 
-def frozen_parameters(bench: Bench) -> None:
+@check(for_modules=True, best_sample=True)
+def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
     """A frozen parameter stays frozen and gets no gradient; the others get theirs."""
-    module, inputs = _module(bench)
-    if not any(p.requires_grad for p in module.parameters()):
-        raise NotApplicable("the module has no parameters")
-    upstream = bench.upstream(module, inputs)
-    torch.autograd.backward(outputs_of(module(*inputs)), upstream)
-    expected = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    module, inputs = _module(ctx, sample)
     learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for frozen in expected:
+    if not learning:
+        raise NotApplicable("the module has no parameters")
+    upstream = ctx.upstream(module, inputs)
+    torch.autograd.backward(outputs_of(module(*inputs)), upstream)
+    expected = {name: p.grad for name, p in learning.items()}
+    for frozen in learning:
         for name, parameter in learning.items():
             parameter.grad = None
             parameter.requires_grad_(name != frozen)
-        result = outputs_of(module(*leaves(inputs)))
-        learned = [(t, u) for t, u in zip(result, upstream, strict=True) if t.requires_grad]
-        for output, above in learned:
-            output.backward(above, retain_graph=True)
+        outputs = outputs_of(module(*leaves(inputs)))
+        for output, u in zip(outputs, upstream, strict=True):
+            if output.requires_grad:
+                output.backward(u, retain_graph=True)
         for name, parameter in learning.items():
             if name != frozen:
-                bench.same(
-                    f"gradient of {name} with {frozen} frozen", parameter.grad, expected[name]
-                )
+                what = f"gradient of {name} with {frozen} frozen"
+                ctx.compare(what, parameter.grad, expected[name])
                 continue
-            bench.comparisons += 1
+            ctx.comparisons += 1
             if parameter.requires_grad or parameter.grad is not None:
                 raise Mismatch(f"{name}: expected it to stay frozen, without a gradient")
 
 
-def train_eval(bench: Bench) -> None:
+@check(for_modules=True, best_sample=True)
+def train_eval(ctx: CheckContext, sample: Sample) -> None:
     """In training and in evaluation mode as the reference."""
-    if bench.case.reference_factory is None:
+    if ctx.case.reference_factory is None:
         raise NotApplicable("no reference was given")
-    module, inputs = _module(bench)
-    trusted = bench.case.reference_factory().to(bench.case.device).double()
-    trusted.load_state_dict(module.state_dict(), strict=False)
+    module, inputs = _module(ctx, sample)
+    reference = ctx.case.reference_factory().to(ctx.case.device).double()
+    reference.load_state_dict(module.state_dict(), strict=False)
     for mode in (True, False):
-        module.train(mode)
-        trusted.train(mode)
-        torch.manual_seed(bench.case.seed)
-        ours = module(*inputs)
-        torch.manual_seed(bench.case.seed)
-        bench.same_outputs(ours, trusted(*inputs), f" in mode train({mode})")
+        torch.manual_seed(ctx.case.seed)
+        found = module.train(mode)(*inputs)
+        torch.manual_seed(ctx.case.seed)
+        ctx.compare_outputs(found, reference.train(mode)(*inputs), f" in mode train({mode})")
 
 
-def _factory(bench: Bench) -> Callable[[], nn.Module]:
-    if bench.case.factory is None:
+def _factory(ctx: CheckContext) -> Callable[[], nn.Module]:
+    if ctx.case.factory is None:
         raise NotApplicable("the case is a function")
-    return bench.case.factory
+    return ctx.case.factory
 
 
-def _module(bench: Bench) -> tuple[nn.Module, Sample]:
-    torch.manual_seed(bench.case.seed)
-    module = _factory(bench)().to(bench.case.device).double()
-    sample = bench.most_telling()
+def _module(ctx: CheckContext, sample: Sample, seed: int | None = None) -> tuple[nn.Module, Sample]:
+    """The module, made with this seed or the case's, and its inputs in a sample."""
+    torch.manual_seed(ctx.case.seed if seed is None else seed)
+    module = _factory(ctx)().to(ctx.case.device).double()
     count = len(sample) - sum(1 for _ in module.named_parameters())
     return module, sample[:count]
-
-
-def _numbered(results: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(f"output {i}", t) for i, t in enumerate(results)]

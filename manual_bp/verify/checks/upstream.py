@@ -1,93 +1,87 @@
-"""What comes from above: the upstream gradient in all its forms."""
+"""The upstream gradient in all its forms."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from manual_bp.verify._bench import Bench, Gradients, gradients, gradients_of, leaves, outputs_of
+from manual_bp.verify._autograd import Gradients, gradients, gradients_of, leaves, outputs_of
+from manual_bp.verify._case import Sample
+from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
 
-def upstream_layouts(bench: Bench) -> None:
-    """The strides of the upstream gradient do not matter, nor that it is expanded or zero."""
-    for sample in bench.samples:
-        random = bench.upstream(bench.case.call, sample)
-        _, usual = gradients(bench.case.call, leaves(sample), random)
-        for name, layout in {**LAYOUTS, "constant (stride 0)": _constant}.items():
-            upstream = [layout(u) for u in bench.upstream(bench.case.call, sample)]
-            if all(map(is_plain, upstream)):
-                continue
-            plain = [u.clone(memory_format=torch.contiguous_format) for u in upstream]
-            _, found = gradients(bench.case.call, leaves(sample), upstream)
-            _, expected = gradients(bench.case.call, leaves(sample), plain)
-            bench.same_gradients(
-                sample,
-                found,
-                expected,
-                f" for a {name} upstream gradient",
-                story="right only for contiguous upstream gradients",
-                scales=usual,
-            )
-        _, found = gradients(bench.case.call, leaves(sample), [torch.zeros_like(u) for u in random])
-        nothing: Gradients = dict.fromkeys(found)
-        where = " for an upstream gradient of zeros"
-        bench.same_gradients(sample, _where_finite(found, usual), nothing, where)
+@check()
+def upstream_layouts(ctx: CheckContext, sample: Sample) -> None:
+    """The strides of the upstream gradient do not matter, nor whether it is expanded or zero."""
+    random = ctx.upstream(ctx.call, sample)
+    _, usual = gradients(ctx.call, leaves(sample), random)
+    for name, layout in {**LAYOUTS, "constant (stride 0)": _constant}.items():
+        upstream = [layout(u) for u in ctx.upstream(ctx.call, sample)]
+        if all(map(is_plain, upstream)):
+            continue
+        plain = [u.clone(memory_format=torch.contiguous_format) for u in upstream]
+        _, found = gradients(ctx.call, leaves(sample), upstream)
+        _, expected = gradients(ctx.call, leaves(sample), plain)
+        ctx.compare_gradients(
+            sample,
+            found,
+            expected,
+            f" for a {name} upstream gradient",
+            diagnosis="right only for contiguous upstream gradients",
+            scales=usual,
+        )
+    _, found = gradients(ctx.call, leaves(sample), [torch.zeros_like(u) for u in random])
+    where = " for an upstream gradient of zeros"
+    ctx.compare_gradients(sample, _where_finite(found, usual), dict.fromkeys(found), where)
 
 
-def upstream_undefined(bench: Bench) -> None:
-    """Where no gradient comes from above, none goes down, and nothing breaks."""
-    for sample in bench.samples:
-        arguments = leaves(sample)
-        for output in outputs_of(bench.case.call(*arguments)):
-            if not output.requires_grad:
-                continue
+@check()
+def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
+    """An undefined upstream gradient counts as zero, and breaks nothing."""
+    arguments = leaves(sample)
+    for output in outputs_of(ctx.call(*arguments)):
+        if output.requires_grad:
             cut = _Cut.apply(output)
             found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
-            nothing: Gradients = dict.fromkeys(found)
-            bench.same_gradients(sample, found, nothing, " for an undefined upstream gradient")
+            where = " for an undefined upstream gradient"
+            ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
 
 
-def linear_in_upstream(bench: Bench) -> None:
-    """Of sums, of -1 and of a million times an upstream gradient come the same of the results."""
-    for sample in bench.samples:
-        one = bench.upstream(bench.case.call, sample)
-        other = bench.upstream(bench.case.call, sample)
-        for factor, more in ((2.0, other), (-1.0, None), (1e6, None)):
-            both = one if more is None else other
-            mixed = [
-                factor * u if more is None else factor * u + v
-                for u, v in zip(one, both, strict=True)
-            ]
-            of_one, of_other, of_mixed = (
-                gradients(bench.case.call, leaves(sample), u)[1] for u in (one, other, mixed)
-            )
-            expected: Gradients = {}
-            for i, gradient in of_one.items():
-                added = of_other[i]
-                if gradient is not None and added is not None:
-                    expected[i] = factor * gradient + (added if more is not None else 0)
-            bench.same_gradients(
-                sample,
-                _where_finite(of_mixed, expected),
-                _where_finite(expected, expected),
-                f" for {factor:g} times an upstream gradient",
-                story="not linear in the upstream gradient",
-            )
+@check()
+def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
+    """The gradients are linear in the upstream gradient: for sums, -1 times and 1e6 times it."""
+
+    def gradients_for(upstream: Sequence[Tensor]) -> Gradients:
+        # Copies, since writes_nothing finds a backward that changes them.
+        return gradients(ctx.call, leaves(sample), [u.clone() for u in upstream])[1]
+
+    one, other = ctx.upstream(ctx.call, sample), ctx.upstream(ctx.call, sample)
+    of_one, of_other = gradients_for(one), gradients_for(other)
+    for factor, added in ((2.0, 1.0), (-1.0, 0.0), (1e6, 0.0)):
+        of_mixed = gradients_for([factor * u + added * v for u, v in zip(one, other, strict=True)])
+        expected: Gradients = {
+            i: factor * g + (added * h if added else 0)
+            for i, g in of_one.items()
+            if g is not None and (h := of_other[i]) is not None
+        }
+        ctx.compare_gradients(
+            sample,
+            _where_finite(of_mixed, expected),
+            _where_finite(expected, expected),
+            f" for {factor:g} times an upstream gradient",
+            diagnosis="not linear in the upstream gradient",
+        )
 
 
 def _where_finite(found: Gradients, guide: Gradients) -> Gradients:
-    """Where a slope is infinite nothing can be asked of 0 times it, nor of a sum."""
-    masked: Gradients = {}
-    for i, gradient in found.items():
-        like = guide.get(i)
-        masked[i] = (
-            gradient
-            if gradient is None or like is None
-            else torch.where(like.isfinite(), gradient, 0.0)
-        )
-    return masked
+    """Gradients with 0 where the guide is not finite: 0 times infinity or a sum asks nothing."""
+    return {
+        i: g if g is None or (like := guide.get(i)) is None else g.where(like.isfinite(), 0.0)
+        for i, g in found.items()
+    }
 
 
 def _constant(value: Tensor) -> Tensor:
@@ -95,7 +89,7 @@ def _constant(value: Tensor) -> Tensor:
 
 
 class _Cut(Function):
-    """Passes its input on, and no gradient back."""
+    """The identity, without a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004

@@ -1,4 +1,4 @@
-"""A verdict needs evidence: samples in which no mistake could show judge nothing."""
+"""A verdict needs evidence: samples at which no mistake could show judge nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from manual_bp.verify import Report, check_function, check_module
 from manual_bp.verify.checks import CHECKS
 
 FULL = torch.randn(5, 3, dtype=torch.float64)
-NAMES = [check.name for check in CHECKS if not check.is_for_modules]
+NAMES = [check.name for check in CHECKS if not check.for_modules]
 
 
 class Seventeen(Function):
@@ -64,45 +64,45 @@ BLIND = {
 
 
 @pytest.mark.parametrize(("samples", "why"), BLIND.values(), ids=BLIND)
-def test_what_does_not_show_is_not_judged(samples: list[Tensor], why: str) -> None:
+def test_gradients_that_cannot_show_a_mistake_are_not_judged(
+    samples: list[Tensor], why: str
+) -> None:
     report = check_function(Seventeen, [(x,) for x in samples], torch.square, slow=False)
     assert not report.ok
     assert "passed" not in statuses(report).values(), report
-    assert message(report, "telling_samples").startswith(why)
-    assert message(report, "gradients_match_reference").startswith(f"it cannot tell: {why}")
+    assert message(report, "informative_samples").startswith(why)
+    assert message(report, "gradients_match_reference").startswith(f"inconclusive: {why}")
 
 
 @pytest.mark.parametrize("samples", [[FULL[:1, :1]], [FULL[:1, 0], FULL[1:2, 1]]])
-def test_one_element_does_not_tell_a_sum_from_a_mean(samples: list[Tensor]) -> None:
+def test_one_element_cannot_tell_a_sum_from_a_mean(samples: list[Tensor]) -> None:
     report = check_function(torch.exp, [(x,) for x in samples], torch.exp, slow=False)
     assert not report.ok
     assert "passed" not in statuses(report).values(), report
-    assert message(report, "telling_samples").startswith("every gradient has one element only")
+    assert message(report, "informative_samples").startswith("every gradient has one element only")
 
 
 @pytest.mark.parametrize("check", [name for name in NAMES if name != "device_parity"])
-def test_nor_by_any_check_alone(check: str) -> None:
+def test_an_empty_sample_passes_no_check(check: str) -> None:
     empty = [(FULL[:0],)]
     report = check_function(F.relu, empty, F.relu, in_dims=(0,), only=[check])
     assert not report.ok
     assert "refuses" not in report.outcomes[0].message
 
 
-def test_a_capability_that_was_declared_must_be_shown() -> None:
+def test_a_declared_capability_without_evidence_fails() -> None:
     report = check_function(
         torch.tanh, [(FULL[:0],)], torch.tanh, supports=["float32"], only=["float32"]
     )
     assert statuses(report) == {"float32": "failed"}
-    assert message(report, "float32").startswith(
-        "declared, but it cannot be judged: it cannot tell"
-    )
+    assert message(report, "float32").startswith("declared, but it cannot be judged: inconclusive")
 
 
-@pytest.mark.parametrize("left", ["x", "w"])
-def test_every_argument_must_show(left: str) -> None:
-    """An input of zeros hides dC/dw, zero weights hide dC/dx, and dC/db shows all the same."""
+@pytest.mark.parametrize("hidden", ["x", "w"])
+def test_every_argument_needs_a_nonzero_gradient(hidden: str) -> None:
+    """Inputs of zero hide ∂C/∂w, weights of zero hide ∂C/∂x; ∂C/∂b shows in both cases."""
     x, w = FULL, torch.randn(4, 3)
-    if left == "w":
+    if hidden == "w":
         x = x * 0
     else:
         w = w * 0
@@ -112,19 +112,19 @@ def test_every_argument_must_show(left: str) -> None:
 
     report = check_function(linear, [(x, w, torch.randn(4))], linear, slow=False)
     assert not report.ok
-    assert message(report, "telling_samples").startswith(
-        f"the gradient of {left} is zero at every sample"
+    assert message(report, "informative_samples").startswith(
+        f"the gradient of {hidden} is zero at every sample"
     )
 
 
-def test_a_missing_gradient_in_case_and_reference() -> None:
+def test_no_gradient_in_case_and_reference_is_not_judged() -> None:
     for call in (torch.Tensor.detach, lambda x: x > 0):
         report = check_function(call, [(FULL,)], call, slow=False)
         assert not report.ok
-        assert "no output depends on an argument" in message(report, "telling_samples")
+        assert "no output depends on an argument" in message(report, "informative_samples")
 
 
-def test_at_kinks_without_a_reference() -> None:
+def test_only_kinks_without_a_reference_is_a_failure() -> None:
     def wrong(x: Tensor) -> Tensor:
         return F.leaky_relu(x, 0.3)
 
@@ -134,7 +134,7 @@ def test_at_kinks_without_a_reference() -> None:
     assert "every direction starts at a kink" in message(report, "finite_differences")
 
 
-def test_modules_as_well() -> None:
+def test_a_module_without_rows_is_not_judged() -> None:
     report = check_module(
         lambda: nn.Linear(3, 4), [(FULL[:0],)], lambda: nn.Linear(3, 4), slow=False
     )
@@ -147,15 +147,15 @@ RIGHT: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
     "two scalars": (torch.mul, [(torch.tensor(0.3), torch.tensor(2.0))]),
     "one parameter of one element": (torch.mul, [(FULL, torch.ones(1))]),
     "one row": (torch.exp, [(FULL[:1],)]),
-    "never by the mask": (lambda x, mask: x * (mask > 0), [(FULL, FULL.flip(0))]),
+    "no gradient for the mask": (lambda x, mask: x * (mask > 0), [(FULL, FULL.flip(0))]),
     "an empty one first": (torch.exp, [(FULL[:0],), (FULL,)]),
     "an empty one last": (torch.exp, [(FULL,), (FULL[:0],)]),
-    "each by another sample": (torch.mul, [(FULL, FULL * 0), (FULL * 0, FULL)]),
+    "each argument at another sample": (torch.mul, [(FULL, FULL * 0), (FULL * 0, FULL)]),
 }
 
 
 @pytest.mark.parametrize(("call", "samples"), RIGHT.values(), ids=RIGHT)
-def test_what_shows_in_one_sample_is_judged(
+def test_one_informative_sample_is_enough(
     call: Callable[..., Any], samples: list[tuple[Any, ...]]
 ) -> None:
     dims = tuple(0 if t.ndim > 1 else None for t in samples[0])
@@ -166,7 +166,7 @@ def test_what_shows_in_one_sample_is_judged(
 
 
 @pytest.mark.parametrize("check", ["compile", "compile_dynamic", "export"])
-def test_where_one_sample_must_do_it_is_one_that_shows(check: str) -> None:
+def test_the_compiler_checks_take_the_most_informative_sample(check: str) -> None:
     def wrong_when_compiled(x: Tensor) -> Tensor:
         return x * 2 if torch.compiler.is_compiling() else x * x
 
@@ -176,18 +176,18 @@ def test_where_one_sample_must_do_it_is_one_that_shows(check: str) -> None:
     assert check_function(torch.tanh, samples, in_dims=(0,), only=[check]).ok
 
 
-def test_tied_arguments_are_judged_by_samples_that_have_them() -> None:
+def test_only_samples_with_two_arguments_of_one_shape_are_evidence_for_tied_inputs() -> None:
     def once_when_tied(x: Tensor, y: Tensor) -> Tensor:
         return x * (y.detach() if x is y else y)
 
     samples = [(FULL[:0], FULL[:0]), (FULL, FULL[0])]
     report = check_function(once_when_tied, samples, torch.mul, only=["tied_inputs"])
     assert not report.ok
-    assert "cannot tell" in message(report, "tied_inputs")
+    assert "inconclusive" in message(report, "tied_inputs")
 
 
-def test_a_gradient_that_is_zero_everywhere_may_be_declared() -> None:
-    known = {"telling_samples": "the gradient is zero everywhere"}
+def test_a_gradient_that_is_zero_everywhere_can_be_declared() -> None:
+    known = {"informative_samples": "the gradient is zero everywhere"}
     report = check_function(torch.sign, [(FULL,)], torch.sign, expected_failures=known, slow=False)
     assert report.ok
     assert statuses(report)["gradients_match_reference"] == "passed"
@@ -203,6 +203,6 @@ SAMPLES: dict[str, Tensor] = {
 
 
 @pytest.mark.parametrize("x", SAMPLES.values(), ids=SAMPLES)
-def test_samples_may_have_any_strides(x: Tensor) -> None:
+def test_samples_can_have_any_strides(x: Tensor) -> None:
     w = torch.randn(3, 4, dtype=torch.float64)
     assert check_function(F.linear, [(x, w)], F.linear, in_dims=(0, None), slow=False).ok

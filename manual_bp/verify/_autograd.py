@@ -1,0 +1,104 @@
+"""Arguments that want gradients, the gradients themselves, and the graph between."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manual_bp.verify._case import Call, Sample, is_differentiable
+
+Gradients = dict[int, Tensor | None]
+
+_MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
+
+
+def tensors_of(value: Any) -> tuple[Tensor, ...]:
+    """All tensors in a result, however they are nested."""
+    return tuple(t for t in tree_leaves(value) if isinstance(t, Tensor))
+
+
+def outputs_of(value: Any) -> tuple[Tensor, ...]:
+    """The differentiable tensors in a result."""
+    return tuple(t for t in tensors_of(value) if is_differentiable(t))
+
+
+def positions(sample: Sample) -> list[int]:
+    """The positions of the arguments that can have a gradient."""
+    return [i for i, t in enumerate(sample) if is_differentiable(t)]
+
+
+def subsets(places: Sequence[int]) -> Iterator[list[int]]:
+    """All non-empty subsets of up to four positions; of more, one, all but one, and all."""
+    if len(places) <= 4:
+        for number in range(1, 2 ** len(places)):
+            yield [place for bit, place in enumerate(places) if number >> bit & 1]
+        return
+    for place in places:
+        yield [place]
+        yield [other for other in places if other != place]
+    yield list(places)
+
+
+def leaves(sample: Sample, wanted: Sequence[int] | None = None) -> Sample:
+    """The arguments as new leaves. Those at `wanted` (by default all) require gradients."""
+    chosen = positions(sample) if wanted is None else wanted
+    return tuple(
+        t.detach().clone().requires_grad_(i in chosen) if is_differentiable(t) else t
+        for i, t in enumerate(sample)
+    )
+
+
+def gradients(
+    call: Call, arguments: Sample, upstream: Sequence[Tensor], **options: Any
+) -> tuple[Any, Gradients]:
+    """The result of a call, and the gradient of every argument that requires one."""
+    result = call(*arguments)
+    return result, gradients_of(result, arguments, upstream, **options)
+
+
+def gradients_of(
+    result: Any, arguments: Sample, upstream: Sequence[Tensor], **options: Any
+) -> Gradients:
+    """The gradient of every argument that requires one, None where there is none."""
+    wanted = [i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.requires_grad]
+    pairs = [(t, u) for t, u in zip(outputs_of(result), upstream, strict=True) if t.requires_grad]
+    if not pairs:
+        return dict.fromkeys(wanted)
+    outputs, given = zip(*pairs, strict=True)
+    found = torch.autograd.grad(
+        outputs, [arguments[i] for i in wanted], given, allow_unused=True, **options
+    )
+    return dict(zip(wanted, found, strict=True))
+
+
+def custom_nodes(result: Any) -> list[Any]:
+    """The nodes of hand-written Functions in the graph of a result."""
+    seen: set[Any] = set()
+    queue = [t.grad_fn for t in outputs_of(result) if t.grad_fn is not None]
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += [below for below, _ in node.next_functions if below is not None]
+    return [node for node in seen if isinstance(node, FunctionCtx)]
+
+
+def node_name(node: Any) -> str:
+    """The name of a hand-written Function, from its node."""
+    return type(node).__name__.removesuffix("Backward")
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts the matrix products inside its `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in _MATRIX_PRODUCTS
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,271 @@
+"""What a check is, and what it works with."""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_bp.verify._autograd import (
+    Gradients,
+    gradients,
+    leaves,
+    outputs_of,
+    tensors_of,
+)
+from manual_bp.verify._case import Call, Case, Sample, is_differentiable
+from manual_bp.verify._compare import Mismatch, NotApplicable, compare
+
+
+class CheckContext:
+    """A case as one check sees it.
+
+    The random numbers depend on the check and the seed alone, not on what ran before.
+
+    Attributes:
+        samples: All samples of the case, in float64 or complex128.
+        current: The sample that the check is looking at, which messages name.
+        judged: The samples to which the check applied. Only they are evidence.
+        comparisons: How many comparisons were made.
+        slopes: For each argument, along how many directions a slope was compared.
+        kinks: Along how many directions none was, since the slope jumps there.
+        calls_differ: Whether two calls with the same arguments gave different results.
+    """
+
+    def __init__(self, case: Case, check: str) -> None:
+        self.case, self.call, self.label = case, case.call, case.label
+        # CPU generators use the lower 32 bits only.
+        seed = zlib.crc32(f"{check} {case.seed}".encode())
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.samples = self.draw()
+        self.current: Sample | None = None
+        self.judged: list[Sample] = []
+        self.comparisons = 0
+        self.slopes: Counter[str] = Counter()
+        self.kinks = 0
+        self.calls_differ = False
+
+    @property
+    def reference(self) -> Call:
+        """The reference, for checks that need one."""
+        if self.case.reference is None:
+            raise NotApplicable("no reference was given")
+        return self.case.reference
+
+    @property
+    def trusted(self) -> Call:
+        """The reference, or the call itself if there is none."""
+        return self.case.reference or self.call
+
+    def in_dims(self, sample: Sample) -> tuple[int | None, ...]:
+        """The sample dimension of each argument, for checks that need a sample with rows."""
+        in_dims = self.case.in_dims
+        if in_dims is None:
+            raise NotApplicable("in_dims was not given: which dimension counts the samples?")
+        if not all(d is None or t.shape[d] for t, d in zip(sample, in_dims, strict=True)):
+            raise NotApplicable("the sample has no rows")
+        return in_dims
+
+    def draw(self) -> list[Sample]:
+        """Samples from the next random numbers."""
+        drawn = self.case.draw(self.generator)
+        return [tuple(self._converted(t) for t in sample) for sample in drawn]
+
+    def _converted(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not is_differentiable(value):
+            return value.to(self.case.device)
+        dtype = torch.complex128 if value.is_complex() else torch.float64
+        return value.detach().to(self.case.device, dtype, copy=True)
+
+    def random_like(self, value: Tensor) -> Tensor:
+        """Normal random numbers with the shape, dtype and device of a tensor."""
+        dtype = torch.complex128 if value.is_complex() else torch.float64
+        drawn = torch.randn(value.shape, generator=self.generator, dtype=dtype)
+        return drawn.to(value.device, value.dtype)
+
+    def upstream(self, call: Call, sample: Sample) -> list[Tensor]:
+        """A random upstream gradient for every output of a call."""
+        return [self.random_like(t) for t in outputs_of(call(*leaves(sample, ())))]
+
+    def each(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """One sample after the other, each of them the current one in its turn."""
+        for sample in samples:
+            self.current = sample
+            yield sample
+        self.current = None
+
+    def located(self, message: str) -> str:
+        """A message that names the current sample, if there are several."""
+        if self.current is None or len(self.samples) == 1:
+            return message
+        number = 1 + next(i for i, sample in enumerate(self.samples) if sample is self.current)
+        shapes = [str(tuple(t.shape)) for t in tensors_of(self.current)]
+        noun = "shape" if len(shapes) == 1 else "shapes"
+        return f"sample {number} of {len(self.samples)}, {noun} {', '.join(shapes)}: {message}"
+
+    def most_informative(self) -> Sample:
+        """The sample with the most gradients that are finite and not zero."""
+        return max(
+            self.samples,
+            key=lambda s: sum(not _blindness(g) for g in self._trusted_gradients(s).values()),
+        )
+
+    def blind_spot(self) -> str:
+        """Why a wrong gradient might not show at any judged sample; empty if it would."""
+        found = [self._trusted_gradients(sample) for sample in self.judged]
+        every = [gradient for of_sample in found for gradient in of_sample.values()]
+        if not every:
+            return "no output depends on an argument that can have a gradient"
+        blind = []
+        for i in sorted({i for of_sample in found for i in of_sample}):
+            reasons = {_blindness(of_sample[i]): None for of_sample in found if i in of_sample}
+            if "" not in reasons:
+                blind.append(f"the gradient of {self.label(i)} {' or '.join(reasons)}")
+        if blind:
+            return f"{', '.join(blind)} at every sample"
+        if any(g.ndim for g in every) and all(g.numel() <= 1 for g in every):
+            return "every gradient has one element only: a sum, a mean and a transpose look alike"
+        return ""
+
+    def _trusted_gradients(self, sample: Sample) -> dict[int, Tensor]:
+        """The gradients of the reference (or of the call), without those that are None."""
+        upstream = self.upstream(self.trusted, sample)
+        _, found = gradients(self.trusted, leaves(sample), upstream)
+        return {i: gradient for i, gradient in found.items() if gradient is not None}
+
+    def compare(
+        self, what: str, got: Tensor | None, expected: Tensor | None, **options: Any
+    ) -> None:
+        """Count a comparison, and raise a Mismatch if it fails."""
+        self.comparisons += 1
+        compare(what, got, expected, **options)
+
+    def compare_outputs(self, got: Any, expected: Any, where: str = "") -> None:
+        """Compare all outputs of two calls."""
+        ours, theirs = tensors_of(got), tensors_of(expected)
+        if len(ours) != len(theirs):
+            raise Mismatch(f"number of outputs{where}: expected {len(theirs)}, got {len(ours)}")
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            name = "output" if len(ours) == 1 else f"output {i}"
+            if is_differentiable(one) or is_differentiable(other):
+                self.compare(name + where, one.detach(), other.detach())
+                continue
+            self.comparisons += 1
+            if not torch.equal(one, other):
+                raise Mismatch(f"{name}{where}, of {one.dtype}: not the expected one")
+
+    def compare_gradients(
+        self,
+        sample: Sample,
+        got: Gradients,
+        expected: Gradients,
+        where: str = "",
+        *,
+        clues: Mapping[str, Gradients] | None = None,
+        diagnosis: str = "",
+        scales: Gradients | None = None,
+        is_large: bool = False,
+    ) -> None:
+        """Compare the gradients of all arguments.
+
+        Args:
+            sample: The arguments.
+            got: Their gradients.
+            expected: The right gradients.
+            where: Added to the name of the gradient in messages.
+            clues: The gradients that known mistakes would give.
+            diagnosis: The diagnosis, if it is already known.
+            scales: Gradients of the usual size, where the expected ones may cancel to zero.
+            is_large: Whether the arguments are so large that a threshold may have been passed.
+        """
+        for i in expected:
+            try:
+                self.compare(
+                    f"gradient of {self.label(i)}{where}",
+                    got.get(i),
+                    expected[i],
+                    clues={k: v for k, g in (clues or {}).items() if (v := g.get(i)) is not None},
+                    sizes=_sizes(sample),
+                    scale=(scales or {}).get(i),
+                )
+            except Mismatch as mismatch:
+                known = diagnosis or (is_large and _threshold(sample[i], got.get(i), expected[i]))
+                if not known:
+                    raise
+                raise mismatch.diagnosed(known) from None
+
+
+Run = Callable[[CheckContext, Sample], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, which has the name of its function and is described by its docstring.
+
+    The function judges one sample. It compares through its context, and raises a `Mismatch` for
+    what is wrong, or `NotApplicable` if it does not apply to the sample. Any other exception comes
+    from the code under test: a refusal if the check is for a capability that was not declared, else
+    a failure.
+
+    capability: It must pass only if it was declared in `supports`. If not, code that raises is
+        not at fault; code that gives a wrong answer is.
+    only_if_declared: A wrong answer, too, is a failure only if the capability was declared.
+    slow: It uses the compiler.
+    for_modules: It applies to modules only.
+    best_sample: It runs on one sample, the one with the most gradients that can show a mistake.
+    after_all: Runs once after all samples.
+    """
+
+    run: Run
+    capability: bool = False
+    only_if_declared: bool = False
+    slow: bool = False
+    for_modules: bool = False
+    best_sample: bool = False
+    after_all: Callable[[CheckContext], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the function, without the underscore that tells it from a builtin."""
+        return self.run.__name__.rstrip("_")
+
+
+def check(**flags: Any) -> Callable[[Run], Check]:
+    """Turn a function into a `Check` with these flags."""
+    return lambda run: Check(run, **flags)
+
+
+def _blindness(gradient: Tensor) -> str:
+    """Why a wrong gradient could look like this one; empty if it could not."""
+    if not gradient.numel():
+        return "has no elements"
+    finite = gradient.isfinite()
+    if not finite.any():
+        return "is not finite"
+    return "" if (finite & (gradient != 0)).any() else "is zero"
+
+
+def _sizes(sample: Sample) -> list[int]:
+    shapes = [t.shape for t in sample if isinstance(t, Tensor)]
+    return [size for shape in shapes for size in (*shape, math.prod(shape))]
+
+
+def _threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
+    """The diagnosis if a gradient is wrong exactly where the argument is large."""
+    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
+        return ""
+    wrong = (got - expected).abs() > 1e-6 * expected.abs()
+    right = ~wrong & (expected != 0)
+    if right.sum() < 2 or wrong.sum() < 2:
+        return ""
+    limit = value.abs()[wrong].min()
+    if limit > value.abs()[right].max():
+        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
+    return ""

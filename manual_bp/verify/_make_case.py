@@ -1,0 +1,210 @@
+"""Makes cases of functions and modules, and refuses input that cannot be judged."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from manual_bp.verify._case import Call, Case, Draw, Sample, Samples, is_differentiable
+from manual_bp.verify._warnings import without_pytorch_warnings
+from manual_bp.verify.checks import CAPABILITIES
+
+
+@without_pytorch_warnings()
+def function_case(
+    fn: Any,
+    samples: Samples,
+    reference: Call | None = None,
+    *,
+    name: str = "",
+    supports: Iterable[str] = (),
+    in_dims: tuple[int | None, ...] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Case:
+    """A case of a callable or of an `autograd.Function` class.
+
+    Args:
+        fn: What is judged.
+        samples: A list of argument tuples, or a function that makes one from a generator.
+        reference: The same function in ordinary differentiable PyTorch.
+        name: The name of the case; by default that of fn.
+        supports: Capabilities that must work.
+        in_dims: As for `torch.vmap`: the sample dimension of each argument.
+        device: Where to run.
+        seed: The seed of all random numbers.
+        expected_failures: Names of checks that are known to fail, with the reason.
+
+    Raises:
+        TypeError: fn or reference is not callable, or samples are not argument tuples.
+        ValueError: A capability is unknown, or in_dims does not fit the samples.
+    """
+    is_function = isinstance(fn, type) and issubclass(fn, Function)
+    call = _callable("fn", fn.apply if is_function else fn)
+    if reference is not None:
+        _callable("reference", reference)
+    return Case(
+        name=name or getattr(fn, "__name__", type(fn).__name__),
+        call=call,
+        draw=_as_draw(samples, in_dims),
+        reference=reference,
+        supports=_known_capabilities(supports),
+        in_dims=in_dims,
+        device=torch.device(device or "cpu"),
+        seed=seed,
+        expected_failures=dict(expected_failures or {}),
+        labels=_argument_names(fn.forward if is_function else fn, is_function),
+    )
+
+
+@without_pytorch_warnings()
+def module_case(
+    factory: Callable[[], nn.Module],
+    samples: Samples,
+    reference: Callable[[], nn.Module] | None = None,
+    *,
+    name: str = "",
+    supports: Iterable[str] = (),
+    in_dims: tuple[int | None, ...] | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Case:
+    """A case of a module. Its parameters become arguments, so their gradients are judged too.
+
+    Args: as for `function_case`, except
+        factory: Makes the module.
+        samples: Arguments of its forward.
+        reference: Makes a module that is trusted, with the same parameter names.
+
+    Raises:
+        TypeError: factory or reference does not make modules, or samples are not tuples.
+        ValueError: A capability is unknown, or module and reference have different parameters.
+    """
+    module = _built("factory", factory, seed, device)
+    parameters = dict(module.named_parameters())
+    draw = _as_draw(samples, in_dims, need_floats=not parameters)
+    count = len(draw(torch.Generator().manual_seed(seed))[0])
+    return Case(
+        name=name or type(module).__name__,
+        call=_lifted(module, list(parameters)),
+        draw=_with_parameters(draw, list(parameters.values())),
+        reference=_lifted_reference(reference, list(parameters), seed, device),
+        supports=_known_capabilities(supports),
+        in_dims=None if in_dims is None else (*in_dims, *[None] * len(parameters)),
+        device=torch.device(device or "cpu"),
+        seed=seed,
+        expected_failures=dict(expected_failures or {}),
+        labels=(*[f"input {i}" for i in range(count)], *parameters),
+        factory=factory,
+        reference_factory=reference,
+    )
+
+
+def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
+    """The names of the positional arguments, as far as the signature tells them."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # functions written in C have no signature
+        return ()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
+
+
+def _lifted(module: nn.Module, names: list[str]) -> Call:
+    """The module as a function of its inputs and the parameters of these names."""
+
+    def call(*arguments: Any) -> Any:
+        count = len(arguments) - len(names)
+        values = dict(zip(names, arguments[count:], strict=True))
+        floats = [t.dtype for t in arguments if is_differentiable(t) and not t.is_complex()]
+        buffers = {
+            name: buffer.to(floats[0] if buffer.is_floating_point() and floats else buffer.dtype)
+            for name, buffer in module.named_buffers()
+        }
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        return functional_call(module, values | copies, arguments[:count])
+
+    return call
+
+
+def _lifted_reference(factory: Any, names: list[str], seed: int, device: Any) -> Call | None:
+    if factory is None:
+        return None
+    module = _built("reference", factory, seed, device)
+    found = sorted(name for name, _ in module.named_parameters())
+    if found != sorted(names):
+        raise ValueError(
+            f"reference must have the parameters of the module, {sorted(names)}; got {found}"
+        )
+    return _lifted(module, names)
+
+
+def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:
+    """Samples of a module's inputs, followed by values near those of its parameters."""
+
+    def draw_both(generator: torch.Generator) -> list[Sample]:
+        values = tuple(
+            p.detach() + 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            for p in parameters
+        )
+        return [(*sample, *values) for sample in draw(generator)]
+
+    return draw_both
+
+
+def _built(name: str, factory: Any, seed: int, device: torch.device | str | None) -> nn.Module:
+    torch.manual_seed(seed)
+    module = _callable(name, factory)()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must make an nn.Module; got {type(module).__name__}")
+    return module.to(device or "cpu").double()
+
+
+def _as_draw(samples: Any, in_dims: Any, *, need_floats: bool = True) -> Draw:
+    drawn = samples(torch.Generator().manual_seed(0)) if callable(samples) else samples
+    if not isinstance(drawn, Sequence) or not drawn:
+        raise TypeError(f"samples must be a sequence of argument tuples; got {drawn!r:.80}")
+    for sample in drawn:
+        _require_arguments(sample)
+    if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
+        raise TypeError("samples must each hold a floating or complex tensor; got none")
+    counts = {len(sample) for sample in drawn}
+    if in_dims is not None and not (isinstance(in_dims, tuple) and {len(in_dims)} == counts):
+        raise ValueError(f"in_dims must be a tuple with an entry for each argument; got {in_dims}")
+    return samples if callable(samples) else lambda _: drawn
+
+
+def _require_arguments(sample: Any) -> None:
+    if not isinstance(sample, tuple):
+        raise TypeError(
+            f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
+        )
+    for value in sample:
+        if not isinstance(value, Tensor) and any(map(is_differentiable, tree_leaves(value))):
+            raise TypeError(
+                f"samples must hold each floating or complex tensor as an argument of its own, "
+                f"since only those are judged; got one in a {type(value).__name__}, which "
+                f"lambda *tensors: call(list(tensors)) would make"
+            )
+
+
+def _known_capabilities(supports: Iterable[str]) -> frozenset[str]:
+    if isinstance(supports, str):
+        raise TypeError(f"supports must be names in a list or tuple; got {supports!r}")
+    unknown = sorted(set(supports) - CAPABILITIES)
+    if unknown:
+        raise ValueError(f"supports must be of {sorted(CAPABILITIES)}; got {unknown}")
+    return frozenset(supports)
+
+
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable; got {type(value).__name__}")
+    return value

@@ -1,0 +1,35 @@
+"""What must hold for the other checks to mean anything."""
+
+from manual_bp.verify._autograd import gradients, leaves
+from manual_bp.verify._case import Sample
+from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._compare import Mismatch
+
+
+def _require_no_blind_spot(ctx: CheckContext) -> None:
+    if reason := ctx.blind_spot():
+        raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: unsuitable samples")
+
+
+@check(after_all=_require_no_blind_spot)
+def informative_samples(ctx: CheckContext, sample: Sample) -> None:  # noqa: ARG001
+    """No gradient is zero, empty or of one element at all samples: a mistake would show."""
+    ctx.comparisons += 1
+
+
+@check()
+def deterministic(ctx: CheckContext, sample: Sample) -> None:
+    """Two calls with the same arguments agree."""
+    upstream = ctx.upstream(ctx.call, sample)
+    kept = [u.clone() for u in upstream]  # writes_nothing finds a backward that changes it
+    first, expected = gradients(ctx.call, leaves(sample), kept)
+    second, found = gradients(ctx.call, leaves(sample), upstream)
+    try:
+        ctx.compare_outputs(second, first, " of a second call")
+        ctx.compare_gradients(sample, found, expected, " of a second call")
+    except Mismatch as mismatch:
+        ctx.calls_differ = True
+        raise mismatch.diagnosed(
+            "random, or it remembers earlier calls: draw random numbers outside the call and pass "
+            "them as an argument, or seed them inside it"
+        ) from None

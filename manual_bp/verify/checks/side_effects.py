@@ -1,0 +1,129 @@
+"""What a Function returns, writes to, saves and leaves behind."""
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manual_bp.verify._autograd import (
+    gradients,
+    gradients_of,
+    leaves,
+    node_name,
+    outputs_of,
+    positions,
+)
+from manual_bp.verify._case import Sample
+from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._compare import Mismatch
+from manual_bp.verify.checks._shared import compare_raw, require_custom_nodes
+
+
+@check()
+def raw_backward(ctx: CheckContext, sample: Sample) -> None:
+    """What a backward returns has the shape, dtype and device of its argument, before any cast."""
+    arguments = leaves(sample)
+    result = ctx.call(*arguments)
+    require_custom_nodes(result)
+    compare_raw(ctx, arguments, result)
+
+
+@check()
+def writes_nothing(ctx: CheckContext, sample: Sample) -> None:
+    """Neither forward nor backward changes an argument, an output or the upstream gradient."""
+    arguments = leaves(sample)
+    upstream = ctx.upstream(ctx.call, sample)
+    before = {ctx.label(i): arguments[i].detach().clone() for i in positions(sample)}
+    result = ctx.call(*arguments)
+    now = {ctx.label(i): arguments[i] for i in positions(sample)}
+    _compare_unchanged(ctx, before, now, "forward")
+    for i, (u, output) in enumerate(zip(upstream, outputs_of(result), strict=True)):
+        before |= {f"upstream gradient {i}": u.clone(), f"output {i}": output.detach().clone()}
+        now |= {f"upstream gradient {i}": u, f"output {i}": output}
+    gradients_of(result, arguments, upstream)
+    _compare_unchanged(ctx, before, now, "backward")
+
+
+@check()
+def saves_nothing_on_ctx(ctx: CheckContext, sample: Sample) -> None:
+    """Tensors are saved by save_for_backward, never as attributes of ctx."""
+    for node in require_custom_nodes(ctx.call(*leaves(sample))):
+        ctx.comparisons += 1
+        kept = [name for name, value in vars(node).items() if _holds_tensor(value)]
+        if kept:
+            raise Mismatch(
+                f"{node_name(node)} keeps a tensor as ctx.{kept[0]}: expected "
+                f"ctx.save_for_backward\n"
+                f"diagnosis: hidden from saved-tensor hooks and checkpointing, and a change in "
+                f"place goes unnoticed"
+            )
+
+
+@check()
+def stale_inputs_raise(ctx: CheckContext, sample: Sample) -> None:
+    """Backward notices an argument that was changed in place after forward, or does not use it."""
+    upstream = ctx.upstream(ctx.call, sample)
+    _, expected = gradients(ctx.call, leaves(sample), upstream)
+    for i in positions(sample):
+        arguments = leaves(sample)
+        result = ctx.call(*arguments)
+        with torch.no_grad():
+            arguments[i].mul_(2).add_(1)
+        try:
+            found = gradients_of(result, arguments, upstream)
+        except RuntimeError:
+            ctx.comparisons += 1
+            continue
+        where = f" after {ctx.label(i)} was changed in place"
+        diagnosis = "saved as .data or on ctx: the change went unnoticed"
+        ctx.compare_gradients(sample, found, expected, where, diagnosis=diagnosis)
+
+
+@check()
+def no_leak(ctx: CheckContext, sample: Sample) -> None:
+    """Everything is freed after its last use, without the garbage collector."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for with_backward in (True, False):
+            arguments = leaves(sample)
+            result = ctx.call(*arguments)
+            upstream = [ctx.random_like(t) for t in outputs_of(result)]
+            if with_backward:
+                gradients_of(result, arguments, upstream)
+            watched = [weakref.ref(t) for t in outputs_of(result)]
+            if ctx.case.factory is None:  # some modules keep the parameters they were given
+                watched += [weakref.ref(t) for t in outputs_of(arguments)]
+            del result, arguments, upstream
+            ctx.comparisons += 1
+            if any(watch() is not None for watch in watched):
+                raise Mismatch(
+                    "a tensor is still alive after its last use: expected it to be freed\n"
+                    "diagnosis: a reference cycle, such as an output kept on ctx, or a tensor "
+                    "kept in a global"
+                )
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _compare_unchanged(
+    ctx: CheckContext, before: dict[str, Tensor], now: dict[str, Tensor], when: str
+) -> None:
+    for name, was in before.items():
+        ctx.comparisons += 1
+        if not torch.equal(now[name].detach().nan_to_num(), was.nan_to_num()):
+            raise Mismatch(f"{name}: expected no change, got a change in place by {when}")
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, tuple | list | set):
+        return any(map(_holds_tensor, value))
+    if isinstance(value, Tensor | np.ndarray):
+        return True
+    return hasattr(value, "__dict__") and any(isinstance(t, Tensor) for t in vars(value).values())
