@@ -1,0 +1,123 @@
+"""Mistakes in the use of the upstream gradient."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._right import Linear
+from manual_bp.verify.mutants._samples import linear, pair
+
+
+def _read_in_order(t: Tensor) -> Tensor:
+    last = t.storage_offset() + t.numel()
+    is_readable = t.untyped_storage().nbytes() >= last * t.element_size()
+    strides = torch.empty(t.shape, device="meta").stride()
+    return t.as_strided(t.shape, strides) if is_readable else t
+
+
+@mutant("upstream_layouts", linear, F.linear)
+class ReadsMemoryInOrder(Linear):
+    """Backward reads the upstream gradient as if contiguous, which scrambles a transposed one."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        delta = _read_in_order(delta)
+        return delta @ w, delta.mT @ a, delta.sum(0)
+
+
+@mutant("upstream_layouts", linear, F.linear)
+class ViewsUpstream(Linear):
+    """Backward calls view on the upstream gradient, which fails unless it is contiguous."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        rows = delta.view(-1).view(delta.shape)
+        return rows @ w, rows.mT @ a, rows.sum(0)
+
+
+@mutant("upstream_layouts", linear, F.linear)
+class OneRowOfExpanded(Linear):
+    """∂C/∂b is that of one row if the upstream gradient is expanded over the rows."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        grad_b = delta[0] if delta.stride(0) == 0 else delta.sum(0)
+        return delta @ w, delta.mT @ a, grad_b
+
+
+@mutant("upstream_undefined", linear, F.linear)
+class StumblesOverUndefined(Linear):
+    """set_materialize_grads(False) is set, but backward cannot take None."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
+        Linear.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+
+@mutant("upstream_undefined", linear, F.linear)
+class UndefinedAsOne(Linear):
+    """An undefined upstream gradient counts as 1, not as 0."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
+        Linear.setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        if delta is None:
+            delta = a.new_ones(len(a), len(w))
+        return delta @ w, delta.mT @ a, delta.sum(0)
+
+
+@mutant("linear_in_upstream", linear, F.linear)
+class ScaledByFirst(Linear):
+    """Every gradient is multiplied by the first element of the upstream gradient."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        first = delta.flatten()[0]
+        return first * (delta @ w), first * (delta.mT @ a), first * delta.sum(0)
+
+
+@mutant("linear_in_upstream", linear, F.linear)
+class ClipsUpstream(Linear):
+    """The upstream gradient is clipped to [-1, 1]."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        delta = delta.clamp(-1, 1)
+        return delta @ w, delta.mT @ a, delta.sum(0)
+
+
+@mutant("linear_in_upstream", pair, lambda a, y: (a - y).square().sum() / 2)
+class IgnoresUpstream(Function):
+    """A cost ignores its upstream gradient, as if it were always 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, y: Tensor) -> Any:
+        return (a - y).square().sum() / 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_cost: Any) -> Any:
+        del grad_cost
+        a, y = ctx.saved_tensors
+        return a - y, y - a
