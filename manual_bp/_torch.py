@@ -6,14 +6,30 @@ costs more, or to a refusal; never to a wrong number.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import BackwardCFunction
 
+
+def _refuse(name: str, purpose: str) -> NoReturn:
+    raise RuntimeError(
+        f"torch must have the private name {name}, which manual_bp needs to {purpose}; got torch "
+        f"{torch.__version__}, which has none: use a version that manual_bp supports"
+    )
+
+
+def _need(owner: object, name: str, purpose: str) -> Any:
+    """A private attribute that nothing can replace."""
+    value = getattr(owner, name, _MISSING)
+    return _refuse(name, purpose) if value is _MISSING else value
+
+
+_MISSING = object()
 _functorch: Any = getattr(torch._C, "_functorch", None)
+_pytree: Any = getattr(torch.utils, "_pytree", None)
 
 # Private names, asked at every call because they are cheap. Should they go, the answer given here
 # leads to the way that works everywhere and only costs more.
@@ -75,3 +91,37 @@ def is_foreign(node: object) -> bool:
     return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
         f"{__package__}."
     )
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """All that tuples, lists, dicts and registered classes hold. Without it, refuses."""
+    leaves: list[Any] = _need(_pytree, "tree_leaves", "look into nested containers")(tree)
+    return leaves
+
+
+# --- For the verification kit alone.
+
+_python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
+
+
+def seeing_operators(see: Callable[[str], object]) -> AbstractContextManager[Any]:
+    """A region in which `see` gets the name of every operator that runs. Without it, refuses."""
+    mode: Any = _need(_python_dispatch, "TorchDispatchMode", "count operators")
+
+    class Seeing(mode):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            see(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    return Seeing()
+
+
+def expected_gradient(node: object, slot: int) -> Any:
+    """The shape, dtype and device that a node of autograd's graph wants its gradient to have.
+
+    Without it, None: the kit does not look at gradients as a backward returned them.
+    """
+    metadata: Any = getattr(node, "_input_metadata", None)
+    return None if metadata is None else metadata[slot]

@@ -6,14 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from manual_bp._torch import tree_leaves
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 Gradients = dict[int, Tensor | None]
-
-_MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
@@ -90,15 +87,3 @@ def custom_nodes(result: Any) -> list[Any]:
 def node_name(node: Any) -> str:
     """The name of a hand-written Function, from its node."""
     return type(node).__name__.removesuffix("Backward")
-
-
-class MatrixProducts(TorchDispatchMode):
-    """Counts the matrix products inside its `with` block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in _MATRIX_PRODUCTS
-        return func(*args, **(kwargs or {}))

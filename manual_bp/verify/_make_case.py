@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
+from manual_bp._torch import tree_leaves
 from manual_bp.verify._case import Call, Case, Draw, Sample, Samples, is_differentiable
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
@@ -187,7 +187,8 @@ def _require_arguments(sample: Any) -> None:
             f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
         )
     for value in sample:
-        if not isinstance(value, Tensor) and any(map(is_differentiable, tree_leaves(value))):
+        holds_one = any(map(is_differentiable, tree_leaves(value)))
+        if holds_one and not isinstance(value, Tensor):
             raise TypeError(
                 f"samples must hold each floating or complex tensor as an argument of its own, "
                 f"since only those are judged; got one in a {type(value).__name__}, which "
