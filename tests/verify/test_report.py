@@ -16,7 +16,7 @@ KNOWN = Outcome("four", "expected failure", 1, 0.0, "known")
 SURPRISE = Outcome("five", "unexpected pass", 1, 0.0, "expected to fail: known")
 
 
-def test_ok() -> None:
+def test_a_report_without_failures_is_ok() -> None:
     found = report(PASSED, LEFT, KNOWN)
     assert found.ok
     assert found.failures == ()
@@ -39,7 +39,9 @@ def test_ok() -> None:
         ((), "NOT OK: 0 checks ran (none), 0 not applicable"),
     ],
 )
-def test_not_ok(outcomes: tuple[Outcome, ...], last: str) -> None:
+def test_a_report_with_a_failure_or_without_any_run_is_not_ok(
+    outcomes: tuple[Outcome, ...], last: str
+) -> None:
     found = report(*outcomes)
     assert not found.ok
     assert str(found).splitlines()[-1] == last
@@ -47,7 +49,7 @@ def test_not_ok(outcomes: tuple[Outcome, ...], last: str) -> None:
         found.raise_if_failed()
 
 
-def test_the_table_has_a_line_a_check_and_the_message_whole() -> None:
+def test_the_table_has_a_line_per_check_and_the_whole_message() -> None:
     lines = str(report(PASSED, FAILED, LEFT)).splitlines()
     assert lines[1].split() == ["one", "passed", "5", "0.10", "s"]
     assert lines[2].split()[:2] == ["two", "failed"]
@@ -55,7 +57,7 @@ def test_the_table_has_a_line_a_check_and_the_message_whole() -> None:
     assert lines[4].endswith("no reference was given")
 
 
-def test_to_dict_is_plain() -> None:
+def test_to_dict_can_be_printed_as_json() -> None:
     found = json.loads(json.dumps(report(PASSED, FAILED).to_dict()))
     assert found["ok"] is False
     assert found["seed"] == 3

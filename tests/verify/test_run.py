@@ -340,7 +340,7 @@ class Masked(Function):
 def test_an_argument_that_never_has_a_gradient_should_be_closed_over() -> None:
     mask = torch.rand(5, 3, dtype=torch.float64)
     report = check_function(Masked, [(*SAMPLES[0], mask)], only=["finite_differences"])
-    assert "close over an argument that is to have none" in message(report, "finite_differences")
+    assert "close over an argument that never has one" in message(report, "finite_differences")
     report = check_function(
         lambda x: Masked.apply(x, mask.to(x.dtype)),
         SAMPLES,

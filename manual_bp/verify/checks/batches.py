@@ -12,7 +12,7 @@ from manual_bp.verify._check import CheckContext, check
 
 @check(capability=True)
 def vmap(ctx: CheckContext, sample: Sample) -> None:
-    """Under vmap the same as in a loop over the samples."""
+    """`vmap` gives the same as a loop over the samples."""
     in_dims = ctx.in_dims(sample)
     batched = torch.func.vmap(ctx.call, in_dims)(*sample)
     rows = [ctx.call(*row) for row in _rows(sample, in_dims)]
@@ -22,7 +22,7 @@ def vmap(ctx: CheckContext, sample: Sample) -> None:
 
 @check(capability=True)
 def per_sample_gradients(ctx: CheckContext, sample: Sample) -> None:
-    """The gradient of every sample by vmap(grad), the same as in a loop."""
+    """`vmap(grad)` gives the same gradient of every sample as a loop."""
     in_dims, places = ctx.in_dims(sample), positions(sample)
 
     def total(*arguments: Any) -> Tensor:

@@ -15,7 +15,7 @@ from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 @check(capability=True, slow=True, best_sample=True)
 def compile_(ctx: CheckContext, sample: Sample) -> None:
-    """Compiled in one graph, values and gradients as in eager mode, for tied arguments as well."""
+    """One compiled graph gives the values and gradients of eager mode, also for tied arguments."""
     _compare_compiled(ctx, ctx.call, [sample], dynamic=False)
     for other in ctx.each(ctx.samples):
         for i, j in pairs_of_one_shape(other):
@@ -24,7 +24,7 @@ def compile_(ctx: CheckContext, sample: Sample) -> None:
 
 @check(capability=True, slow=True, best_sample=True)
 def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
-    """Compiled with dynamic shapes, right for another number of rows too."""
+    """Compiled with dynamic shapes, the same holds for another number of rows."""
     fewer = tuple(
         t if d is None else t.narrow(d, 0, t.shape[d] - 1)
         for t, d in zip(sample, ctx.in_dims(sample), strict=True)
@@ -34,7 +34,7 @@ def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
 
 @check(capability=True, slow=True, best_sample=True)
 def export(ctx: CheckContext, sample: Sample) -> None:
-    """Exported by torch.export, the same values."""
+    """The exported program gives the same values."""
 
     class Exported(nn.Module):
         def forward(self, *arguments: Any) -> Any:

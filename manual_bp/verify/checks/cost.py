@@ -16,7 +16,7 @@ _MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "conv
 
 @check(capability=True, only_if_declared=True)
 def frugal(ctx: CheckContext, sample: Sample) -> None:
-    """No more matrix products or saved bytes than the reference, whatever requires gradients."""
+    """For every subset of gradients, no more matrix products or saved bytes than the reference."""
     upstream = ctx.upstream(ctx.reference, sample)
     places = positions(sample)
     for wanted in subsets(places):

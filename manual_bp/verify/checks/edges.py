@@ -12,7 +12,7 @@ from manual_bp.verify.checks._shared import compare_with_reference
 
 @check()
 def at_zero(ctx: CheckContext, sample: Sample) -> None:
-    """At 0, where slopes may jump, the reference's gradient."""
+    """At 0, where slopes may jump, value and gradient match the reference."""
     for share in (0.5, 1.0):
         arguments = tuple(
             torch.where(torch.rand_like(t.real) < share, 0.0, t) if is_differentiable(t) else t
@@ -23,7 +23,7 @@ def at_zero(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def large_values(ctx: CheckContext, sample: Sample) -> None:
-    """At large values, where functions saturate, the reference's gradient."""
+    """At large values, where functions saturate, value and gradient match the reference."""
     for factor in (30.0, 1e4):
         for i in positions(sample):
             scaled = tuple(factor * t if j == i else t for j, t in enumerate(sample))
@@ -33,7 +33,7 @@ def large_values(ctx: CheckContext, sample: Sample) -> None:
 
 @check(capability=True, only_if_declared=True)
 def infinite_values(ctx: CheckContext, sample: Sample) -> None:
-    """For inf, -inf and nan the reference's value and gradient."""
+    """For inf, -inf and nan, value and gradient match the reference."""
     i = positions(sample)[0]
     if not sample[i].numel() or sample[i].is_complex():
         return
@@ -46,7 +46,7 @@ def infinite_values(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def device_parity(ctx: CheckContext, sample: Sample) -> None:
-    """On an accelerator the same numbers as on the CPU."""
+    """An accelerator gives the same numbers as the CPU."""
     if ctx.case.device.type == "cpu":
         raise NotApplicable("the case runs on the CPU")
     upstream = ctx.upstream(ctx.call, sample)

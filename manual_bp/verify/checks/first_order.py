@@ -19,21 +19,21 @@ from manual_bp.verify._compare import Mismatch
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
 _NO_GRADIENT = (
-    "\ndiagnosis: no gradient came at all; close over an argument that is to have none, "
+    "\ndiagnosis: no gradient at all; close over an argument that never has one, "
     "as in lambda x: Layer.apply(x, mask.to(x.dtype))"
 )
 
 
 @check()
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
-    """The value is the reference's."""
+    """The value equals the reference's."""
     expected = ctx.reference(*leaves(sample, ()))
     ctx.compare_outputs(ctx.call(*leaves(sample, ())), expected)
 
 
 @check()
 def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
-    """The strides of the arguments do not matter: value and gradients are those of a copy."""
+    """The strides of the arguments do not matter: a contiguous copy gives the same."""
     tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
     for name, layout in LAYOUTS.items():
         for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
@@ -72,7 +72,7 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
-    """The gradients are those that autograd finds through the reference."""
+    """The gradients equal those that autograd finds through the reference."""
     upstream = ctx.upstream(ctx.reference, sample)
     _, found = gradients(ctx.call, leaves(sample), upstream)
     _, expected = gradients(ctx.reference, leaves(sample), upstream)
@@ -82,7 +82,7 @@ def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
-    """Whichever arguments require gradients, each gets the same one."""
+    """Each gradient is the same, whichever arguments require one."""
     upstream = ctx.upstream(ctx.call, sample)
     _, expected = gradients(ctx.call, leaves(sample), upstream)
     for wanted in subsets(positions(sample)):

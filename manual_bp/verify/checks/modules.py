@@ -17,7 +17,7 @@ from manual_bp.verify.checks._shared import cast
 
 @check(for_modules=True, best_sample=True)
 def state_dict(ctx: CheckContext, sample: Sample) -> None:
-    """A second module that loads the first one's state_dict computes the same."""
+    """A second module that loads the state_dict computes the same."""
     module, inputs = _module(ctx, sample)
     other, _ = _module(ctx, sample, seed=ctx.case.seed + 1)
     other.load_state_dict(module.state_dict())
@@ -126,7 +126,7 @@ def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
 
 @check(for_modules=True, best_sample=True)
 def train_eval(ctx: CheckContext, sample: Sample) -> None:
-    """In training and in evaluation mode as the reference."""
+    """In training and in evaluation mode the output matches the reference."""
     if ctx.case.reference_factory is None:
         raise NotApplicable("no reference was given")
     module, inputs = _module(ctx, sample)

@@ -14,19 +14,19 @@ from manual_bp.verify._compare import Mismatch
 
 @check(capability=True)
 def double_backward(ctx: CheckContext, sample: Sample) -> None:
-    """Second derivatives, by the arguments and by the upstream gradient, as the reference."""
+    """Second derivatives, by the arguments and by the upstream gradient, match the reference."""
     _compare_order(ctx, sample, 2)
 
 
 @check(capability=True)
 def third_order(ctx: CheckContext, sample: Sample) -> None:
-    """Third derivatives as the reference."""
+    """Third derivatives match the reference."""
     _compare_order(ctx, sample, 3)
 
 
 @check(capability=True)
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
-    """Forward-mode derivatives, by all arguments and by each alone, as the reference."""
+    """Forward-mode derivatives, by all arguments and by each alone, match the reference."""
     places = positions(sample)
     for moved in [places, *([i] for i in places if len(places) > 1)]:
         tangents = {i: ctx.random_like(sample[i]) for i in moved}
@@ -39,7 +39,7 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
 
 @check(capability=True)
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
-    """The forward-mode derivative of the gradient, as the reference."""
+    """The forward-mode derivative of the gradient matches the reference."""
     upstream = ctx.upstream(ctx.reference, sample)
     tangents = {i: ctx.random_like(sample[i]) for i in positions(sample)}
     found = _tangents_of_gradients(ctx.call, sample, tangents, upstream)

@@ -12,25 +12,25 @@ from manual_bp.verify.checks._shared import cast, compare_raw, require_real
 
 @check(capability=True)
 def float32(ctx: CheckContext, sample: Sample) -> None:
-    """In float32 no further from float64 than twice the reference."""
+    """In float32 the error against float64 is at most twice the reference's, plus rounding."""
     _compare_precision(ctx, sample, torch.float32)
 
 
 @check(capability=True)
 def bfloat16(ctx: CheckContext, sample: Sample) -> None:
-    """In bfloat16 no further from float64 than twice the reference."""
+    """In bfloat16 the error against float64 is at most twice the reference's, plus rounding."""
     _compare_precision(ctx, sample, torch.bfloat16)
 
 
 @check(capability=True)
 def float16(ctx: CheckContext, sample: Sample) -> None:
-    """In float16 no further from float64 than twice the reference."""
+    """In float16 the error against float64 is at most twice the reference's, plus rounding."""
     _compare_precision(ctx, sample, torch.float16)
 
 
 @check(capability=True)
 def autocast(ctx: CheckContext, sample: Sample) -> None:
-    """Under autocast the reference's dtypes, and a backward that works outside the region."""
+    """Under autocast the dtypes match the reference, and backward works outside the region."""
     require_real(sample)
     low = cast(sample, torch.float32)
     results = []

@@ -13,26 +13,26 @@ from manual_bp.verify.checks._shared import compare_with_reference, first_line
 
 @check(capability=True)
 def no_rows(ctx: CheckContext, sample: Sample) -> None:
-    """A batch of no samples, as the reference."""
+    """An empty batch gives what the reference gives."""
     _compare_batch(ctx, sample, lambda t, d: t.narrow(d, 0, 0), " of no rows")
 
 
 @check(capability=True)
 def one_row(ctx: CheckContext, sample: Sample) -> None:
-    """A batch of one sample, as the reference."""
+    """A batch of one sample gives what the reference gives."""
     _compare_batch(ctx, sample, lambda t, d: t.narrow(d, 0, 1), " of one row")
 
 
 @check(capability=True)
 def one_dimensional(ctx: CheckContext, sample: Sample) -> None:
-    """One sample without a batch dimension, as the reference."""
+    """One sample without a batch dimension gives what the reference gives."""
     where = " of one sample without a batch dimension"
     _compare_batch(ctx, sample, lambda t, d: t.select(d, 0), where)
 
 
 @check(capability=True)
 def three_dimensional(ctx: CheckContext, sample: Sample) -> None:
-    """Two batch dimensions, as the reference."""
+    """Two batch dimensions give what the reference gives."""
     where = " with two batch dimensions"
     _compare_batch(ctx, sample, lambda t, d: torch.stack([t, t.flip(d)], d), where)
 

@@ -52,7 +52,7 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
-    """The gradients are linear in the upstream gradient: for sums, -1 times and 1e6 times it."""
+    """Gradients are linear in the upstream gradient: for a sum, -1 times and 1e6 times it."""
 
     def gradients_for(upstream: Sequence[Tensor]) -> Gradients:
         # Copies, since writes_nothing finds a backward that changes them.
