@@ -1,6 +1,6 @@
 """One run of a linear layer in a pass: its pair (a, δ), and the activations that follow it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,8 @@ class Call:
         return self.delta.shape[0] if self.delta.ndim > 1 else 1
 
     def _require_unchanged(self) -> None:
-        if self.changed & {"a_prev", "delta"}:
+        of_a_prev, _, _, of_delta = self._writes()
+        if of_a_prev or of_delta:
             raise RuntimeError(
                 "a_prev and delta must still be those of the pass; they were changed in place"
             )
@@ -99,8 +100,8 @@ class Call:
             RuntimeError: They were changed in place since the pass.
         """
         self._require_unchanged()
-        a_prev = self.a_prev.to(self.delta.dtype)
-        return _by_sample(a_prev, self.samples), _by_sample(self.delta, self.samples)
+        samples, delta = self.samples, self.delta
+        return _by_sample(self.a_prev.to(delta.dtype), samples), _by_sample(delta, samples)
 
     def part(self, start: int, stop: int) -> "Call":
         """The same for the samples from start to stop."""
@@ -138,14 +139,16 @@ def memory_of(t: Tensor) -> tuple[object, ...]:
     return t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
 
 
-def joined(pairs: Iterator[Pair]) -> Pair:
+def joined(pairs: Sequence[Pair]) -> Pair:
     """Several pairs of the same samples as one pair, with the rows of all."""
+    if len(pairs) == 1:
+        return pairs[0]
     a, delta = zip(*pairs, strict=True)
-    return (a[0], delta[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(delta, 1))
+    return torch.cat(a, 1), torch.cat(delta, 1)
 
 
 def _by_sample(t: Tensor, samples: int) -> Tensor:
-    rows = t.shape[1:-1].numel() if t.ndim > 1 else 1
+    rows = t.shape[1:-1].numel() if t.ndim > 2 else 1
     return at_least_float32(t.reshape(samples, rows, t.shape[-1]))
 
 

@@ -199,18 +199,18 @@ class LayerTrace:
                 f"named in no_samples of record, or its input is made only of parameters, buffers "
                 f"and positions of the model itself"
             )
-        counts = sorted({call.samples for call in self.calls})
+        counts = {call.samples for call in self.calls}
         if len(counts) > 1:
             raise ValueError(
                 f"layer {self.name!r} must see the same samples in its input's first dimension "
-                f"each time that it runs; got {' and '.join(map(str, counts))} of them"
+                f"each time that it runs; got {' and '.join(map(str, sorted(counts)))} of them"
             )
 
     @property
     def pair(self) -> Pair:
         """(a, δ) of all calls, (N, T, in) and (N, T, out): every call adds rows."""
         self._require_same_samples()
-        return joined(call.pair for call in self.calls)
+        return joined([call.pair for call in self.calls])
 
     def part(self, start: int, stop: int) -> "LayerTrace":
         """The same for the samples from start to stop; its gradients are sums over these."""

@@ -19,7 +19,7 @@ float64. If they do, the norm is computed from numbers divided by the largest of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -90,10 +90,22 @@ def norm_b(delta: Tensor) -> Tensor:
     return _in_range(lambda delta: torch.linalg.vector_norm(grad_b(delta), dim=1), delta)
 
 
-def norm_w(a: Tensor, delta: Tensor, delta_norm: Tensor | None = None) -> Tensor:
-    """‖∂C/∂w‖ of every sample, (N,), a chunk of samples at a time. delta_norm: ‖δ‖, if known."""
+def norms_of_one_row(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norms of tensors (N, 1, k), each (N,), with a single look at the range of all.
+
+    On an accelerator, a look waits until everything before it has run.
+    """
+    found = torch.stack([torch.linalg.vector_norm(t, dim=(1, 2)) for t in tensors]).double()
+    least = max([_least(t.dtype) for t in tensors])
+    if torch.equal(found.clamp(least, 1 / least), found):
+        return list(found.unbind())
+    return [norm_b(t) for t in tensors]
+
+
+def norm_w(a: Tensor, delta: Tensor) -> Tensor:
+    """‖∂C/∂w‖ of every sample, (N,), a chunk of samples at a time."""
     if a.shape[1] == 1:
-        return (norm_b(delta) if delta_norm is None else delta_norm) * norm_b(a)
+        return norm_b(delta) * norm_b(a)
     is_gram = gram_is_cheaper(a.shape[1], a.shape[2], delta.shape[2])
     return _in_range(_gram_norm if is_gram else _direct_norm, a, delta)
 

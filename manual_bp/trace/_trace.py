@@ -130,15 +130,17 @@ class Trace:
                 f"named in no_samples of record, or fed only with parameters, buffers and "
                 f"positions of the model itself"
             )
-        seen = [(layer.samples, repr(layer.name)) for layer in layers]
+        first = layers[0]
+        others: list[tuple[int, str | None]] = [(layer.samples, layer.name) for layer in layers[1:]]
         if self.batch is not None:
-            seen.append((self.batch, "the model's input and output"))
-        for samples, where in seen:
-            if samples != seen[0][0]:
+            others.append((self.batch, None))
+        for samples, name in others:
+            if samples != first.samples:
+                where = "the model's input and output" if name is None else repr(name)
                 raise ValueError(
                     f"every layer must see the same samples in its input's first dimension; got "
-                    f"{seen[0][0]} in {seen[0][1]} and {samples} in {where}: name layers whose "
-                    f"rows are not samples, in record(model, no_samples=[...])"
+                    f"{first.samples} in {first.name!r} and {samples} in {where}: name layers "
+                    f"whose rows are not samples, in record(model, no_samples=[...])"
                 )
         return layers
 
@@ -240,25 +242,28 @@ class Trace:
 
     def _gradients(self) -> list["_Gradient"]:
         """The gradient of each parameter that learns, as all the pairs that it is made of."""
+        pairs: dict[int, list[Pair]] = {}  # by the id of the parameter
+        parameters: list[tuple[Tensor, str, bool]] = []
+
+        def add(p: Tensor, layer: LayerTrace, kind: str, pair: Pair) -> None:
+            if id(p) not in pairs:
+                # Parameters put in place by torch.func.functional_call are not in parameter_names.
+                name = self.parameter_names.get(p, f"{layer.name}.{kind}".lstrip("."))
+                parameters.append((p, name, kind == "weight"))
+            pairs.setdefault(id(p), []).append(pair)
+
         layers = self._layers_of_samples()
-        names = dict(self.parameter_names)
-        pairs: dict[Tensor, list[Pair]] = {}
         for layer in layers:
-            # Parameters put in place by torch.func.functional_call are not in parameter_names.
-            names.setdefault(layer.w, f"{layer.name}.weight".lstrip("."))
-            if layer.b is not None:
-                names.setdefault(layer.b, f"{layer.name}.bias".lstrip("."))
             if not (layer.learns_w or layer.learns_b):
                 continue
             a, delta = layer.pair
             if layer.learns_w:
-                pairs.setdefault(layer.w, []).append((a, delta))
+                add(layer.w, layer, "weight", (a, delta))
             if layer.b is not None and layer.learns_b:
-                pairs.setdefault(layer.b, []).append((delta, delta))  # BP3 has no a
-        weights = {layer.w for layer in layers}
+                add(layer.b, layer, "bias", (delta, delta))  # BP3 has no a
         gradients = [
-            _Gradient(p, names[p], p in weights, joined(iter(of_p)), layers[0].scale)
-            for p, of_p in pairs.items()
+            _Gradient(p, name, is_weight, joined(pairs[id(p)]), layers[0].scale)
+            for p, name, is_weight in parameters
         ]
         if not gradients:
             raise ValueError(
@@ -299,13 +304,12 @@ class _Gradient(NamedTuple):
         grads = _per_sample.grad_w(a, delta) if self.is_weight else _per_sample.grad_b(delta)
         return grads.to(self.parameter.dtype)
 
-    def norms(self, known: dict[Tensor, Tensor]) -> Tensor:
+    def norms(self, known: dict[int, Tensor]) -> Tensor:
+        """Without the scale; known: the norms of tensors with one row a sample, by their id."""
         a, delta = self.pair
-        if delta not in known and (a.shape[1] == 1 or not self.is_weight):
-            known[delta] = _per_sample.norm_b(delta)  # once, for w and b
-        if not self.is_weight:
-            return known[delta] * self.scale
-        return _per_sample.norm_w(a, delta, known.get(delta)) * self.scale
+        if a.shape[1] == 1:
+            return known[id(delta)] * known[id(a)] if self.is_weight else known[id(delta)]
+        return _per_sample.norm_w(a, delta) if self.is_weight else _per_sample.norm_b(delta)
 
     def weighted(self, weights: Tensor) -> Tensor:
         a, delta = self.pair
@@ -318,8 +322,10 @@ class _Gradient(NamedTuple):
 
 def _norms(gradients: Sequence[_Gradient]) -> Tensor:
     """The norm of each sample's gradient over all of these parameters, (N,), float64."""
-    known: dict[Tensor, Tensor] = {}
-    return reduce(torch.hypot, (gradient.norms(known) for gradient in gradients))
+    rows = {id(t): t for gradient in gradients for t in gradient.pair if t.shape[1] == 1}
+    norms = _per_sample.norms_of_one_row(list(rows.values())) if rows else []
+    known = dict(zip(rows, norms, strict=True))
+    return reduce(torch.hypot, [g.norms(known) for g in gradients]) * gradients[0].scale
 
 
 def _as_text(cost: Tensor) -> str:
