@@ -99,6 +99,69 @@ def tree_leaves(tree: Any) -> list[Any]:
     return leaves
 
 
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tuples, lists and dicts with other tensors. Without it, refuses."""
+    return _need(_pytree, "tree_map_only", "look into nested containers")(Tensor, change, tree)
+
+
+def leaf_of(node: object) -> Tensor | None:
+    """The leaf whose `.grad` a node of autograd's graph adds to; None for all other nodes.
+
+    Without the name, None for all, and `record` refuses the graph.
+    """
+    # A Function's context may have any attributes.
+    return None if isinstance(node, BackwardCFunction) else getattr(node, "variable", None)
+
+
+def node_that_made(t: Tensor) -> Any:
+    """The node of autograd's graph that made a tensor, even if it was changed in place since.
+
+    Changing a view in place gives it another node, but leaves that of its base. Without the name,
+    `record` misses a layer whose output is a view that is changed in place, and says so.
+    """
+    base = getattr(t, "_base", None)
+    return (t if base is None else base).grad_fn
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile or module.compile() made a module, whose own modules then do not show.
+
+    Without the names, no: hooks in such a model are not called, and `record` says so.
+    """
+    is_wrapper = type(module).__name__ == "OptimizedModule"
+    return is_wrapper or getattr(module, "_compiled_call_impl", None) is not None
+
+
+_stash_object: Any = getattr(torch._C, "_stash_obj_in_tls", None)
+_is_stashed: Any = getattr(torch._C, "_is_key_in_tls", None)
+_stashed_object: Any = getattr(torch._C, "_get_obj_in_tls", None)
+_can_carry = None not in (_stash_object, _is_stashed, _stashed_object)
+_CARRIED = f"{__package__}.carried"
+
+
+def carried() -> tuple[object, ...]:
+    """What `carry` was given in this thread, or where the backward pass that runs here was called.
+
+    Autograd runs passes in threads of its own: on accelerators, and where many are nested.
+    """
+    return _stashed_object(_CARRIED) if _can_carry and _is_stashed(_CARRIED) else ()
+
+
+def carry(*objects: object) -> None:
+    """Have `carried` return these, in this thread and in every backward pass called from now on."""
+    if _can_carry:
+        _stash_object(_CARRIED, objects)
+
+
+def runs_within(token: object) -> bool:
+    """Whether a token is carried here.
+
+    Without the names, always: then what other threads bring meanwhile counts as well, which may
+    refuse results, but loses none.
+    """
+    return not _can_carry or token in carried()
+
+
 # --- For the verification kit alone.
 
 _python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
