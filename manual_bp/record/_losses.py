@@ -1,0 +1,111 @@
+"""How a cost was reduced: to the mean or the sum over its samples, if its last step shows it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from types import FunctionType
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from manual_bp.costs.quadratic import quadratic_cost
+from manual_bp.costs.sigmoid_cross_entropy import sigmoid_cross_entropy_cost
+from manual_bp.costs.softmax_cross_entropy import softmax_cross_entropy_cost
+from manual_bp.layers._activation import ACTIVATIONS
+from manual_bp.record._calls import PendingCall
+
+Reduction = Literal["mean", "sum"]
+
+# The functions of PyTorch's that take a reduction, and ours: all of them loss functions.
+LOSSES = {
+    function
+    for function in vars(F).values()
+    if isinstance(function, FunctionType) and "reduction" in signature(function).parameters
+} | {quadratic_cost, sigmoid_cross_entropy_cost, softmax_cross_entropy_cost}
+
+# What may be between the z of a last layer and a cost that is nothing but a sum over its samples,
+# besides activations.
+_ELEMENTWISE = ("Pow", "Abs", "Sub", "Sum", "View", "UnsafeView", "LogSoftmax")
+
+
+class Losses:
+    """The losses that were computed in a block, where the reduction must be this one."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        self._reduction = reduction
+        self._reductions: dict[Any, str] = {}  # from the node of each loss
+
+    def see(self, func: Any, args: Any, kwargs: Any, loss: Tensor) -> None:
+        """Note what a loss function gave."""
+        given = dict(zip(func.__code__.co_varnames, args, strict=False)) | kwargs
+        reduction = given.get("reduction", "mean")
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            return  # these say it in another way
+        if given.get("weight") is not None and reduction != "mean":
+            return  # weights may make a mean of a sum
+        if loss.grad_fn is not None:
+            self._reductions[loss.grad_fn] = "mean" if reduction == "batchmean" else reduction
+
+    def release(self) -> None:
+        """Let go of all losses."""
+        self._reductions = {}
+
+    def require_reduction(self, roots: Sequence[Tensor], calls: Sequence[PendingCall]) -> None:
+        """Refuse a cost that is plainly reduced in another way.
+
+        Raises:
+            ValueError: It is.
+        """
+        if len(roots) != 1 or any(len(call.shape) < 2 or call.shape[0] == 1 for call in calls):
+            return  # of one sample, the mean is the sum
+        found = _reduction_of(roots[0].grad_fn, {call.node for call in calls}, self._reductions)
+        if found is not None and found != self._reduction:
+            raise ValueError(
+                f"reduction must be that of the cost; got {self._reduction!r}, and a cost that is "
+                f"the {found} over samples: record(model, reduction={found!r})"
+            )
+
+
+def _reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> str | None:
+    """How a cost was made of those of its samples, if its last step plainly says so.
+
+    That step is a loss function, or the mean() or sum() of losses of samples. These are given by a
+    loss function, or made of the output of a layer without scaling.
+
+    Args:
+        node: That of the cost.
+        products: Those of the outputs of linear layers.
+        losses: Those of what loss functions gave, each with its reduction.
+    """
+    while node not in losses and _is_of_one_number(node):
+        node = node.next_functions[0][0]
+    if losses.get(node) in ("mean", "sum"):
+        return losses[node]
+    name = {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(node.name())
+    if name is None:
+        return None
+    below = node.next_functions[0][0]
+    elementwise = (*_ELEMENTWISE, *(name for kind in ACTIVATIONS for name in kind.node_names))
+    while below not in products and losses.get(below) != "none":
+        if below is None or not below.name().startswith(elementwise) or _is_over_samples(below):
+            return None
+        below = below.next_functions[0][0]
+    return name
+
+
+def _is_over_samples(node: Any) -> bool:
+    """Whether a sum, or a softmax, is over the first dimension."""
+    dims = getattr(node, "_saved_dim", ())
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    count = len(sizes) if sizes is not None else 2
+    # A negative one is kept as if it were unsigned.
+    signed = [d - 2**64 if d >= 2**63 else d for d in ([dims] if isinstance(dims, int) else dims)]
+    return any(d % count == 0 for d in signed)
+
+
+def _is_of_one_number(node: Any) -> bool:
+    """Whether it casts a number, or is the mean or sum of what is one number already."""
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    is_reduced = sizes is not None and math.prod(sizes) == 1
+    return bool(node.next_functions) and (is_reduced or node.name() == "ToCopyBackward0")
