@@ -1,5 +1,6 @@
 """What autograd shows of a pass: which nodes it has, and which gradients arrive where."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ class Graph:
         return ways
 
 
+# All that count now, by the id of their parameter.
+_counting: "dict[int, list[Arrivals]]" = {}
+_lock = threading.Lock()
+
+
 class Arrivals:
     """Counts what arrives in the `.grad` of one parameter during a pass, whoever brings it.
 
@@ -76,6 +82,8 @@ class Arrivals:
         self.count = 0
         self._is_of_pass = is_of_pass
         self._is_written_by_others = False
+        self._thread = threading.get_ident()
+        self._tell_other_threads()
         self._before = parameter.grad
         self._version = None if self._before is None else version(self._before)
         # Held because a parameter holds its node only weakly, and the hook goes with the node.
@@ -86,6 +94,20 @@ class Arrivals:
         """Count no more. A gradient that something else wrote counts if it was the first."""
         self._hook.remove()
         self._see_what_was_written()
+        with _lock:
+            counting = _counting[id(self.parameter)]
+            counting.remove(self)
+            if not counting:
+                del _counting[id(self.parameter)]
+
+    def _tell_other_threads(self) -> None:
+        # A gradient of theirs may already be on its way, past the hook of this pass.
+        with _lock:
+            counting = _counting.setdefault(id(self.parameter), [])
+            counting.append(self)
+            if any(each._thread != self._thread for each in counting):
+                for each in counting:
+                    each._is_written_by_others = True
 
     def _see(self, _: object) -> None:
         if not self._is_of_pass():

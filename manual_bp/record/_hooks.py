@@ -44,7 +44,7 @@ class Hook:
 
         def remove() -> None:
             handle.remove()
-            if not any(isinstance(hook, Hook) for hook in module._forward_hooks.values()):
+            if not any(isinstance(hook, Hook) for hook in list(module._forward_hooks.values())):
                 own.pop("__getstate__", None)
                 own.pop("__deepcopy__", None)
 
@@ -66,9 +66,10 @@ def _deepcopy(module: Any, memo: Any) -> Any:
 
 def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module as they are outside the block."""
+    # Lists, here and above, since other threads may add and remove hooks meanwhile.
     kept = {k: v for k, v in state.items() if k not in ("__getstate__", "__deepcopy__")}
     hooks = state.get("_forward_hooks", {})
-    ours = {key for key, hook in hooks.items() if isinstance(hook, Hook)}
+    ours = {key for key, hook in list(hooks.items()) if isinstance(hook, Hook)}
     for name in kept.keys() & {"_forward_hooks", "_forward_hooks_with_kwargs"}:
-        kept[name] = OrderedDict((k, v) for k, v in state[name].items() if k not in ours)
+        kept[name] = OrderedDict((k, v) for k, v in list(state[name].items()) if k not in ours)
     return kept

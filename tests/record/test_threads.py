@@ -1,5 +1,6 @@
 """Other threads that use the model while a block records it."""
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -147,10 +148,15 @@ class TestOtherThreads:
                 found[number].append(error)
 
         threads = [threading.Thread(target=run, args=(number,)) for number in found]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
         for number, traces in found.items():
             assert len(traces) == 20
             for trace in traces:
