@@ -88,7 +88,8 @@ class Arrivals:
         self._version = None if self._before is None else version(self._before)
         # Held because a parameter holds its node only weakly, and the hook goes with the node.
         self._node = graph.ends.get(id(parameter)) or get_gradient_edge(parameter).node
-        self._hook = self._node.register_prehook(self._see)
+        with _lock:  # else PyTorch may give the hooks of two threads one number, and lose one
+            self._hook = self._node.register_prehook(self._see)
 
     def stop(self) -> None:
         """Count no more. A gradient that something else wrote counts if it was the first."""

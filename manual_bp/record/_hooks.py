@@ -5,6 +5,7 @@ Copies and pickles are made from a module's state. While a hook is there, the mo
 does nothing.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
+
+_lock = threading.Lock()
 
 
 class Hook:
@@ -34,7 +37,8 @@ class Hook:
 
     def add(self, module: nn.Module, *, prepend: bool) -> Callable[[], None]:
         """Put the hook into a module; returns the call that removes it."""
-        handle = module.register_forward_hook(self, prepend=prepend, with_kwargs=True)
+        with _lock:  # else PyTorch may give the hooks of two threads one number, and lose one
+            handle = module.register_forward_hook(self, prepend=prepend, with_kwargs=True)
         own = vars(module)
         # copy and pickle look for both on the object before its class. A class that defines the
         # second (parametrized modules do) is not asked for its state.
