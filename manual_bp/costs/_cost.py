@@ -1,7 +1,7 @@
-"""What all costs share: how C is made of the losses C_x of the samples.
+"""What all costs share: how C is computed from the losses C_x of the samples.
 
 The last dimension of an output holds the components of one sample's output; every index before it
-counts as one sample. The notes tell three things apart, and so does `reduction`:
+is one sample. The notes distinguish three things, and so does `reduction`:
 
     "none"  the loss C_x of each sample, shape (...)
     "mean"  the cost, (1/n) Σ_x C_x, shape ()
@@ -9,14 +9,17 @@ counts as one sample. The notes tell three things apart, and so does `reduction`
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
 from manual_bp._autocast import autocast_to_float32
+from manual_bp._function import as_callable, hand_over
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,6 +43,12 @@ def sample_weight(output: Tensor, reduction: Reduction) -> float:
     return 1 / samples if reduction == "mean" and samples else 1.0
 
 
+def reduce_tangents(terms: Sequence[Tensor | None], reduction: Reduction) -> Tensor:
+    """The tangent dC from the terms of all arguments, (..., components); None if one has none."""
+    given = [term for term in terms if term is not None]
+    return reduce_losses(reduce(torch.add, given).sum(-1), reduction)
+
+
 def checked_pair(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """A network's output and a target of the same kind and shape; refuse any other."""
     output, y = autocast_to_float32(output, y)
@@ -50,6 +59,22 @@ def checked_pair(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return output, y
 
 
+def as_cost(
+    function: Any, checked: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Callable[..., Tensor]:
+    """What a public cost function calls, with itself first: hand over, check, apply."""
+    apply = as_callable(function)
+
+    def call(public: Any, output: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
+        if has_torch_function_variadic(output, y):
+            return hand_over(public, output, y, reduction)
+        output, y = checked(output, y)
+        _require.one_of("reduction", reduction, REDUCTIONS)
+        return apply(output, y, reduction)
+
+    return call
+
+
 class Cost(nn.Module):
     """The base of every cost: how it is reduced, and the two things the algorithm asks of it.
 
@@ -57,8 +82,8 @@ class Cost(nn.Module):
     derivative without autograd); `backprop` takes any subclass of this.
 
     Args:
-        reduction: "mean" or "sum" over samples, never over components; "none" leaves the losses
-            of the samples.
+        reduction: "mean" or "sum" over samples, never over components; "none" returns the loss of
+            each sample.
 
     Raises:
         ValueError: reduction is none of these.
@@ -74,28 +99,31 @@ class Cost(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(output, y)")
 
     def gradient(self, output: Tensor, y: Tensor) -> Tensor:
-        """∂C/∂output, shaped as output, of the reduced cost; under "none", a loss a row."""
+        """∂C/∂output, shaped as output, of the reduced cost; under "none", row x is ∇C_x."""
         raise NotImplementedError(f"{type(self).__name__} must define gradient(output, y)")
 
     def bind(self, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         """C and ∂C/∂output in the memory of delta: what a `TrainingStep` calls.
 
-        A cost may define this anew, to need no temporaries, and must then do without autograd.
+        A cost may override this to avoid temporaries. The override must not use autograd.
+
+        A `TrainingStep` binds again when an attribute of the cost has been set since. A value that
+        changes inside an attribute (a list, a tensor) must be read at each call.
 
         Args:
-            output: The buffer that outputs will stand in, (..., components).
-            delta: Where the gradient is to go, contiguous, shaped as output.
+            output: The buffer of the outputs, (..., components).
+            delta: The buffer of the gradient, contiguous, shaped as output.
 
         Returns:
-            A call, made where autograd records nothing, which from targets y fills delta and
-            returns C; and a share: ∂C/∂output is what is in delta times that. (Whoever updates by
-            δ multiplies by a learning rate anyway.)
+            A function that fills delta from the targets y and returns C, to be called where
+            autograd records nothing; and the weight of a sample: ∂C/∂output is delta times that.
+            (An update by δ multiplies by a learning rate anyway.)
         """
 
         def error_(y: Tensor) -> Tensor:
             delta.copy_(checked_gradient(self, output, y))
             cost: Tensor = self(output, y)
-            return cost.detach().clone()  # which may be a part of the output or of y
+            return cost.detach().clone()  # it may share memory with the output or y
 
         return error_, 1.0
 
@@ -110,13 +138,13 @@ def checked_gradient(cost: Cost, output: Tensor, y: Tensor) -> Tensor:
     name = f"{type(cost).__name__}.gradient(output, y)"
     _require.real(name, gradient)
     _require.shape(name, gradient, output.shape, "that of the output")
-    return gradient.to(output.dtype)  # autocast has costs in float32
+    return gradient.to(output.dtype)  # under autocast, costs compute in float32
 
 
-def has_own_bind(cost: Cost) -> bool:
-    """Whether a cost's `bind` is of the same cost as its `forward` and `gradient`.
+def bind_fits(cost: Cost) -> bool:
+    """Whether a cost's `bind` was written for the `forward` and `gradient` that the cost has.
 
-    Somebody may have changed those two alone, in a subclass.
+    A subclass, or an instance, may have overridden those two alone.
     """
     kind = type(cost)
     owner = next(each for each in kind.__mro__ if "bind" in vars(each))
@@ -128,6 +156,5 @@ def has_own_bind(cost: Cost) -> bool:
 
 
 def bind(cost: Cost, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """`cost.bind`, or what amounts to its `forward` and `gradient`."""
-    own = cost.bind if has_own_bind(cost) else partial(Cost.bind, cost)
-    return own(output, delta)
+    """`cost.bind` if it fits; else the same from the cost's `forward` and `gradient`."""
+    return cost.bind(output, delta) if bind_fits(cost) else Cost.bind(cost, output, delta)

@@ -2,34 +2,24 @@
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, strided
 from torch.autograd import Function
 from torch.compiler import is_exporting
-from torch.overrides import has_torch_function_variadic
 
-from manual_bp import _require
-from manual_bp._function import as_callable, hand_over
-from manual_bp.costs._cost import (
-    REDUCTIONS,
-    Cost,
-    Reduction,
-    checked_pair,
-    reduce_gradient,
-    reduce_losses,
-    sample_weight,
-)
+from manual_bp.costs import _cost
+from manual_bp.costs._cost import Cost, Reduction
 
-# How many squares a dot product may add up; beyond, PyTorch's sum is more exact.
+# Up to how many squares a dot product is used; for more, PyTorch's sum is more exact.
 MOST_SQUARES = 2**16
 
 
 def quadratic_gradient(a: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
     """∇_a C: for one sample ∇_a C_x = a − y, then weighted by the reduction. Shape as a."""
-    return reduce_gradient(a - y, reduction)  # BP1: ∇_a C_x = a − y
+    return _cost.reduce_gradient(a - y, reduction)  # BP1: ∇_a C_x = a − y
 
 
 class QuadraticCostFunction(Function):
@@ -49,7 +39,7 @@ class QuadraticCostFunction(Function):
     Shapes: a and y (..., components); C (), or (...) under "none".
     Units: C_x sums over components; "mean" and "sum" reduce over samples.
     Saves: a and y.
-    Errors: none of its own; `quadratic_cost` checks the arguments.
+    Errors: none; `quadratic_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, the cost in BP1.
     """
 
@@ -58,7 +48,7 @@ class QuadraticCostFunction(Function):
     @staticmethod
     def forward(a: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
         """Compute C from the losses ½‖y − a‖²."""
-        return reduce_losses((a - y).square().sum(-1) / 2, reduction)
+        return _cost.reduce_losses((a - y).square().sum(-1) / 2, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
@@ -83,15 +73,13 @@ class QuadraticCostFunction(Function):
     def jvp(ctx: Any, da: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
         """From tangents da, dy to dC = Σ_x (a − y)·da + (y − a)·dy, reduced."""
         a, y = ctx.saved_tensors
-        terms = []
-        if da is not None:
-            terms.append((a - y) * da)
-        if dy is not None:
-            terms.append((y - a) * dy)
-        return reduce_losses(reduce(torch.add, terms).sum(-1), ctx.reduction)
+        of_a = None if da is None else (a - y) * da
+        of_y = None if dy is None else (y - a) * dy
+        return _cost.reduce_tangents([of_a, of_y], ctx.reduction)
 
 
-_quadratic_cost = as_callable(QuadraticCostFunction)
+_checked = partial(_cost.checked_pair, "a")
+_call = _cost.as_cost(QuadraticCostFunction, _checked)
 
 
 def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -108,17 +96,13 @@ def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tenso
         The cost, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: a or y is no dense tensor, not of a real floating dtype, or they differ in dtype.
+        TypeError: a or y is no dense tensor of a real floating dtype, or their dtypes differ.
         ValueError: y has another shape or device than a, a has no dimension, or reduction is
             unknown.
 
     See `QuadraticCostFunction` for the gradients.
     """
-    if has_torch_function_variadic(a, y):
-        return hand_over(quadratic_cost, a, y, reduction)
-    a, y = checked_pair("a", a, y)
-    _require.one_of("reduction", reduction, REDUCTIONS)
-    return _quadratic_cost(a, y, reduction)
+    return _call(quadratic_cost, a, y, reduction)
 
 
 class QuadraticCost(Cost):
@@ -133,22 +117,22 @@ class QuadraticCost(Cost):
 
     def gradient(self, a: Tensor, y: Tensor) -> Tensor:
         """∇_a C, shaped as a."""
-        return quadratic_gradient(*checked_pair("a", a, y), self.reduction)
+        return quadratic_gradient(*_checked(a, y), self.reduction)
 
     def bind(self, a: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         """C, and a − y in the memory of delta: see `Cost.bind`."""
-        weight = sample_weight(a, self.reduction)
+        weight = _cost.sample_weight(a, self.reduction)
         half = delta.new_full((), weight / 2)
         components = delta.view(-1)
         rows = delta.view(math.prod(a.shape[:-1]), 1, a.shape[-1])
         shape, dtype, device = a.shape, a.dtype, a.device
-        # Not of 16 bits, for which a sum of squares is soon too large; nor of very many, which it
-        # would add up one by one; nor the mean of none, which is no number.
+        # A dot product is faster. But in 16 bits a sum of squares soon overflows, very many squares
+        # are added one by one, and the mean of none must be nan.
         are_few = is_exporting() or 0 < a.numel() <= MOST_SQUARES
-        is_plain = a.dtype.itemsize >= 4 and are_few
+        uses_dot = a.dtype.itemsize >= 4 and are_few
 
         def error_(y: Tensor) -> Tensor:
-            # What checked_pair asks, in a tenth of the time.
+            # The same checks as in checked_pair, in a tenth of the time.
             if not (
                 isinstance(y, Tensor)
                 and not y.is_nested
@@ -157,10 +141,10 @@ class QuadraticCost(Cost):
                 and y.device == device
                 and y.layout is strided
             ):
-                checked_pair("the output", a, y)
+                _cost.checked_pair("the output", a, y)
             torch.sub(a, y, out=delta)  # BP1: ∇_a C_x = a − y
-            if is_plain:
+            if uses_dot:
                 return components.dot(components).mul_(half)
-            return reduce_losses(torch.bmm(rows, rows.mT) / 2, self.reduction)
+            return _cost.reduce_losses(torch.bmm(rows, rows.mT) / 2, self.reduction)
 
         return error_, weight

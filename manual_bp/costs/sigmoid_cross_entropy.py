@@ -1,38 +1,29 @@
 """The cross-entropy of sigmoid outputs, as a function of z, where σ' cancels: δ = a − y."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import has_torch_function_variadic
 
-from manual_bp import _require
-from manual_bp._function import as_callable, hand_over, save_for_forward
-from manual_bp.costs._cost import (
-    REDUCTIONS,
-    Cost,
-    Reduction,
-    checked_pair,
-    reduce_gradient,
-    reduce_losses,
-    sample_weight,
-)
+from manual_bp._function import save_for_forward
+from manual_bp.costs import _cost
+from manual_bp.costs._cost import Cost, Reduction
 
 
 def sigmoid_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
     """δ^L = ∂C/∂z: for one sample a − y with a = σ(z), weighted by the reduction. Shape as z."""
     a = torch.sigmoid(z)
-    return reduce_gradient(a - y, reduction)  # BP1: δ = a − y
+    return _cost.reduce_gradient(a - y, reduction)  # BP1: δ = a − y
 
 
 class SigmoidCrossEntropyCostFunction(Function):
     """C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)] with a = σ(z), its gradients by hand.
 
-    Forward, in the joint form, which never takes the logarithm of a rounded a:
+    Forward, in the joint form, which takes no logarithm of a rounded a:
 
         C_x = Σ_j y_j ln(1 + e^(−z_j)) + (1 − y_j) ln(1 + e^(z_j))
 
@@ -45,8 +36,8 @@ class SigmoidCrossEntropyCostFunction(Function):
 
     Shapes: z and y (..., components); C (), or (...) under "none".
     Units: C_x sums over components, in nats; "mean" and "sum" reduce over samples.
-    Saves: z; and y, only if ∂C/∂z is asked for.
-    Errors: none of its own; `sigmoid_cross_entropy_cost` checks the arguments.
+    Saves: z; and y, only if ∂C/∂z is needed.
+    Errors: none; `sigmoid_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, the cross-entropy cost.
     """
 
@@ -56,17 +47,17 @@ class SigmoidCrossEntropyCostFunction(Function):
     def forward(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
         """Compute C from the losses in their joint form."""
         losses = -(y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z))
-        return reduce_losses(losses.sum(-1), reduction)
+        return _cost.reduce_losses(losses.sum(-1), reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
-        """Save what the gradients that were asked for will need."""
+        """Save only what the requested gradients need."""
         del output
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
         needs_z, _, _ = ctx.needs_input_grad
-        all_of_them = save_for_forward(ctx, z, y)
-        ctx.save_for_backward(z, y if needs_z or all_of_them else None)
+        saves_both = save_for_forward(ctx, z, y)
+        ctx.save_for_backward(z, y if needs_z or saves_both else None)
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -80,29 +71,27 @@ class SigmoidCrossEntropyCostFunction(Function):
             delta = sigmoid_cross_entropy_gradient(z, y, ctx.reduction)
             grad_z = grad_cost.unsqueeze(-1) * delta
         if needs_y:
-            grad_y = grad_cost.unsqueeze(-1) * reduce_gradient(-z, ctx.reduction)
+            grad_y = grad_cost.unsqueeze(-1) * _cost.reduce_gradient(-z, ctx.reduction)
         return grad_z, grad_y, None
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
         """From tangents dz, dy to dC = Σ_x (a − y)·dz − z·dy, reduced."""
         z, y = ctx.saved_tensors
-        terms = []
-        if dz is not None:
-            terms.append((torch.sigmoid(z) - y) * dz)
-        if dy is not None:
-            terms.append(-z * dy)
-        return reduce_losses(reduce(torch.add, terms).sum(-1), ctx.reduction)
+        of_z = None if dz is None else (torch.sigmoid(z) - y) * dz
+        of_y = None if dy is None else -z * dy
+        return _cost.reduce_tangents([of_z, of_y], ctx.reduction)
 
 
-_sigmoid_cross_entropy_cost = as_callable(SigmoidCrossEntropyCostFunction)
+_checked = partial(_cost.checked_pair, "z")
+_call = _cost.as_cost(SigmoidCrossEntropyCostFunction, _checked)
 
 
 def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
     """C_x = −Σ_j [y_j ln a_j + (1 − y_j) ln(1 − a_j)], a = σ(z), differentiated by hand.
 
     Takes z, not a: do not put a sigmoid before it. Every term of C, and the gradient, is finite for
-    every finite z. Components are summed, where `binary_cross_entropy_with_logits` averages them.
+    every finite z. Components are summed; `binary_cross_entropy_with_logits` averages them.
 
     Args:
         z: Weighted inputs of the output layer, shape (..., components); every index before the
@@ -114,17 +103,13 @@ def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no dense tensor, not of a real floating dtype, or they differ in dtype.
+        TypeError: z or y is no dense tensor of a real floating dtype, or their dtypes differ.
         ValueError: y has another shape or device than z, z has no dimension, or reduction is
             unknown.
 
     See `SigmoidCrossEntropyCostFunction` for the gradients.
     """
-    if has_torch_function_variadic(z, y):
-        return hand_over(sigmoid_cross_entropy_cost, z, y, reduction)
-    z, y = checked_pair("z", z, y)
-    _require.one_of("reduction", reduction, REDUCTIONS)
-    return _sigmoid_cross_entropy_cost(z, y, reduction)
+    return _call(sigmoid_cross_entropy_cost, z, y, reduction)
 
 
 class SigmoidCrossEntropyCost(Cost):
@@ -139,7 +124,7 @@ class SigmoidCrossEntropyCost(Cost):
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:
         """δ^L = ∂C/∂z, shaped as z."""
-        return sigmoid_cross_entropy_gradient(*checked_pair("z", z, y), self.reduction)
+        return sigmoid_cross_entropy_gradient(*_checked(z, y), self.reduction)
 
     def bind(self, z: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
         """C, and a − y in the memory of delta: see `Cost.bind`."""
@@ -149,4 +134,4 @@ class SigmoidCrossEntropyCost(Cost):
             torch.sigmoid(z, out=delta).sub_(y)  # BP1: δ = a − y
             return cost
 
-        return error_, sample_weight(z, self.reduction)
+        return error_, _cost.sample_weight(z, self.reduction)

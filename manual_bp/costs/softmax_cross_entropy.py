@@ -1,26 +1,17 @@
 """The cross-entropy of softmax outputs, as a function of z: again δ = a − y."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import has_torch_function_variadic
 
 from manual_bp import _require
 from manual_bp._autocast import autocast_to_float32
-from manual_bp._function import as_callable, hand_over, save_for_forward
-from manual_bp.costs._cost import (
-    REDUCTIONS,
-    Cost,
-    Reduction,
-    checked_pair,
-    reduce_gradient,
-    reduce_losses,
-    sample_weight,
-)
+from manual_bp._function import save_for_forward
+from manual_bp.costs import _cost
+from manual_bp.costs._cost import Cost, Reduction
 
 
 def softmax_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -> Tensor:
@@ -33,11 +24,11 @@ def softmax_cross_entropy_gradient(z: Tensor, y: Tensor, reduction: Reduction) -
         a = a * y.sum(-1, keepdim=True)
     else:
         y = _one_hot(y, z)
-    return reduce_gradient(a - y, reduction)  # BP1: δ = a − y
+    return _cost.reduce_gradient(a - y, reduction)  # BP1: δ = a − y
 
 
 def _one_hot(y: Tensor, z: Tensor) -> Tensor:
-    # Not torch.nn.functional.one_hot: that looks at the values, which waits for an accelerator.
+    # Not torch.nn.functional.one_hot, which reads the values and so waits for an accelerator.
     return torch.zeros_like(z).scatter(-1, y.long().unsqueeze(-1), 1)
 
 
@@ -58,8 +49,8 @@ class SoftmaxCrossEntropyCostFunction(Function):
 
     Shapes: z (..., classes); y the same, or (...) for indices; C (), or (...) under "none".
     Units: C_x in nats; "mean" and "sum" reduce over samples.
-    Saves: z; and y, only if ∂C/∂z is asked for.
-    Errors: none of its own; `softmax_cross_entropy_cost` checks the arguments.
+    Saves: z; and y, only if ∂C/∂z is needed.
+    Errors: none; `softmax_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, softmax and log-likelihood.
     """
 
@@ -70,18 +61,18 @@ class SoftmaxCrossEntropyCostFunction(Function):
         """Compute C from the losses −Σ_j y_j ln a_j."""
         log_a = torch.log_softmax(z, -1)
         if y.is_floating_point():
-            return reduce_losses(-(y * log_a).sum(-1), reduction)
-        return reduce_losses(-log_a.gather(-1, y.long().unsqueeze(-1)).squeeze(-1), reduction)
+            return _cost.reduce_losses(-(y * log_a).sum(-1), reduction)
+        return _cost.reduce_losses(-log_a.gather(-1, y.long().unsqueeze(-1)).squeeze(-1), reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Reduction], output: Any) -> None:
-        """Save what the gradients that were asked for will need."""
+        """Save only what the requested gradients need."""
         del output
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
         needs_z, _, _ = ctx.needs_input_grad
-        all_of_them = save_for_forward(ctx, z, y)
-        ctx.save_for_backward(z, y if needs_z or all_of_them else None)
+        saves_both = save_for_forward(ctx, z, y)
+        ctx.save_for_backward(z, y if needs_z or saves_both else None)
 
     @staticmethod
     def backward(ctx: Any, grad_cost: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -96,66 +87,59 @@ class SoftmaxCrossEntropyCostFunction(Function):
             grad_z = grad_cost.unsqueeze(-1) * delta
         if needs_y:
             log_a = torch.log_softmax(z, -1)
-            grad_y = grad_cost.unsqueeze(-1) * reduce_gradient(-log_a, ctx.reduction)
+            grad_y = grad_cost.unsqueeze(-1) * _cost.reduce_gradient(-log_a, ctx.reduction)
         return grad_z, grad_y, None
 
     @staticmethod
     def jvp(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None) -> Tensor:
         """From tangents dz, dy to dC = Σ_x (a − y)·dz − ln a·dy, reduced."""
         z, y = ctx.saved_tensors
-        terms = []
-        if dz is not None:
-            terms.append(softmax_cross_entropy_gradient(z, y, "none") * dz)
-        if dy is not None:
-            terms.append(-torch.log_softmax(z, -1) * dy)
-        return reduce_losses(reduce(torch.add, terms).sum(-1), ctx.reduction)
+        of_z = None if dz is None else softmax_cross_entropy_gradient(z, y, "none") * dz
+        of_y = None if dy is None else -torch.log_softmax(z, -1) * dy
+        return _cost.reduce_tangents([of_z, of_y], ctx.reduction)
 
 
-_softmax_cross_entropy_cost = as_callable(SoftmaxCrossEntropyCostFunction)
+def _checked(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    _require.tensor("y", y)
+    if y.is_floating_point():
+        return _cost.checked_pair("z", z, y)
+    (z,) = autocast_to_float32(z)
+    _require.real("z", z)
+    _require.components("z", z)
+    _require.indices("y", y, "z", z)
+    return z, y
+
+
+_call = _cost.as_cost(SoftmaxCrossEntropyCostFunction, _checked)
 
 
 def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tensor:
     """C_x = −Σ_j y_j ln a_j, a = softmax(z), differentiated by hand.
 
-    Takes z, not a: do not put a softmax before it. Classes stand in the last dimension at any
-    number of dimensions, where `torch.nn.functional.cross_entropy` has them in the second.
+    Takes z, not a: do not put a softmax before it. Classes are in the last dimension for any number
+    of dimensions, whereas `torch.nn.functional.cross_entropy` has them in the second.
 
     Args:
         z: Weighted inputs of the output layer, shape (..., classes); every index before the last
             is a sample.
         y: Targets: class indices, integers from 0 to classes − 1 of shape (...); or probability
-            rows, shaped as z and of its dtype, which may require gradients as well. No index is
-            left out of the cost: there is no `ignore_index`.
+            rows, shaped as z and of its dtype, which may require gradients as well. There
+            is no `ignore_index`: every index counts.
         reduction: "mean" or "sum" over samples, or "none".
 
     Returns:
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no dense tensor, z is not of a real floating dtype, or y is neither of
-            integers nor of the dtype of z.
+        TypeError: z or y is no dense tensor, z is not of a real floating dtype, or y holds neither
+            integers nor numbers of the dtype of z.
         ValueError: y has the wrong shape or another device than z, an index is out of range (on
-            the CPU; elsewhere PyTorch's own indexing says so), z has no dimension, or reduction
+            the CPU; elsewhere PyTorch's indexing raises), z has no dimension, or reduction
             is unknown.
 
     See `SoftmaxCrossEntropyCostFunction` for the gradients.
     """
-    if has_torch_function_variadic(z, y):
-        return hand_over(softmax_cross_entropy_cost, z, y, reduction)
-    z, y = _checked(z, y)
-    _require.one_of("reduction", reduction, REDUCTIONS)
-    return _softmax_cross_entropy_cost(z, y, reduction)
-
-
-def _checked(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    _require.tensor("y", y)
-    if y.is_floating_point():
-        return checked_pair("z", z, y)
-    (z,) = autocast_to_float32(z)
-    _require.real("z", z)
-    _require.components("z", z)
-    _require.indices("y", y, "z", z)
-    return z, y
+    return _call(softmax_cross_entropy_cost, z, y, reduction)
 
 
 class SoftmaxCrossEntropyCost(Cost):
@@ -186,4 +170,4 @@ class SoftmaxCrossEntropyCost(Cost):
                 delta.scatter_add_(-1, index, minus_one.expand(index.shape))  # BP1: δ = a − y
             return cost
 
-        return error_, sample_weight(z, self.reduction)
+        return error_, _cost.sample_weight(z, self.reduction)

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from manual_bp import _net, _require
 from manual_bp._torch import any_autocast_is_on, below_autograd, transforms_are_active
-from manual_bp.costs._cost import Cost, has_own_bind
+from manual_bp.costs._cost import Cost, bind_fits
 from manual_bp.training_step import _export
 from manual_bp.training_step._captured import CapturedStep
 from manual_bp.training_step._overlap import memory_of, overlapping, overlaps_itself
@@ -348,7 +348,7 @@ class TrainingStep:
         self._device: torch.device = w.device
         self._memories = [memory_of(p) for p in parameters.values() if p.requires_grad]
         # A cost that has only forward and gradient of its own may use autograd in them.
-        self._guard: Any = below_autograd if has_own_bind(self.cost) else torch.no_grad
+        self._guard: Any = below_autograd if bind_fits(self.cost) else torch.no_grad
         self._forget()
 
     def _forget(self) -> None:

@@ -38,7 +38,7 @@ from tests.helpers import (
 
 
 class Case(NamedTuple):
-    """A cost, PyTorch's way to write its losses, and targets for an output."""
+    """A cost, its losses computed by PyTorch, and how to make targets for an output."""
 
     cost: type[Cost]
     call: Callable[..., Tensor]
@@ -158,7 +158,7 @@ def test_any_shape(name: str, reduction: str, shape: list[int], layout: str) -> 
 
 
 @every_case
-def test_no_samples(case: Case, device: torch.device) -> None:
+def test_cost_of_no_samples_is_zero_or_nan(case: Case, device: torch.device) -> None:
     arguments = sample(case, 0, device=device)
     for reduction, expected in (("sum", 0.0), ("mean", torch.nan)):
         output = leaf(arguments[0])
@@ -172,9 +172,7 @@ def test_no_samples(case: Case, device: torch.device) -> None:
 
 @every_case
 @every_reduction
-def test_gradient_without_autograd_is_that_of_autograd(
-    case: Case, reduction: str, device: torch.device
-) -> None:
+def test_gradient_equals_that_of_autograd(case: Case, reduction: str, device: torch.device) -> None:
     output, y = sample(case, 5, device=device)
     cost = case.cost(reduction)  # type: ignore[arg-type]
     value, (expected,) = gradients(cost, (leaf(output), y), torch.ones_like(cost(output, y)))
@@ -183,7 +181,7 @@ def test_gradient_without_autograd_is_that_of_autograd(
 
 
 @every_case
-def test_an_undefined_gradient_costs_nothing(case: Case, device: torch.device) -> None:
+def test_undefined_gradient_runs_no_backward(case: Case, device: torch.device) -> None:
     assert_undefined_gradient_costs_nothing(case.call, sample(case, 5, device=device))
 
 
@@ -196,7 +194,7 @@ def test_backward_runs_no_derivative_kernel(
 
 
 @every_case
-def test_both_arguments_are_kept_and_nothing_else(case: Case) -> None:
+def test_only_the_arguments_are_saved(case: Case) -> None:
     output, y = sample(case, 5)
     kept = saved_tensors(case.call, (leaf(output), y))
     assert [is_same_memory(one, two) for one, two in zip(kept, (output, y), strict=False)]
@@ -205,8 +203,8 @@ def test_both_arguments_are_kept_and_nothing_else(case: Case) -> None:
 
 @every_case
 @pytest.mark.parametrize("at", ["anywhere", "zero"])
-def test_compiled_transforms(case: Case, at: str, device: torch.device) -> None:
-    """There PyTorch differentiates our forward, which must be smooth for it everywhere."""
+def test_compiled_transforms_match_pytorch(case: Case, at: str, device: torch.device) -> None:
+    """In these, PyTorch differentiates our forward, so that must be differentiable everywhere."""
     output, y = sample(case, 2, device=device)
     if at == "zero":
         output = torch.zeros_like(output)
@@ -221,7 +219,7 @@ def test_compiled_transforms(case: Case, at: str, device: torch.device) -> None:
 
 
 @every_case
-def test_autocast_computes_in_float32_as_pytorch_does(case: Case, device: torch.device) -> None:
+def test_autocast_computes_in_float32(case: Case, device: torch.device) -> None:
     output, y = sample(case, 5, dtype=torch.float32, device=device)
     low = leaf(output.to(torch.bfloat16))
     with torch.autocast(device.type, torch.bfloat16):
@@ -235,14 +233,14 @@ def test_autocast_computes_in_float32_as_pytorch_does(case: Case, device: torch.
 
 
 @every_case
-def test_module(case: Case) -> None:
+def test_repr_and_state_dict_of_the_module(case: Case) -> None:
     assert repr(case.cost()) == f"{case.cost.__name__}()"
     assert repr(case.cost("sum")) == f"{case.cost.__name__}(reduction='sum')"
     assert not case.cost().state_dict()
 
 
 @every_case
-def test_bad_input(case: Case) -> None:
+def test_bad_input_is_refused(case: Case) -> None:
     output, y = sample(case, 5)
     name = "a" if case.cost is QuadraticCost else "z"
     bad: list[tuple[Any, type[Exception], str]] = [
@@ -278,7 +276,7 @@ def test_bad_input(case: Case) -> None:
         case.cost("avg")  # type: ignore[arg-type]
 
 
-def test_a_cost_of_ones_own_must_say_both_things() -> None:
+def test_user_cost_must_define_forward_and_gradient() -> None:
     class Unfinished(Cost):
         pass
 
@@ -293,13 +291,13 @@ def test_a_cost_of_ones_own_must_say_both_things() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("shape", [(5, 3), (3,), (2, 4, 3), (0, 3), (5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_in_place_is_the_same(
+def test_bind_equals_forward_and_gradient(
     case: Case, reduction: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     cost = case.cost(reduction)
     output = torch.empty(shape, dtype=dtype, device=device)
     delta = torch.empty_like(output)
-    error_, share = cost.bind(output, delta)
+    error_, weight = cost.bind(output, delta)
     for _ in range(2):
         output.copy_(torch.rand(shape))
         y = case.targets(output)
@@ -309,10 +307,10 @@ def test_in_place_is_the_same(
         expected_cost = cost(output, y)
         torch.testing.assert_close(found, expected_cost, rtol=8 * eps, atol=8 * eps, equal_nan=True)
         expected = cost.gradient(output, y)
-        torch.testing.assert_close(delta * share, expected, rtol=8 * eps, atol=eps)
+        torch.testing.assert_close(delta * weight, expected, rtol=8 * eps, atol=eps)
 
 
-def test_a_cost_of_ones_own_needs_nothing_more() -> None:
+def test_bind_of_a_user_cost_needs_only_forward_and_gradient() -> None:
     class Absolute(Cost):
         def forward(self, output: Tensor, y: Tensor) -> Tensor:
             return (output - y).abs().sum()
@@ -321,6 +319,6 @@ def test_a_cost_of_ones_own_needs_nothing_more() -> None:
             return (output - y).sign()
 
     output, delta = torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2)
-    error_, share = Absolute("sum").bind(output, delta)
+    error_, weight = Absolute("sum").bind(output, delta)
     assert error_(torch.zeros(1, 2)).item() == 3
-    assert (delta.tolist(), share) == ([[1, -1]], 1)
+    assert (delta.tolist(), weight) == ([[1, -1]], 1)

@@ -4,7 +4,7 @@ from manual_bp import QuadraticCost, quadratic_cost
 from tests.helpers import leaf
 
 
-def test_the_formula_in_numbers() -> None:
+def test_cost_and_gradient_in_numbers() -> None:
     a = leaf(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]]))
     y = leaf(torch.tensor([[0.0, 2.0, 5.0], [0.0, 1.0, 0.0]]))
     # ½(1 + 0 + 4) and ½(0 + ¼ + 1)
@@ -19,6 +19,6 @@ def test_the_formula_in_numbers() -> None:
     assert torch.equal(y.grad, -a.grad)
 
 
-def test_it_is_not_mse_loss() -> None:
+def test_mse_loss_differs_by_a_factor() -> None:
     a, y = torch.rand(5, 3), torch.rand(5, 3)
     torch.testing.assert_close(quadratic_cost(a, y), torch.nn.functional.mse_loss(a, y) * 3 / 2)

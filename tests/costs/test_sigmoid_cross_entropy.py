@@ -7,7 +7,7 @@ from manual_bp import Sigmoid, SigmoidCrossEntropyCost, sigmoid_cross_entropy_co
 from tests.helpers import assert_same, is_same_memory, leaf, saved_tensors
 
 
-def test_the_formula_in_numbers() -> None:
+def test_cost_and_gradient_in_numbers() -> None:
     z = leaf(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64))  # a = ½ and ¾
     y = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     cost = SigmoidCrossEntropyCost()(z, y)
@@ -17,7 +17,7 @@ def test_the_formula_in_numbers() -> None:
     assert z.grad[0].tolist() == pytest.approx([-0.5, 0.75], rel=1e-15)
 
 
-def test_the_joint_form_is_the_cost_on_a_where_that_can_be_computed() -> None:
+def test_joint_form_equals_the_cost_as_a_function_of_a() -> None:
     z = torch.randn(5, 3, dtype=torch.float64)
     y = torch.rand(5, 3, dtype=torch.float64)
     joint, apart = leaf(z), leaf(z)
@@ -32,7 +32,9 @@ def test_the_joint_form_is_the_cost_on_a_where_that_can_be_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_finite_for_any_finite_z(dtype: torch.dtype, device: torch.device) -> None:
+def test_cost_and_gradient_are_finite_for_any_finite_z(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     most = torch.finfo(dtype).max
     z = leaf(
         torch.tensor([[-most], [-1e4], [-90], [0], [90], [1e4], [most]], dtype=dtype, device=device)
@@ -46,20 +48,20 @@ def test_finite_for_any_finite_z(dtype: torch.dtype, device: torch.device) -> No
         assert torch.equal(delta, torch.sigmoid(z.detach()) - y)
 
 
-def test_the_gradient_of_targets_keeps_no_targets() -> None:
+def test_targets_are_not_saved_for_their_own_gradient() -> None:
     z, y = torch.randn(5, 3), leaf(torch.rand(5, 3))
     (kept,) = saved_tensors(sigmoid_cross_entropy_cost, (z, y))
     assert is_same_memory(kept, z)
 
 
-def test_targets_close_to_one_lose_no_accuracy() -> None:
+def test_targets_close_to_one_are_accurate() -> None:
     z = torch.tensor([[90.0]])
     y = torch.tensor([[1 - 2.0**-23]])
     loss = sigmoid_cross_entropy_cost(z, y)
     assert loss.item() == pytest.approx(90 * 2.0**-23, rel=1e-6)
 
 
-def test_a_confident_right_answer_still_has_its_small_cost() -> None:
+def test_small_cost_of_a_confident_right_answer_is_accurate() -> None:
     z = torch.tensor([[-30.0], [-80.0]], dtype=torch.float64)
     losses = sigmoid_cross_entropy_cost(z, torch.zeros_like(z), "none")
     torch.testing.assert_close(losses, torch.exp(z)[:, 0], rtol=1e-12, atol=0)
