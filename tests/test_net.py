@@ -65,9 +65,9 @@ class TestBuffers:
             step = TrainingStep(one, QuadraticCost(), 0.5, momentum=momentum)
             for _ in range(3):
                 step(*batch)
-            snapshot = step._snapshot
+            plan = step._plan
             step(*batch)
-            assert step._snapshot is snapshot  # not read anew at every step
+            assert step._plan is plan  # not read anew at every step
         assert torch.equal(getattr(net[1], name), before)
         for key, value in net.state_dict().items():
             assert_same([value], [frozen.state_dict()[key]])

@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -13,64 +13,58 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from manual_bp.training_step._pass import Pass, Plan, fresh_buffers
+from manual_bp.training_step._pass import Computation, Pass, fresh_buffers
+from manual_bp.training_step._plan import Plan
 
 State = dict[str, Tensor]
 
 
-class Function(nn.Module):
-    """The step as a function: it changes nothing, and gives the new values back."""
+class StepModule(nn.Module):
+    """The step as a function: it changes no argument, and returns the new values."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, computation: Computation) -> None:
         super().__init__()
-        # Behind a lambda, lest the network's parameters become this module's own.
-        self._plan: Any = lambda: plan
+        self._computation = computation
 
     def forward(
         self, x: Tensor, y: Tensor, lr: Tensor, parameters: State, velocities: State | None = None
     ) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
-        """The cost before the step, the new parameters and, if there are any, velocities."""
-        parameters = {name: value.clone() for name, value in parameters.items()}
+        """The cost before the step, the new parameters and, under momentum, the new velocities."""
+        new = {name: value.clone() for name, value in parameters.items()}
         new_velocities = {name: value.clone() for name, value in (velocities or {}).items()}
-        run = Pass(
-            self._plan(),
-            parameters,
-            new_velocities,
-            x.shape[:-1],
-            fresh_buffers(x),
-            rate_is_tensor=True,
-        )
-        before = run(x, y, lr)
-        return (before, parameters) if velocities is None else (before, parameters, new_velocities)
+        samples, allocate = x.shape[:-1], fresh_buffers(x)
+        run = Pass(self._computation, new, new_velocities, samples, allocate, rate_is_tensor=True)
+        cost = run(x, y, lr)
+        return (cost, new) if velocities is None else (cost, new, new_velocities)
 
 
 @torch.no_grad()
-def as_program(
-    function: Function, parameters: Mapping[str, Tensor], velocities: State | None, y: Tensor | None
-) -> ExportedProgram:
+def as_program(plan: Plan, y: Tensor | None) -> ExportedProgram:
     """The step for batches (N, in) of any N, with targets like y."""
-    values = [value.detach() for value in parameters.values()]
-    weights = [value for value in values if value.ndim == 2]
-    samples = 2  # any number but those that PyTorch takes for constants
-    x = weights[0].new_zeros(samples, weights[0].shape[1])
+    layers = plan.computation.layers
+    samples = 2  # any number that PyTorch does not take for a constant
+    x = layers[0].w.detach().new_zeros(samples, layers[0].w.shape[1])
     if y is None:
-        y = x.new_zeros(samples, len(weights[-1]))
+        y = x.new_zeros(samples, len(layers[-1].w))
     else:
         y = y.detach().new_zeros(samples, *y.shape[1:])
-    arguments: list[Any] = [x, y, x.new_zeros(()), dict(zip(parameters, values, strict=True))]
+    parameters = {name: value.detach() for name, value in plan.parameters.items()}
+    arguments: list[Any] = [x, y, x.new_zeros(()), parameters]
     batch = {0: Dim("batch", min=1)}
     shapes: list[Any] = [batch, batch, None, dict.fromkeys(parameters)]
+    velocities = plan.learned_velocities
     if velocities is not None:
         arguments.append(velocities)
         shapes.append(dict.fromkeys(velocities))
-    function(*arguments)  # so that what does not fit is refused in our words
-    return torch.export.export(function, tuple(arguments), dynamic_shapes=tuple(shapes))
+    module = StepModule(plan.computation)
+    module(*arguments)  # so that what does not fit is refused in our words
+    return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))
 
 
 def require_path(path: str | PathLike[str]) -> None:
-    """Refuse a path that no file can be written to, before all the work."""
+    """Refuse a path that no file can be written to, before the export begins."""
     if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"path must lead into a folder that is there; got {str(path)!r}")
+        raise FileNotFoundError(f"path must lead into a folder that exists; got {str(path)!r}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"path must lead to a file; got a folder, {str(path)!r}")
     if Path(path).exists() and not Path(path).is_file():
@@ -79,27 +73,23 @@ def require_path(path: str | PathLike[str]) -> None:
 
 def save_program(program: ExportedProgram, path: str | PathLike[str]) -> None:
     """Write a program to a file."""
-    # Not straight to the file: if that fails, PyTorch's writer ends the process.
+    # Not directly to the file: if that fails, PyTorch's writer aborts the process.
     content = BytesIO()
     torch.export.save(program, content)
     _write(path, content.getbuffer())
 
 
-def save_onnx(
-    program: ExportedProgram,
-    state: Sequence[str],
-    dtype: torch.dtype,
-    path: str | PathLike[str],
-) -> None:
-    """Write a program to a file, as an ONNX model; state names parameters and velocities."""
+def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -> None:
+    """Write a plan's program to a file, as an ONNX model."""
     try:
-        import onnxscript  # noqa: F401 (torch.onnx imports it itself, and then is less clear)
+        import onnxscript  # noqa: F401 (torch.onnx imports it too, but its error is less clear)
     except ImportError as error:
         raise ImportError(
             "export_onnx needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
+    state = [*plan.parameters, *(f"velocity.{name}" for name in plan.learned_velocities or {})]
     with warnings.catch_warnings():
-        # The exporter's own, of packages that it uses.
+        # From packages that the exporter uses.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         model = torch.onnx.export(
@@ -108,16 +98,17 @@ def save_onnx(
             output_names=["cost", *(f"new.{name}" for name in state)],
             dynamo=True,
             verbose=False,
-            custom_translation_table=_in_float64() if dtype is torch.float64 else None,
+            custom_translation_table=_in_float64() if plan.dtype is torch.float64 else None,
         )
     assert model is not None
     _write(path, model.model_proto.SerializeToString())
 
 
 def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
-    """Write it beside the file first, so that at no time there is half a file."""
+    """Write to a temporary file and then replace path, which so never holds half a file."""
     path = Path(path)
-    # In a folder of its own, so that it meets no other file, and is made as any file is.
+    # In a new folder, where no other file can have its name. A file from tempfile itself would
+    # not have the usual permissions.
     with TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
         unfinished = Path(folder, "step")
         unfinished.write_bytes(content)
@@ -125,14 +116,14 @@ def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
 
 
 def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
-    # As a product of matrices: onnxruntime 1.31 multiplies a transposed matrix with a vector as if
-    # it were not transposed.
+    # As a product of matrices: onnxruntime 1.31 multiplies a transposed matrix by a vector as if it
+    # were not transposed.
     return (matrix @ vector.unsqueeze(1)).squeeze(1)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    # The form that is right for an end of 0, which is the only one here. PyTorch's own has two
-    # forms, for two halves of the weights, both of which ONNX would compute everywhere.
+    # The form that is exact for an end of 0, which is the only one here. PyTorch's has two forms,
+    # each for half of the weights, and ONNX would compute both everywhere.
     return end + (start - end) * (1 - weight)
 
 
@@ -142,19 +133,19 @@ def _leaky_relu(z: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 
 def _mul(t: Tensor, number: Any) -> Any:
-    # A number of the step's dtype, where torch.onnx would take it for one of float32.
+    # As a number of the step's dtype, where torch.onnx would round it to float32.
     if isinstance(number, Tensor):
         return NotImplemented
     return t * torch.scalar_tensor(number, dtype=t.dtype)
 
 
 def _add(t: Tensor, other: Any, *, alpha: float = 1) -> Any:
-    # So that alpha is a factor like any other.
+    # Makes alpha a factor like any other.
     return NotImplemented if alpha == 1 else t + other * alpha
 
 
 def _expm1(x: Tensor) -> Tensor:
-    # torch.onnx would write e^x − 1, which loses its digits where x is small.
+    # torch.onnx would write e^x − 1, which loses digits for a small x.
     t = torch.tanh(x / 2)
     return 2 * t / (1 - t)
 
@@ -170,7 +161,7 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
 
 
 def _in_float64() -> dict[Any, Callable[..., Any]]:
-    """What torch.onnx would write with numbers rounded to float32."""
+    """Translations where those of torch.onnx would round numbers to float32."""
     from onnxscript import ir
     from onnxscript.onnx_opset import opset18
 

@@ -1,4 +1,4 @@
-"""Whether tensors share memory: what is updated in place must have memory of its own."""
+"""Whether tensors share memory: a parameter that is updated in place must not."""
 
 from collections.abc import Mapping
 from math import gcd
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def overlaps_itself(t: Tensor) -> bool:
-    """Whether two elements of a vector or matrix are at one place in memory."""
+    """Whether two elements of a vector or matrix have the same memory."""
     steps = [(n, step) for n, step in zip(t.shape, t.stride(), strict=True) if n > 1]
     if len(steps) < 2 or not t.numel():
         return bool(t.numel()) and any(step == 0 for _, step in steps)
@@ -23,7 +23,7 @@ def overlapping(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     names = list(tensors)
     reaches = sorted((*_reach(t), place) for place, t in enumerate(tensors.values()) if t.numel())
     found: list[tuple[int, int]] = []
-    others: list[tuple[int, int]] = []  # those that reach beyond where the next one starts
+    others: list[tuple[int, int]] = []  # earlier ones that end after the next one starts
     for start, end, place in reaches:
         others = [other for other in others if other[0] > start]
         found += [
@@ -36,7 +36,7 @@ def overlapping(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def share_memory(t: Tensor, other: Tensor) -> bool:
-    """Whether an element of one is, in part or whole, in memory of the other's."""
+    """Whether an element of one overlaps an element of the other, in part or whole."""
     (start, end), (other_start, other_end) = _reach(t), _reach(other)
     if end <= other_start or other_end <= start:
         return False
@@ -47,21 +47,21 @@ def share_memory(t: Tensor, other: Tensor) -> bool:
 
 
 def memory_of(t: Tensor) -> tuple[int, int]:
-    """Where the memory that it is a view of begins and ends."""
+    """The first address of the storage that t is a view of, and the address after its last."""
     memory = t.untyped_storage()
     start = memory.data_ptr()
     return start, start + memory.nbytes()
 
 
 def _reach(t: Tensor) -> tuple[int, int]:
-    """The address of the first byte, and that behind the last."""
+    """The address of the first byte of t, and the address after its last."""
     last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
 
 
 def _bytes_of(t: Tensor, memory: Tensor, first: int) -> Tensor:
-    """A view of memory, which begins at the address first: of the bytes that t lies in."""
-    # An expanded tensor's copies are one, for fill_ refuses them.
+    """The bytes that t occupies, as a view of memory, whose first byte has the address first."""
+    # Elements of an expanded tensor that share memory are taken once: fill_ refuses them.
     shape = [n if step else 1 for n, step in zip(t.shape, t.stride(), strict=True)]
     strides = [step * t.itemsize for step in t.stride()]
     return memory.as_strided((*shape, t.itemsize), (*strides, 1), t.data_ptr() - first)

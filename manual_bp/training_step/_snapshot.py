@@ -1,56 +1,61 @@
-"""What buffers and CUDA graphs were made for, to notice when that has changed."""
+"""What a plan was built for, to notice when that has changed."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from manual_bp import _net
 from manual_bp.costs._cost import Cost
 from manual_bp.layers._activation import ACTIVATIONS
-
-# What changes what a cost computes.
-_OF_A_COST = ("reduction", "forward", "gradient")
+from manual_bp.layers._formula import is_equivalent
 
 
 class Snapshot:
-    """Modules, their settings, parameters, where and how these lie, and which learn; and the cost.
+    """A network's modules, their options, the parameters and their memory; and a cost's attributes.
 
-    Not hooks, for which every step would have to look into every module.
+    Hooks are left out: for these, every step would have to look into every module.
     """
 
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
-        self._modules, self._there = net._modules, tuple(net._modules.values())
-        self._settings = [(vars(cost), name, vars(cost).get(name)) for name in _OF_A_COST]
-        options = {name for activation in ACTIVATIONS for name in activation.options}
-        for module in self._there:
-            has = vars(module)
-            self._settings += [(has, name, has[name]) for name in options if name in has]
-        self._held: list[tuple[dict[str, Any], str, Tensor, bool, Tensor]] = []
-        self._absent: list[dict[str, Any]] = []
+        self._modules, self._modules_then = net._modules, tuple(net._modules.values())
+        self._options = [
+            (module, name, getattr(module, name))
+            for module in self._modules_then
+            for kind in ACTIVATIONS
+            if is_equivalent(kind, module)
+            for name in kind.options
+        ]
+        # All attributes of the cost, since its bind may have captured the value of any of them.
+        self._attributes: list[dict[str, Any]] = [
+            attributes
+            for module in cost.modules()
+            for attributes in (vars(module), module._parameters, module._buffers, module._modules)
+        ]
+        self._attributes_then = [attributes.copy() for attributes in self._attributes]
+        self._held: list[tuple[dict[str, Any], str, Any, bool, Any]] = []
         for layer in layers:
-            parameters: dict[str, Any] = layer.module._parameters
-            buffers: dict[str, Any] = layer.module._buffers
+            holders: Any = layer.module._parameters, layer.module._buffers
             for name, p in (("weight", layer.w), ("bias", layer.b)):
-                if p is None:
-                    self._absent += [parameters, buffers]
-                else:
-                    holder = parameters if name in parameters else buffers
-                    self._held.append((holder, name, p, p.requires_grad, p.detach()))
+                then = (p, False, None) if p is None else (p, p.requires_grad, p.detach())
+                self._held += [(held, name, *then) for held in holders if p is None or name in held]
 
-    def is_as_it_was(self) -> bool:
-        """Whether nothing of it has changed."""
-        for parameters, name, parameter, learns, memory in self._held:
-            if (
-                parameters.get(name) is not parameter
-                or parameter.requires_grad is not learns
-                or not parameter.is_set_to(memory)
+    def is_unchanged(self) -> bool:
+        """Whether network and cost are what they were."""
+        for held, name, parameter, learns, memory in self._held:
+            if held.get(name) is not parameter:
+                return False
+            if parameter is not None and (
+                parameter.requires_grad is not learns or not parameter.is_set_to(memory)
             ):
                 return False
-        for values, name, value in self._settings:
-            if values.get(name) != value:
+        for module, name, option in self._options:
+            if getattr(module, name) != option:
                 return False
-        for parameters in self._absent:
-            if parameters.get("bias") is not None:
-                return False
-        return tuple(self._modules.values()) == self._there
+        return tuple(self._modules.values()) == self._modules_then and self._cost_is_unchanged()
+
+    def _cost_is_unchanged(self) -> bool:
+        try:
+            return self._attributes == self._attributes_then
+        except Exception:  # from the comparison of two tensors or arrays, whose result is no bool
+            return False

@@ -1,30 +1,21 @@
 """A network, its cost and its learning rate: all that one step of training needs, kept ready."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from math import prod
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn, strided
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
 from torch.export import ExportedProgram
 
 from manual_bp import _net, _require
-from manual_bp._torch import any_autocast_is_on, below_autograd, transforms_are_active
-from manual_bp.costs._cost import Cost, bind_fits
-from manual_bp.training_step import _export
+from manual_bp._torch import any_autocast_is_on, transforms_are_active
+from manual_bp.costs._cost import Cost
+from manual_bp.training_step import _checks, _export
 from manual_bp.training_step._captured import CapturedStep
-from manual_bp.training_step._overlap import memory_of, overlapping, overlaps_itself
-from manual_bp.training_step._pass import Allocate, Descent, Pass, Plan, fresh_buffers
-from manual_bp.training_step._snapshot import Snapshot
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# For how many shapes of x a pass is kept: each is mere views, but there may be ever more of them.
-MOST_PASSES = 100
+from manual_bp.training_step._pass import Descent
+from manual_bp.training_step._plan import Plan
 
 
 class TrainingStep:
@@ -39,9 +30,9 @@ class TrainingStep:
     gradients: `.grad` is neither read nor written.
 
     Args:
-        net: As `backprop` takes it: linear layers and activations, ours or `torch.nn`'s own, or
-            `LinearSigmoid`s, in an `nn.Sequential`; no parameter that learns shares memory with
-            another. Its parameters are updated where they are, so it can be used and saved between
+        net: As for `backprop`: linear layers and activations, ours or `torch.nn`'s, or
+            `LinearSigmoid`s, in an `nn.Sequential`. No parameter that learns may share memory with
+            another. Parameters are updated in place, so the network can be used and saved between
             any two steps. Frozen ones stay as they are.
         cost: A `Cost` reduced by "mean" or "sum".
         lr: The learning rate η, at least 0.
@@ -50,28 +41,29 @@ class TrainingStep:
 
     Attributes:
         net, cost, momentum, weight_decay: As given.
-        lr: As given; it may be set anew between any two steps, as schedules do.
+        lr: As given; it may be set between any two steps, as schedules do.
 
-    A step, in the formulas of SGD, of each parameter p with the gradient g of the cost:
+    A step, in the formulas of SGD, for each parameter p with the gradient g of the cost:
 
         p ← p − η (g + λ p)                            without momentum
-        v ← μ v + g + λ p,  then  p ← p − η v          with momentum, from v = 0 on
+        v ← μ v + g + λ p,  then  p ← p − η v          with momentum, starting from v = 0
 
-    Memory beside the parameters, and the velocities v under momentum: the activations of the
-    largest batch so far, and two δ, each as wide as a layer. They are made at the first batch,
-    and again at a larger one.
+    Memory besides the parameters, and the velocities v under momentum: the activations of the
+    largest batch so far, and two δ, each as wide as the widest layer. Buffers are allocated at the
+    first batch, and again at a larger one.
 
-    Two threads must not call it at once. Modules and parameters that are replaced, moved, cast,
-    loaded, frozen or set otherwise between two steps are seen (what takes a parameter's place, and
-    has its shape, takes its velocity); hooks that are registered later are not, and do not run.
+    Two threads must not call it at once. A step notices whether modules, their options, parameters
+    or attributes of the cost have been replaced, moved, cast, loaded, frozen or set since the last
+    one. A parameter that replaces another of its shape takes over the velocity. Hooks that are
+    registered later are not noticed, and do not run; nor is a change inside an attribute of the
+    cost, as in a list.
 
     Raises:
         TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
             not of float16, bfloat16, float32 or float64.
-        ValueError: The sizes do not fit each other; a parameter that learns shares memory with
-            another, overlaps itself, or was made in inference mode; the cost is not reduced; a
-            number is below 0 or beyond the parameters' dtype; or a Softplus has a threshold below
-            20.
+        ValueError: Sizes do not match; a parameter that learns shares memory with another,
+            overlaps itself, or was made in inference mode; the cost is not reduced; a number is
+            below 0 or too large for the parameters' dtype; or a Softplus has a threshold below 20.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2 for the algorithm, chapter 3 for
     momentum and weight decay.
@@ -87,38 +79,42 @@ class TrainingStep:
         weight_decay: float = 0.0,
     ) -> None:
         self._net, self._cost = net, cost
-        self._read(_not_negative("lr", lr), _descent(momentum, weight_decay), {})
+        self._plan = Plan(net, cost, lr, Descent(momentum, weight_decay), {})
 
     @property
     def net(self) -> nn.Sequential:
-        """What is trained."""
+        """The network that is trained."""
         return self._net
 
     @property
     def cost(self) -> Cost:
-        """What is to become smaller."""
+        """What is minimised."""
         return self._cost
 
     @property
     def lr(self) -> float:
         """The learning rate η."""
-        return self._lr
+        return self._plan.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        lr = _not_negative("lr", value)
-        _require_within(self._dtype, lr, self._descent)
-        self._lr: float = lr
+        lr, plan = _checks.checked_number("lr", value), self._plan
+        try:
+            _checks.require_within(plan.dtype, lr, plan.descent)
+        except ValueError:
+            if plan.is_current():  # otherwise the next step checks it against the new dtype
+                raise
+        plan.lr = lr
 
     @property
     def momentum(self) -> float:
         """How much of a velocity is kept, μ."""
-        return self._descent.momentum
+        return self._plan.descent.momentum
 
     @property
     def weight_decay(self) -> float:
         """How strongly parameters are drawn to 0, λ."""
-        return self._descent.weight_decay
+        return self._plan.descent.weight_decay
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of gradient descent on a batch.
@@ -129,72 +125,81 @@ class TrainingStep:
             y: Targets, as the cost wants them.
 
         Returns:
-            The cost of the batch before the step, shape (), of no graph; a tensor of its own, and
-            for an accelerator nothing is waited for.
+            The cost of the batch before the step, shape (), without a graph. It is a new tensor at
+            each call. On an accelerator, nothing is waited for.
 
         Raises:
-            TypeError, ValueError: x or y does not fit; or the network, the cost or the numbers no
-                longer do (see `TrainingStep`).
-            RuntimeError: autocast is on, or a transform of `torch.func`, or `torch.export` traces.
+            TypeError, ValueError: x or y does not fit; or the network, the cost or a number no
+                longer does (see `TrainingStep`).
+            RuntimeError: autocast is on; or a transform of `torch.func`, or `torch.export`, traces
+                the call.
 
         After one of these errors, or one that the cost raises, neither parameters nor velocities
-        have changed. In code that `torch.compile` compiles, the step is a graph break and runs as
-        it does outside.
+        have changed. In code compiled by `torch.compile`, the step is a graph break and runs in
+        eager mode.
         """
         if is_compiling() or transforms_are_active():
-            return self._untraced(x, y)
-        self._look()
-        run = self._passes.get(x.shape) if self._fits(x) else None
-        if run is None:
-            run = self._prepare(x)
-        with self._guard():
-            if self._may_share_memory(x):
-                x = x.clone()  # it is read until the first layer's BP4, when others have learned
-            return run(x, y, self._lr)
+            return self._call_untraced(x, y)
+        plan = self._refresh()
+        _refuse_autocast()
+        run = plan.pass_for(x)
+        with plan.guard():
+            if plan.may_overlap_parameters(x):
+                x = x.clone()  # BP4 of the first layer reads x after other parameters have changed
+            return run(x, y, plan.lr)
 
-    def _untraced(self, x: Tensor, y: Tensor) -> Tensor:
-        """The step outside of what the compiler makes, where neither can see into the other."""
+    def _call_untraced(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step as a graph break, where `torch.compile` is tracing; elsewhere a refusal."""
         if transforms_are_active():
             raise RuntimeError(
                 "a TrainingStep must be called outside of torch.func's transforms (vmap, grad, "
-                "jvp ...), for it updates parameters in place and has no derivative"
+                "jvp ...), because it updates parameters in place and has no derivative"
             )
         if is_exporting():
             raise RuntimeError(
-                "a TrainingStep must not be traced by torch.export; its own export() and "
-                "export_onnx() write it"
+                "a TrainingStep must not be traced by torch.export; use its own export() and "
+                "export_onnx()"
             )
-        outside: Callable[[Tensor, Tensor], Tensor]
-        outside = torch.compiler.disable(self)  # type: ignore[no-untyped-call]
-        return outside(x, y)
+        cost: Tensor = torch.compiler.disable(self)(x, y)  # type: ignore[no-untyped-call]
+        return cost
+
+    def _refresh(self) -> Plan:
+        """The plan for network and cost as they are now."""
+        plan = self._plan
+        if not plan.is_current():
+            plan = Plan(self._net, self._cost, plan.lr, plan.descent, plan.velocities)
+            self._plan = plan
+        return plan
 
     def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
         """The step captured for batches of one shape: all its kernels in one launch.
 
         Args:
             x: A batch on a CUDA device, of the shape that all are to have.
-            y: Its targets. The batch is not learned from.
+            y: Its targets. The step does not learn from this batch.
 
         Returns:
-            What is called as this is. It updates the same parameters and velocities, by the `lr`
-            that this has at the time, as long as nothing else of this and its network changes.
+            An object that is called as the step is. It updates the same parameters and velocities,
+            with the `lr` that the step has at the time, as long as nothing else of the step and its
+            network changes.
 
         Raises:
             TypeError, ValueError: x or y does not fit, or is not on a CUDA device; or the
                 parameters are of float16.
             RuntimeError: autocast is on.
         """
-        self._look()
-        _net.require_input(x, self._plan.layers[0])
+        plan = self._refresh()
+        _refuse_autocast()
+        _net.require_input(x, plan.computation.layers[0])
         _require.tensor("y", y)
         if x.device.type != "cuda":
             raise ValueError(f"x must be on a CUDA device to be captured; got {x.device}")
-        _refuse_float16("captured", x.dtype)
+        _checks.require_tensor_rate("captured", x.dtype)
         return self._capture(x, y)
 
     def _capture(self, x: Tensor, y: Tensor) -> CapturedStep:
-        run = self._new_pass(x.shape[:-1], fresh_buffers(x), rate_is_tensor=True)
-        return CapturedStep(self, run, x, y)
+        plan = self._plan
+        return CapturedStep(plan, x, y, lambda: self._plan is plan and plan.is_current())
 
     def export(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
         """Write the step as a `torch.export` program, which needs neither this nor its network.
@@ -202,19 +207,19 @@ class TrainingStep:
             program = torch.export.load(path).module()
             cost, parameters = program(x, y, lr, parameters)
 
-        with x (N, in) of any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
-        parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities
-        of the parameters that learn, at first all 0, goes in and comes out last. Nothing is
-        changed in place. Which parameters are frozen is settled here.
+        x is (N, in) with any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
+        parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities of
+        the parameters that learn, at first all 0, goes in and comes out last. Nothing is changed
+        in place. Which parameters are frozen is fixed at the export.
 
         Args:
-            path: Where to; a file that is there is replaced, once the new one is whole.
-            y: A target like those to come, of any number of samples, if it is not of the output's
-                shape and dtype, as with class indices.
+            path: Where to. An existing file is replaced once the new one is complete.
+            y: An example of a target, of any number of samples; needed if targets do not have the
+                output's shape and dtype, as class indices.
 
         Raises:
             TypeError, ValueError: y does not suit the cost, or the parameters are of float16.
-            OSError: path leads into no folder, or to what is there and no file.
+            OSError: The folder of path does not exist, or path exists and is not a file.
         """
         _export.require_path(path)
         _export.save_program(self._program(y), path)
@@ -223,79 +228,69 @@ class TrainingStep:
         """Write the step as an ONNX model, with which an inference runtime can train.
 
         Inputs are x, y, lr, and each parameter by its name in `net.state_dict()`; outputs are
-        cost, and the new value of each as new.<name>. With momentum, velocity.<name> of each that
-        learns goes in as well, at first all 0, and new.velocity.<name> comes out. Shapes are as
-        for `export`.
+        cost, and the new value of each as new.<name>. With momentum, velocity.<name> of each
+        parameter that learns is an input as well, at first all 0, and new.velocity.<name> an
+        output. Shapes are as for `export`.
 
         Needs the extra `onnx`.
 
         Args:
-            path: Where to; a file that is there is replaced, once the new one is whole.
-            y: A target like those to come: see `export`.
+            path: Where to. An existing file is replaced once the new one is complete.
+            y: An example of a target: see `export`.
 
         Raises:
             TypeError, ValueError, OSError: See `export`.
-            ImportError: What the extra installs is missing.
+            ImportError: onnx or onnxscript is missing.
         """
         _export.require_path(path)
-        program = self._program(y)
-        velocities = self._exported_velocities or {}
-        names = [*self._parameters, *(f"velocity.{name}" for name in velocities)]
-        _export.save_onnx(program, names, self._dtype, path)
+        _export.save_onnx(self._program(y), self._plan, path)
+
+    def _program(self, y: Tensor | None) -> ExportedProgram:
+        plan = self._refresh()
+        _checks.require_tensor_rate("exported", plan.dtype)
+        if y is not None:
+            _require.tensor("y", y)
+        return _export.as_program(plan, y)
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save beside `net.state_dict()` to go on later as if nothing had been.
+        """What to save besides `net.state_dict()` to continue training later.
 
-        The numbers by their names, and velocities by the names of their parameters, as copies.
+        The numbers by their names, and copies of the velocities by the names of their parameters.
         """
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-            "velocities": {name: v.clone() for name, v in self._velocities.items()},
-        }
+        plan = self._plan
+        velocities = {name: v.clone() for name, v in plan.velocities.items()}
+        return {"lr": plan.lr, **plan.descent._asdict(), "velocities": velocities}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
-        A parameter that it has no velocity of starts from v = 0.
+        A parameter without a velocity in it starts from v = 0.
 
         Raises:
-            KeyError: Something is missing, or is too much, or a velocity belongs to no parameter
-                of net.
-            TypeError, ValueError: It is no mapping, a number is none, or a velocity is not shaped
-                as its parameter. Nothing has been taken over then.
+            KeyError: A key is missing or unknown, or a velocity belongs to no parameter of net.
+            TypeError, ValueError: It is no mapping, a number is not valid, or a velocity has
+                another shape than its parameter. Nothing has changed then.
         """
-        _require_mapping("state", state)
-        if state.keys() != set(_STATE):
+        _checks.require_mapping("state", state)
+        keys = ("lr", *Descent._fields, "velocities")
+        if state.keys() != set(keys):
             raise KeyError(
-                f"state must have the keys {', '.join(_STATE)}, and no others; "
+                f"state must have the keys {', '.join(keys)}, and no others; "
                 f"got {', '.join(map(str, state)) or 'none'}"
             )
-        _require_mapping("velocities", state["velocities"])
-        self._see_changes()
-        velocities = {}
-        for name, velocity in state["velocities"].items():
-            if name not in self._parameters:
-                raise KeyError(f"velocities: net has no parameter {name!r}")
-            _require.real(f"velocities[{name!r}]", velocity)
-            _require.shape(
-                f"velocities[{name!r}]", velocity, self._parameters[name].shape, "its parameter's"
-            )
-            if velocity.is_meta:
-                raise ValueError(f"velocities[{name!r}] must have values; got a meta tensor")
-            with torch.inference_mode(False):
-                velocities[name] = velocity.detach().clone()
-        descent = _descent(state["momentum"], state["weight_decay"])
-        self._read(_not_negative("lr", state["lr"]), descent, velocities)
+        _checks.require_mapping("velocities", state["velocities"])
+        velocities = _checks.checked_velocities(state["velocities"], self._refresh().parameters)
+        descent = Descent(state["momentum"], state["weight_decay"])
+        self._plan = Plan(self._net, self._cost, state["lr"], descent, velocities)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the buffers: in a copy, their calls would go on writing to those of the original.
-        return {name: value for name, value in vars(self).items() if name not in _MADE_ANEW}
+        # Not the plan: the passes of a copy would go on writing to the buffers of the original.
+        plan = self._plan
+        return vars(self) | {"_plan": (plan.lr, plan.descent, plan.velocities)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._read(self._lr, self._descent, self._velocities)
+        self._plan = Plan(self._net, self._cost, *state["_plan"])
 
     def __repr__(self) -> str:
         return (
@@ -303,206 +298,10 @@ class TrainingStep:
             f"momentum={self.momentum}, weight_decay={self.weight_decay})"
         )
 
-    def _look(self) -> None:
-        """Before each step: what has changed is read anew."""
-        self._see_changes()
-        if any_autocast_is_on():
-            raise RuntimeError(
-                "a TrainingStep must be called outside of autocast; it trains in its parameters' "
-                "own dtype"
-            )
 
-    def _see_changes(self) -> None:
-        if not self._snapshot.is_as_it_was():
-            self._read(self._lr, self._descent, self._velocities)
-
-    def _read(self, lr: float, descent: Descent, velocities: Mapping[str, Tensor]) -> None:
-        """Read network and cost as they are now, and let go of all that was made for them.
-
-        Numbers and velocities are taken over, unless anything is refused: then all stays as it was.
-        There is a new snapshot each time.
-        """
-        _net.require_cost(self.cost)
-        input_activations, layers = _net.parse(self.net)
-        _require_trainable(layers)
-        w = layers[0].w
-        _require_within(w.dtype, lr, descent)
-        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        kept: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in parameters.items():
-                velocity = velocities.get(name)
-                if velocity is not None and velocity.shape == parameter.shape:
-                    # The network may have moved, or been cast.
-                    kept[name] = velocity.to(parameter)
-                elif descent.momentum and parameter.requires_grad:
-                    kept[name] = torch.zeros_like(parameter)
-            snapshot = Snapshot(self.net, layers, self.cost)
-        self._lr = lr
-        self._descent: Descent = descent
-        self._velocities: dict[str, Tensor] = kept
-        self._plan = Plan(input_activations, layers, self.cost, descent)
-        self._parameters = parameters
-        self._snapshot: Snapshot = snapshot
-        self._dtype: torch.dtype = w.dtype
-        self._device: torch.device = w.device
-        self._memories = [memory_of(p) for p in parameters.values() if p.requires_grad]
-        # A cost that has only forward and gradient of its own may use autograd in them.
-        self._guard: Any = below_autograd if bind_fits(self.cost) else torch.no_grad
-        self._forget()
-
-    def _forget(self) -> None:
-        self._passes: dict[torch.Size, Pass] = {}
-        self._memory: dict[str, Tensor] = {}
-        self._capacity = 0
-
-    def _fits(self, x: Any) -> bool:
-        """Whether x is like the network's parameters."""
-        return (
-            isinstance(x, Tensor)
-            and x.dtype is self._dtype
-            and x.device == self._device
-            and x.layout is strided
-            and not x.is_nested
+def _refuse_autocast() -> None:
+    if any_autocast_is_on():
+        raise RuntimeError(
+            "a TrainingStep must be called outside of autocast; it trains in its parameters' "
+            "own dtype"
         )
-
-    def _may_share_memory(self, x: Tensor) -> bool:
-        """Whether x may be a part of a parameter that learns."""
-        start, end = memory_of(x)
-        return any(start < last and first < end for first, last in self._memories)
-
-    def _prepare(self, x: Tensor) -> Pass:
-        """A pass for x, kept for all batches of its shape."""
-        _net.require_input(x, self._plan.layers[0])
-        samples = prod(x.shape[:-1])
-        if samples > self._capacity or len(self._passes) == MOST_PASSES:
-            self._forget()
-            self._capacity = samples
-        run = self._new_pass(x.shape[:-1], partial(self._buffer, samples))
-        self._passes[x.shape] = run
-        return run
-
-    def _buffer(self, samples: int, name: str, columns: int) -> Tensor:
-        """The first rows of a buffer that the largest batch fits into."""
-        if name not in self._memory:
-            widest = max(len(layer.w) for layer in self._plan.layers)
-            most = widest if name.startswith("delta") else columns
-            self._memory[name] = torch.empty(
-                self._capacity * most, dtype=self._dtype, device=self._device
-            )
-        return self._memory[name][: samples * columns].view(samples, columns)
-
-    def _new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
-        with torch.inference_mode(False), torch.no_grad():
-            # Not the parameters themselves: a view of one, as Pass makes them, would hold on to it,
-            # and torch.utils.swap_tensors, by which modules may be moved, refuses what is held.
-            values = {name: p.detach() for name, p in self._parameters.items()}
-            velocities = self._velocities if self.momentum else {}
-            return Pass(self._plan, values, velocities, samples, allocate, **options)
-
-    def _program(self, y: Tensor | None) -> ExportedProgram:
-        self._see_changes()
-        _refuse_float16("exported", self._dtype)
-        if y is not None:
-            _require.tensor("y", y)
-        function = _export.Function(self._plan)
-        return _export.as_program(function, self._parameters, self._exported_velocities, y)
-
-    @property
-    def _exported_velocities(self) -> dict[str, Tensor] | None:
-        if not self.momentum:
-            return None
-        learned = [name for name, p in self._parameters.items() if p.requires_grad]
-        return {name: self._velocities[name] for name in learned}
-
-
-# What a state_dict holds.
-_STATE = ("lr", "momentum", "weight_decay", "velocities")
-
-# What is made anew from the rest of a TrainingStep whenever that changes.
-_MADE_ANEW = {
-    "_capacity",
-    "_device",
-    "_dtype",
-    "_guard",
-    "_memories",
-    "_memory",
-    "_parameters",
-    "_passes",
-    "_plan",
-    "_snapshot",
-}
-
-
-def _refuse_float16(what: str, dtype: torch.dtype) -> None:
-    if dtype is torch.float16:
-        raise TypeError(
-            f"a step to be {what} must be of float64, float32 or bfloat16, for it multiplies δ by "
-            f"a rate in a tensor, and float16 lacks the range for that; got float16"
-        )
-
-
-def _require_trainable(layers: Sequence[_net.Layer]) -> None:
-    parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-    for name, parameter in parameters.items():
-        if type(parameter.data) is not Tensor:
-            kind = type(parameter.data).__name__
-            raise TypeError(f"{name} of net must be a plain tensor; got {kind}")
-        if parameter.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} of net must be of float16, bfloat16, float32 or float64; "
-                f"got {parameter.dtype}"
-            )
-        if parameter.is_meta:
-            raise ValueError(f"{name} of net must have values to train; got a meta tensor")
-        if not parameter.requires_grad:
-            continue
-        if overlaps_itself(parameter):
-            kind = "an expanded tensor" if 0 in parameter.stride() else "one that overlaps itself"
-            raise ValueError(
-                f"{name} of net must have memory for each of its elements; got {kind}, "
-                f"strides {parameter.stride()}"
-            )
-        if parameter.is_inference():
-            raise ValueError(
-                f"{name} of net must be made outside of inference mode, for a step cannot "
-                f"change it; got an inference tensor"
-            )
-    for other, name in overlapping(parameters):
-        one, two = parameters[other], parameters[name]
-        if one.requires_grad or two.requires_grad:
-            got = "the parameter" if one.data_ptr() == two.data_ptr() else "a part of the parameter"
-            raise ValueError(
-                f"{name} of net must be in no other place, for the update in one place would come "
-                f"before BP2 has read it in the other; got {got} that is {other} as well"
-            )
-    for activation in (a for layer in layers for a in layer.activations):
-        activation.bind(torch.empty(0))  # refuses an activation whose a does not tell σ'
-
-
-def _descent(momentum: object, weight_decay: object) -> Descent:
-    return Descent(_not_negative("momentum", momentum), _not_negative("weight_decay", weight_decay))
-
-
-def _require_within(dtype: torch.dtype, lr: float, descent: Descent) -> None:
-    """Refuse numbers that PyTorch would refuse in the middle of a step."""
-    most = torch.finfo(dtype).max
-    numbers = {"lr": lr} | descent._asdict() | {"lr * weight_decay": lr * descent.weight_decay}
-    for name, number in numbers.items():
-        if number > most:
-            raise ValueError(f"{name} must be at most {most}, all that {dtype} holds; got {number}")
-
-
-def _require_mapping(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"{name} must be a mapping, as state_dict() gives it; got {type(value).__name__}"
-        )
-
-
-def _not_negative(name: str, value: object) -> float:
-    number = _require.number(name, value)
-    _require.at_least(name, number, 0)
-    if number == math.inf:
-        raise ValueError(f"{name} must be finite; got {value}")
-    return number

@@ -1,10 +1,11 @@
-"""Networks, batches and the way that autograd and SGD would go, for the tests of the step."""
+"""Networks, batches, costs, and training by autograd and SGD, for the tests of the step."""
 
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from manual_bp import (
     Sigmoid,
     SigmoidCrossEntropyCost,
     SoftmaxCrossEntropyCost,
+    TrainingStep,
 )
 from tests.activations import TABLE
 
@@ -39,7 +41,7 @@ def network(
     bias: bool = True,
     **options: Any,
 ) -> nn.Sequential:
-    """Linear and activation by turns; float64 unless told."""
+    """Alternating linear layers and activations; float64 by default."""
     options = {"dtype": torch.float64} | options
     modules: list[nn.Module] = []
     for size in pairwise(sizes):
@@ -48,7 +50,7 @@ def network(
 
 
 def batch(net: nn.Sequential, cost: Cost, *samples: int, indices: bool = False) -> Any:
-    """Inputs and targets, of the dtype and on the device of a network's parameters."""
+    """Inputs and targets, with the dtype and device of the network's parameters."""
     weights = [p for p in net.parameters() if p.ndim == 2]
     first, last = weights[0], weights[-1]
     x = torch.randn(*samples, first.shape[1], dtype=first.dtype, device=first.device)
@@ -71,7 +73,7 @@ class Reference:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        # An in-place activation that comes first would write over x.
+        # An in-place activation at the beginning would overwrite x.
         cost: Tensor = self.cost(self.net(x.clone()), y)
         cost.backward()
         self.optimizer.step()
@@ -83,7 +85,78 @@ def values(net: nn.Module) -> list[Tensor]:
 
 
 def assert_follows(net: nn.Module, reference: nn.Module, **tolerances: float) -> None:
-    """The parameters of one are those of the other."""
+    """Assert that both have the same parameters."""
     tolerances = {"rtol": 1e-11, "atol": 1e-13} | tolerances
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **tolerances)  # type: ignore[arg-type]
+
+
+DESCENTS: list[dict[str, float]] = [
+    {},
+    {"momentum": 0.9},
+    {"weight_decay": 0.1},
+    {"momentum": 0.8, "weight_decay": 0.05},
+]
+
+
+class Autograd(Cost):
+    """A user's cost without a bind, whose gradient calls autograd."""
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        losses = (output - y).abs().pow(3).sum(-1)
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    @torch.enable_grad()
+    def gradient(self, output: Tensor, y: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        return torch.autograd.grad(self(output, y), output)[0]
+
+
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+
+
+every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
+
+
+every_descent = pytest.mark.parametrize(
+    "descent", DESCENTS, ids=lambda d: "+".join(d) if d else "plain"
+)
+
+
+def follow(net: nn.Sequential, cost: Cost, steps: int, **descent: float) -> None:
+    """Compare with autograd and SGD, with batches of several sizes and two learning rates."""
+    # Rounding errors grow from step to step, but a wrong gradient would be off by far more.
+    tolerances: Any = {"rtol": 1e-11, "atol": 1e-13}
+    if steps > 10:
+        tolerances = {"rtol": 1e-8, "atol": 1e-10}
+    step, reference = (
+        TrainingStep(net, cost, 0.05, **descent),
+        Reference(net, cost, 0.05, **descent),
+    )
+    takes_indices = isinstance(cost, SoftmaxCrossEntropyCost)
+    for number in range(steps):
+        if number == steps // 2:
+            step.lr = 0.02
+            reference.set_lr(0.02)
+        samples = (8, 8, 3, 11, 1)[number % 5]
+        x, y = batch(net, cost, samples, indices=takes_indices and number % 2 == 1)
+        torch.testing.assert_close(step(x, y), reference(x, y), **tolerances)
+    assert_follows(net, reference.net, **tolerances)
+
+
+class Doubled(QuadraticCost):
+    """A subclass of ours that overrides forward and gradient, but not bind."""
+
+    def forward(self, a: Tensor, y: Tensor) -> Tensor:
+        return 2 * super().forward(a, y)
+
+    def gradient(self, a: Tensor, y: Tensor) -> Tensor:
+        return 2 * super().gradient(a, y)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    velocities, others = found.pop("velocities"), dict(expected)
+    assert velocities.keys() == others["velocities"].keys()
+    for name, velocity in others.pop("velocities").items():
+        assert torch.equal(velocities[name], velocity)
+    assert found == others

@@ -1,4 +1,4 @@
-"""The step in a CUDA graph; on the CPU, in something that records and replays as one does."""
+"""The step in a CUDA graph; on the CPU, in a stand-in that records and replays kernels."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,14 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manual_bp import CapturedStep, Cost, QuadraticCost, SoftmaxCrossEntropyCost, TrainingStep
-from tests.training_step.networks import COSTS, Reference, assert_follows, batch, network, values
-from tests.training_step.test_training_step import Autograd, every_activation, every_descent
+from tests.training_step.networks import (
+    COSTS,
+    Autograd,
+    Reference,
+    assert_follows,
+    batch,
+    every_activation,
+    every_descent,
+    network,
+    values,
+)
 
 Capture = Callable[[TrainingStep, Tensor, Tensor], CapturedStep]
 
 
 class Recorded:
-    """Stands for a CUDA graph: the kernels that ran, and the tensors that they ran on."""
+    """A stand-in for a CUDA graph: the kernels that ran, and the tensors that they ran on."""
 
     def __init__(self) -> None:
         self.kernels: list[tuple[Any, Any, Any, Any]] = []
@@ -32,7 +41,7 @@ class Recorded:
 
 
 class Recording(TorchDispatchMode):
-    """Stands for a capture. Nothing runs in one; here it must, and is undone by the caller."""
+    """A stand-in for a capture. Unlike a real one it runs the kernels; the caller undoes that."""
 
     def __init__(self, graph: Recorded, **_: Any) -> None:
         super().__init__()
@@ -45,7 +54,7 @@ class Recording(TorchDispatchMode):
 
 
 class Stream:
-    """Stands for a stream, where everything happens in order anyway."""
+    """A stand-in for a stream. On the CPU everything happens in order anyway."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -69,7 +78,7 @@ def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
     def recorded(step: TrainingStep, x: Tensor, y: Tensor) -> CapturedStep:
-        state = [*step.net.parameters(), *step._velocities.values()]
+        state = [*step.net.parameters(), *step._plan.velocities.values()]
         before = [t.detach().clone() for t in state]
         captured = step._capture(x, y)
         with torch.no_grad():
@@ -82,7 +91,7 @@ def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
 
 @every_descent
 @pytest.mark.parametrize("cost", [*COSTS, Autograd()], ids=repr)
-def test_as_autograd_and_sgd(
+def test_captured_steps_equal_autograd_and_sgd(
     cost: Cost, descent: dict[str, float], device: torch.device, capture: Capture
 ) -> None:
     net = network(device=device)
@@ -101,7 +110,9 @@ def test_as_autograd_and_sgd(
 
 
 @every_activation
-def test_every_activation(activation: nn.Module, device: torch.device, capture: Capture) -> None:
+def test_every_activation_can_be_captured(
+    activation: nn.Module, device: torch.device, capture: Capture
+) -> None:
     net, cost = network(activation, device=device), QuadraticCost()
     step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
     x, y = batch(net, cost, 2, 3)
@@ -112,7 +123,7 @@ def test_every_activation(activation: nn.Module, device: torch.device, capture: 
     assert_follows(net, reference.net)
 
 
-def test_each_cost_is_a_tensor_of_its_own(device: torch.device, capture: Capture) -> None:
+def test_each_call_returns_a_new_cost_tensor(device: torch.device, capture: Capture) -> None:
     net, cost = network(device=device), QuadraticCost()
     captured = capture(TrainingStep(net, cost, 0.5), *(pair := batch(net, cost, 4)))
     first = captured(*pair)
@@ -120,7 +131,7 @@ def test_each_cost_is_a_tensor_of_its_own(device: torch.device, capture: Capture
     assert captured(*pair).item() < value == first.item()
 
 
-def test_what_does_not_fit_changes_nothing(device: torch.device, capture: Capture) -> None:
+def test_refused_batch_changes_nothing(device: torch.device, capture: Capture) -> None:
     net, cost = network(device=device), QuadraticCost()
     captured = capture(TrainingStep(net, cost, 0.1), *batch(net, cost, 4))
     before = values(net)
@@ -155,8 +166,12 @@ def shortened(step: TrainingStep) -> None:
     del step.net[5]
 
 
-@pytest.mark.parametrize("change", [moved, replaced, frozen, loaded, shortened])
-def test_what_has_changed_is_not_trained_as_it_was(
+def summed(step: TrainingStep) -> None:
+    step.cost.reduction = "sum"
+
+
+@pytest.mark.parametrize("change", [moved, replaced, frozen, loaded, shortened, summed])
+def test_captured_step_refuses_after_a_change(
     change: Any, device: torch.device, capture: Capture
 ) -> None:
     net, cost = network(device=device), QuadraticCost()
@@ -167,19 +182,19 @@ def test_what_has_changed_is_not_trained_as_it_was(
     for _ in range(2):
         with pytest.raises(RuntimeError, match="must be what was captured; got others: capture"):
             captured(*pair)
-        step(*pair)  # which sees it, and goes on
+        step(*pair)  # which notices the change and continues
 
 
 class FailsLater(QuadraticCost):
-    """At its second call."""
+    """Fails at its second call."""
 
     def bind(self, a: Tensor, delta: Tensor) -> Any:
-        error_, share = super().bind(a, delta)
+        error_, weight = super().bind(a, delta)
         calls = iter([error_])
-        return lambda y: next(calls)(y), share
+        return lambda y: next(calls)(y), weight
 
 
-def test_a_capture_that_fails_changes_nothing(device: torch.device, capture: Capture) -> None:
+def test_failed_capture_changes_nothing(device: torch.device, capture: Capture) -> None:
     step = TrainingStep(network(device=device), FailsLater(), 0.1, momentum=0.9)
     x, y = batch(step.net, step.cost, 4)
     before, state = values(step.net), step.state_dict()
@@ -190,7 +205,9 @@ def test_a_capture_that_fails_changes_nothing(device: torch.device, capture: Cap
         assert torch.equal(velocity, state["velocities"][name])
 
 
-def test_captured_in_inference_mode(device: torch.device, capture: Capture) -> None:
+def test_step_captured_in_inference_mode_can_be_called(
+    device: torch.device, capture: Capture
+) -> None:
     net, cost = network(device=device), QuadraticCost()
     with torch.inference_mode():
         captured = capture(TrainingStep(net, cost, 0.1, momentum=0.9), *batch(net, cost, 4))
@@ -204,7 +221,7 @@ def test_captured_in_inference_mode(device: torch.device, capture: Capture) -> N
         (torch.float64, [1.0], TypeError, "y must be a torch.Tensor; got list"),
     ],
 )
-def test_what_cannot_be_captured(
+def test_wrong_device_target_or_autocast_is_refused(
     dtype: torch.dtype, y: Any, error: type[Exception], message: str
 ) -> None:
     net = network(dtype=dtype)
@@ -219,7 +236,7 @@ def test_what_cannot_be_captured(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-def test_a_step_waits_for_nothing() -> None:
+def test_steps_do_not_synchronise() -> None:
     """Neither the eager step nor the captured one synchronises."""
     net = network(device="cuda", dtype=torch.float32)
     step = TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9)
@@ -235,7 +252,7 @@ def test_a_step_waits_for_nothing() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
-def test_float16_cannot_be_captured() -> None:
+def test_float16_is_refused() -> None:
     net = network(device="cuda", dtype=torch.float16)
     step = TrainingStep(net, QuadraticCost(), 0.1)
     with pytest.raises(TypeError, match="a step to be captured must be of float64, float32 or bf"):

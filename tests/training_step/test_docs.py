@@ -1,4 +1,4 @@
-"""What docs/training_step.md says is so."""
+"""The figures in docs/training_step.md are measured ones."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,15 @@ PAGE = (ROOT / "docs" / "training_step.md").read_text("utf-8")
 RESULTS = [file.read_text("utf-8") for file in (ROOT / "experiments" / "results").rglob("*.md")]
 
 
-def test_each_measured_row_is_one_of_the_results() -> None:
-    """Figures are copied from a run whose command, versions and date stand beside them there."""
+def test_each_measured_row_is_in_the_results() -> None:
+    """Figures are copied from results that state their command, versions and date."""
     measured = re.findall(r"^\| +(?:\d|ours|torch|bare).*\|$", PAGE, flags=re.MULTILINE)
     assert len(measured) > 40
     kept = {line for page in RESULTS for line in page.splitlines()}
     assert not [row for row in measured if row not in kept]
 
 
-def test_every_result_says_how_it_was_got() -> None:
+def test_every_result_states_how_it_was_measured() -> None:
     assert RESULTS
     for page in RESULTS:
         for said in (

@@ -1,4 +1,4 @@
-"""The step in other runtimes, beside PyTorch's own training."""
+"""The exported step in other runtimes, compared with training in PyTorch."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,11 +26,17 @@ from manual_bp import (
     TrainingStep,
 )
 from manual_bp.training_step import _export
-from tests.training_step.networks import Reference, batch, network, values
-from tests.training_step.test_training_step import every_activation, every_descent
+from tests.training_step.networks import (
+    Reference,
+    batch,
+    every_activation,
+    every_descent,
+    network,
+    values,
+)
 
 pytestmark = [
-    # The exporter's own, of packages that it uses.
+    # From packages that the exporter uses.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -51,7 +57,7 @@ def assert_close(found: dict[str, Tensor], net: nn.Module, **tolerances: float) 
 
 @every_descent
 @pytest.mark.parametrize("cost", [QuadraticCost(), SoftmaxCrossEntropyCost("sum")], ids=repr)
-def test_a_program_trains_as_autograd_and_sgd(
+def test_program_equals_autograd_and_sgd(
     cost: Cost, descent: dict[str, float], tmp_path: Path
 ) -> None:
     net = network(Tanh())
@@ -74,7 +80,7 @@ def test_a_program_trains_as_autograd_and_sgd(
 
 
 class InOnnxruntime:
-    """The training loop of somebody who has onnxruntime and NumPy, and no PyTorch."""
+    """A training loop that needs onnxruntime and NumPy, and no PyTorch."""
 
     def __init__(self, path: Path, step: TrainingStep) -> None:
         onnxruntime = pytest.importorskip("onnxruntime", reason=NEEDS_ONNX)
@@ -111,18 +117,18 @@ def train(step: TrainingStep, run: InOnnxruntime, steps: int, *, indices: bool =
         reference.set_lr(lr)
         x, y = batch(step.net, step.cost, (8, 8, 3, 1)[number % 4], indices=indices)
         assert run(x, y, lr) == pytest.approx(reference(x, y).item(), rel=1e-4)
-    # float32, rounded in another order at every step
+    # float32, which rounds in another order at every step
     assert_close(run.parameters, reference.net, rtol=1e-4, atol=1e-5)
 
 
 @every_descent
-def test_fifty_steps_in_onnxruntime(descent: dict[str, float], tmp_path: Path) -> None:
+def test_fifty_steps_in_onnxruntime_equal_sgd(descent: dict[str, float], tmp_path: Path) -> None:
     step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1, **descent)
     train(step, exported(step, tmp_path), 50)
 
 
 @every_activation
-def test_every_activation_in_onnxruntime(activation: nn.Module, tmp_path: Path) -> None:
+def test_every_activation_trains_in_onnxruntime(activation: nn.Module, tmp_path: Path) -> None:
     step = TrainingStep(network(activation, dtype=torch.float32), QuadraticCost(), 0.1)
     train(step, exported(step, tmp_path), 8)
 
@@ -136,7 +142,7 @@ def test_every_activation_in_onnxruntime(activation: nn.Module, tmp_path: Path) 
         (SoftmaxCrossEntropyCost, True),
     ],
 )
-def test_every_cost_in_onnxruntime(
+def test_every_cost_trains_in_onnxruntime(
     cost: type[Cost], indices: bool, reduction: Any, tmp_path: Path
 ) -> None:
     step = TrainingStep(network(dtype=torch.float32), cost(reduction), 0.1)
@@ -144,7 +150,7 @@ def test_every_cost_in_onnxruntime(
     train(step, exported(step, tmp_path, y), 8, indices=indices)
 
 
-def test_frozen_parameters_come_out_as_they_went_in(tmp_path: Path) -> None:
+def test_frozen_parameters_are_returned_unchanged(tmp_path: Path) -> None:
     net = network(dtype=torch.float32)
     net.get_parameter("0.weight").requires_grad_(False)
     net.get_parameter("4.bias").requires_grad_(False)
@@ -152,8 +158,8 @@ def test_frozen_parameters_come_out_as_they_went_in(tmp_path: Path) -> None:
     train(step, exported(step, tmp_path), 4)
 
 
-def test_a_program_of_momentum_alone(tmp_path: Path) -> None:
-    """With all parameters frozen there are no velocities, and still a place for them."""
+def test_all_frozen_network_with_momentum_takes_empty_velocities(tmp_path: Path) -> None:
+    """The program still takes and returns a dict of velocities."""
     net = network().requires_grad_(False)
     TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9).export(tmp_path / "step.pt2")
     program = torch.export.load(tmp_path / "step.pt2").module()
@@ -163,7 +169,7 @@ def test_a_program_of_momentum_alone(tmp_path: Path) -> None:
     assert velocities == {}
 
 
-def test_velocities_are_asked_for_of_what_learns(tmp_path: Path) -> None:
+def test_only_parameters_that_learn_need_velocities(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1, momentum=0.9)
     x, y = batch(step.net, step.cost, 3)
     step(x, y)
@@ -177,12 +183,12 @@ def test_velocities_are_asked_for_of_what_learns(tmp_path: Path) -> None:
     assert list(velocities) == names
 
 
-# Numbers that float32 does not hold.
+# Numbers that are not exact in float32.
 DESCENT = {"momentum": 0.9, "weight_decay": 0.01}
 
 
 def network_of(*activations: nn.Module) -> nn.Sequential:
-    """A layer before each activation, and one more."""
+    """A linear layer before each activation, and one at the end."""
     modules = [module for each in activations for module in (nn.Linear(4, 4), each)]
     return nn.Sequential(*modules, nn.Linear(4, 4)).double()
 
@@ -195,7 +201,7 @@ def network_of_all(*more: nn.Module) -> nn.Sequential:
 def assert_exact(
     step: TrainingStep, run: Callable[..., Any], state: dict[str, Tensor], *, indices: bool
 ) -> None:
-    """Three steps, each from the last one's state, to the digits of float64."""
+    """Three steps, each from the state of the last, are accurate to the digits of float64."""
     reference = Reference(
         step.net, step.cost, 0.1, momentum=step.momentum, weight_decay=step.weight_decay
     )
@@ -224,7 +230,7 @@ def exact_start(step: TrainingStep) -> dict[str, Tensor]:
         (SoftmaxCrossEntropyCost(), {}, True),
     ],
 )
-def test_float64_in_onnxruntime(
+def test_onnx_model_in_float64_is_exact(
     cost: Cost, descent: dict[str, float], indices: bool, tmp_path: Path
 ) -> None:
     step = TrainingStep(network_of_all(), cost, 0.1, **descent)
@@ -233,8 +239,8 @@ def test_float64_in_onnxruntime(
     assert_exact(step, partial(run_onnx, session), exact_start(step), indices=indices)
 
 
-def test_float64_of_what_onnxruntime_does_not_know(tmp_path: Path) -> None:
-    """Its kernels know no Softplus of float64. ONNX's own definitions do."""
+def test_softplus_in_float64_is_exact_by_the_onnx_definitions(tmp_path: Path) -> None:
+    """onnxruntime has no kernel for it, so the reference implementation of onnx runs the model."""
     reference = pytest.importorskip("onnx.reference", reason=NEEDS_ONNX)
     pytest.importorskip("onnxscript", reason=NEEDS_ONNX)
     net = network_of(Softplus(0.7, 20.1), nn.Softplus(3.0, 30.0))
@@ -262,7 +268,7 @@ def assert_has_no_float32(path: Path) -> None:
     assert not found
 
 
-def test_a_program_of_float64(tmp_path: Path) -> None:
+def test_program_in_float64_is_exact(tmp_path: Path) -> None:
     step = TrainingStep(network_of_all(Softplus(0.7, 20.1)), QuadraticCost(), 0.1, **DESCENT)
     step.export(tmp_path / "step.pt2")
     program = torch.export.load(tmp_path / "step.pt2").module()
@@ -277,8 +283,8 @@ def test_a_program_of_float64(tmp_path: Path) -> None:
     assert_exact(step, run, exact_start(step), indices=False)
 
 
-def test_small_slopes_keep_their_digits_in_onnxruntime(tmp_path: Path) -> None:
-    """Of a Softplus far below 0, whose e^x − 1 is 0 in float32."""
+def test_small_softplus_slopes_are_accurate_in_onnxruntime(tmp_path: Path) -> None:
+    """Far below 0, where e^x − 1 would be 0 in float32."""
     net = network(Softplus(), (1, 3), dtype=torch.float32)
     with torch.no_grad():
         net.get_parameter("0.bias").copy_(torch.tensor([-18.0, -12.0, -3.0]))
@@ -292,14 +298,14 @@ def test_small_slopes_keep_their_digits_in_onnxruntime(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
 
 
-def test_a_linear_sigmoid_and_an_input_activation(tmp_path: Path) -> None:
+def test_linear_sigmoid_and_input_activation_train_in_onnxruntime(tmp_path: Path) -> None:
     net = nn.Sequential(nn.ReLU(inplace=True), LinearSigmoid(4, 3), Tanh(), nn.Linear(3, 2, False))
     step = TrainingStep(net, QuadraticCost(), 0.1)
     train(step, exported(step, tmp_path), 4)
 
 
-def test_the_model_is_the_products_and_little_else(tmp_path: Path) -> None:
-    """No copies, no slices, no dtypes changed: what a runtime cannot take away costs time."""
+def test_onnx_model_has_no_copies_or_slices(tmp_path: Path) -> None:
+    """Nor changes of dtype: what a runtime cannot remove would cost time."""
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
     step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1)
     exported(step, tmp_path)
@@ -315,7 +321,7 @@ def test_the_model_is_the_products_and_little_else(tmp_path: Path) -> None:
     assert (dims[0].dim_param != "", dims[1].dim_value) == (True, 7)
 
 
-def test_targets_that_do_not_suit_the_cost_are_refused(tmp_path: Path) -> None:
+def test_unsuitable_target_and_float16_are_refused(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1)
     with pytest.raises(TypeError, match="y must have the dtype of the output"):
         step.export(tmp_path / "step.pt2", y=torch.tensor([1]))
@@ -341,7 +347,7 @@ every_export = pytest.mark.parametrize("export", EXPORTS)
 
 @contextmanager
 def only_bytes_for(size: int) -> Iterator[None]:
-    """No file can be longer, as on a full disk."""
+    """Limit the size of files, as on a full disk."""
     resource = pytest.importorskip("resource", reason="needs limits as POSIX has them")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -352,7 +358,7 @@ def only_bytes_for(size: int) -> Iterator[None]:
 
 
 @every_export
-def test_a_failed_export_leaves_the_file_that_was_there(export: Any, tmp_path: Path) -> None:
+def test_failed_export_keeps_the_existing_file(export: Any, tmp_path: Path) -> None:
     path = tmp_path / "step"
     path.write_text("before")
     with only_bytes_for(1000), pytest.raises(OSError, match="File too large"):
@@ -362,8 +368,8 @@ def test_a_failed_export_leaves_the_file_that_was_there(export: Any, tmp_path: P
 
 
 @every_export
-def test_an_export_touches_no_file_but_its_own(export: Any, tmp_path: Path) -> None:
-    """Whatever the files beside it are called, and wherever they lead."""
+def test_export_touches_no_other_file(export: Any, tmp_path: Path) -> None:
+    """Whatever the other files are called, and wherever links lead."""
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
     elsewhere.write_text("mine")
     folder.mkdir()
@@ -375,7 +381,7 @@ def test_an_export_touches_no_file_but_its_own(export: Any, tmp_path: Path) -> N
     assert set(folder.iterdir()) == before | {folder / "step"}
 
 
-def test_a_link_is_replaced_and_what_it_led_to_is_left(tmp_path: Path) -> None:
+def test_symbolic_link_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
     path, elsewhere = tmp_path / "step", tmp_path / "elsewhere"
     elsewhere.write_text("mine")
     path.symlink_to(elsewhere)
@@ -383,8 +389,8 @@ def test_a_link_is_replaced_and_what_it_led_to_is_left(tmp_path: Path) -> None:
     assert (elsewhere.read_text(), path.is_symlink()) == ("mine", False)
 
 
-def test_exports_to_one_path_at_once_do_not_meet(tmp_path: Path) -> None:
-    """Each is whole, and one of them is there at the end."""
+def test_concurrent_exports_to_one_path_write_whole_files(tmp_path: Path) -> None:
+    """After each round, the file is one of them."""
     path = tmp_path / "step"
     contents = [bytes([number]) * 200_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -396,7 +402,7 @@ def test_exports_to_one_path_at_once_do_not_meet(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions as POSIX has them")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_a_file_is_as_readable_as_any_that_is_made(mask: int, tmp_path: Path) -> None:
+def test_file_has_the_usual_permissions(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         _export._write(tmp_path / "step", b"step")
@@ -407,14 +413,14 @@ def test_a_file_is_as_readable_as_any_that_is_made(mask: int, tmp_path: Path) ->
     assert oct(found) == oct(expected)
 
 
-def test_a_name_may_be_as_long_as_names_may_be(tmp_path: Path) -> None:
+def test_file_name_of_maximal_length_is_accepted(tmp_path: Path) -> None:
     _export._write(tmp_path / ("n" * 255), b"step")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
-def test_a_path_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_path_without_folder_or_to_a_folder_is_refused(tmp_path: Path) -> None:
     step = TrainingStep(network(), QuadraticCost(), 0.1)
-    with pytest.raises(FileNotFoundError, match="path must lead into a folder that is there"):
+    with pytest.raises(FileNotFoundError, match="path must lead into a folder that exists"):
         step.export(tmp_path / "nowhere" / "step.pt2")
     with pytest.raises(IsADirectoryError, match="path must lead to a file; got a folder"):
         step.export_onnx(tmp_path)
@@ -422,7 +428,7 @@ def test_a_path_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes as POSIX has them")
 @every_export
-def test_a_pipe_is_refused_and_is_still_there(export: Any, tmp_path: Path) -> None:
+def test_pipe_is_refused_and_kept(export: Any, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(FileExistsError, match="path must lead to a file; got a device or pipe"):
@@ -430,7 +436,7 @@ def test_a_pipe_is_refused_and_is_still_there(export: Any, tmp_path: Path) -> No
     assert pipe.is_fifo()
 
 
-def test_without_onnxscript_what_to_install_is_named(
+def test_missing_onnxscript_error_names_the_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys

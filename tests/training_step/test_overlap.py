@@ -1,4 +1,4 @@
-"""Whether tensors share memory, against a look at every byte of them."""
+"""Whether tensors share memory, compared with the addresses of all their bytes."""
 
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ DTYPES = (torch.float64, torch.bfloat16)
 
 
 def elements(t: Tensor) -> list[range]:
-    """The addresses of each element's bytes."""
+    """The addresses of the bytes of each element."""
     places = product(*(range(n) for n in t.shape))
     starts = [
         t.data_ptr() + t.itemsize * sum(i * step for i, step in zip(place, t.stride(), strict=True))
@@ -29,7 +29,7 @@ def addresses(t: Tensor) -> set[int]:
 
 @st.composite
 def views(draw: Any, memory: bytearray, dtype: torch.dtype) -> Tensor:
-    """A view of a piece of memory: a vector or matrix, of any strides, from any byte on."""
+    """A view of the memory: a vector or matrix with any strides, starting at any byte."""
     offset = draw(st.integers(0, 12))
     count = (len(memory) - offset) // dtype.itemsize
     whole = torch.frombuffer(memory, dtype=dtype, offset=offset, count=count)
@@ -41,7 +41,7 @@ def views(draw: Any, memory: bytearray, dtype: torch.dtype) -> Tensor:
 
 
 @given(st.data(), st.sampled_from(DTYPES))
-def test_against_every_byte(data: Any, dtype: torch.dtype) -> None:
+def test_overlap_agrees_with_a_comparison_of_every_byte(data: Any, dtype: torch.dtype) -> None:
     memory = bytearray(400)
     t, other = (data.draw(views(memory, dtype)) for _ in range(2))
     assert overlaps_itself(t) == (len(addresses(t)) < len(elements(t)) * t.itemsize)
@@ -51,7 +51,7 @@ def test_against_every_byte(data: Any, dtype: torch.dtype) -> None:
     assert overlapping({"t": t, "other": other}) == ([("t", "other")] if expected else [])
 
 
-def test_every_pair_is_found_in_the_order_given() -> None:
+def test_every_pair_is_found_in_the_given_order() -> None:
     memory = torch.zeros(40)
     named = {
         "late": memory[30:],
