@@ -1,4 +1,4 @@
-"""What an autocast region does to the arguments of products and losses."""
+"""What an autocast region does to the arguments of matrix products and losses."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,22 +11,22 @@ from manual_bp._torch import any_autocast_is_on
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an autocast region hands them to a matrix product; unchanged outside of one.
+    """The tensors as an autocast region casts them for a matrix product; unchanged outside of one.
 
-    The cast must stand before the Function, as a step of its own: a backward runs outside the
-    region, so a Function that cast inside would meet gradients of another dtype than it saved.
+    The cast must be a separate step before the Function: a backward runs outside the region, so a
+    Function that cast inside would get gradients of another dtype than what it saved.
     """
     return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device_type: str) -> bool:
-    # Asked once for each graph, since the compiler of PyTorch 2.11 cannot trace it.
+    # Evaluated once per graph, because the compiler of PyTorch 2.11 cannot trace it.
     return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """A region in which the products of such tensors are what their dtype says."""
+    """A region in which autocast does not apply to tensors on the device of t."""
     device_type = t.device.type
     if any_autocast_is_on() and _has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -34,7 +34,7 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
 
 
 def autocast_to_float32(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an autocast region hands them to a loss: in float32; unchanged outside."""
+    """The tensors as an autocast region casts them for a loss, to float32; unchanged outside."""
     return _cast(tensors, lambda _: torch.float32) if any_autocast_is_on() else tensors
 
 
@@ -48,7 +48,7 @@ def _cast(
 
 
 def _is_castable(tensor: object) -> TypeGuard[Tensor]:
-    # As PyTorch's own rule: float64, integers and complex numbers pass unchanged.
+    # PyTorch's own rule: float64, integers and complex numbers are not cast.
     return (
         isinstance(tensor, Tensor)
         and tensor.is_floating_point()

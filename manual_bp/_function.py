@@ -1,23 +1,23 @@
-"""How one hand-written `torch.autograd.Function` is called: the cheapest way the moment allows.
+"""How a hand-written `torch.autograd.Function` is called: in the cheapest form that works.
 
-PyTorch has several callers, and each wants another form of a Function:
+PyTorch calls Functions in several ways, and each needs a different form:
 
-- `torch.func` (vmap, grad, jvp, hessian ...) asks for `setup_context` apart from `forward`.
-- Eager code takes that form too, but then binds the signature by `inspect` at every call: some
-  16 µs, against 6 µs for a Function whose `forward` takes `ctx`. `Function.apply` then takes care
-  of transforms, another 1.3 µs, where there are none: its base's `apply` does without.
-- `torch.compile` refuses any Function that defines `jvp`. And what a Function saves there follows
-  later changes in place, without an error: the gradients would be silently wrong. So that form
-  saves copies. They cost nothing: inductor leaves out each copy of what does not change.
-- `torch.jit.trace` cannot save a Function, nor trace one that works in place; a second forward mode
-  within a first loses the derivatives of any Function; and `torch.func.functionalize` refuses all
-  of them. All three are given the bare forward, whose derivatives are PyTorch's.
-- `torch.func` inside a compiled region tells a Function the wrong `needs_input_grad` (gradients
-  are then silently zero) and can neither batch it nor push it forward. `torch.export` cuts it out
-  of the graph that autograd sees. Both are given the bare forward, likewise.
+- `torch.func` (vmap, grad, jvp, hessian ...) needs `setup_context` separate from `forward`.
+- Eager code accepts that form too, but then binds the signature with `inspect` at every call: some
+  16 µs, against 6 µs for a Function whose `forward` takes `ctx`. `Function.apply` also checks for
+  transforms, for another 1.3 µs; where there are none, the `apply` of its base class is enough.
+- `torch.compile` refuses a Function that defines `jvp`. And it does not notice when a tensor that a
+  Function saved is changed in place later: the gradients would be silently wrong. So that form
+  saves copies. They cost nothing: inductor removes the copy of anything that does not change.
+- `torch.jit.trace` can neither save a Function nor trace one that works in place; forward mode
+  within forward mode loses the derivatives of any Function; and `torch.func.functionalize` refuses
+  them all. These three get the bare forward, which PyTorch differentiates.
+- `torch.func` inside a compiled region gives a Function the wrong `needs_input_grad` (gradients
+  are then silently zero), and can neither batch it nor push it forward. `torch.export` cuts it out
+  of autograd's graph. Both get the bare forward too.
 
-So each Function here is written once, in the first form; `as_callable` derives the others. For the
-same reason every forward must be differentiable everywhere by PyTorch too.
+So each Function here is written once, in the first form, and `as_callable` derives the others. For
+the same reason, PyTorch must be able to differentiate every forward everywhere.
 """
 
 from collections.abc import Callable
@@ -44,12 +44,12 @@ from manual_bp._torch import (
 def as_callable(function: Any) -> Callable[..., Tensor]:
     """The call of a Function written with `setup_context`, `backward` and `jvp`.
 
-    One that has a `backward_boxed` as well is given its gradient in a list, where PyTorch can do
-    that (from 2.13 on): taken out of there, nobody else holds it, and it can be deleted before the
-    backward ends. Compiled autograd refuses such a Function.
+    If it has a `backward_boxed` as well, that gets its gradient in a list, where PyTorch supports
+    this (2.13 and later): once taken out of the list, nothing else holds the gradient, so it can be
+    freed before the backward ends. Compiled autograd refuses such a Function.
 
-    The forms are variables of the closure, because the compiler follows those and does not follow
-    an attribute of a Function class.
+    The forms are variables of the closure, because the compiler can follow those but not an
+    attribute of a Function class.
     """
     setup_context = function.setup_context
     eager = _with_ctx_in_forward(function, setup_context, **_boxed_form(function))
@@ -57,27 +57,24 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     compiled = _with_ctx_in_forward(function, _on_copies(setup_context), jvp=no_jvp)
     apply_eager = super(Function, eager).apply
 
-    def call_elsewhere(*args: object) -> Any:
-        if _wants_the_bare_forward():
-            return function.forward(*args)
-        return compiled.apply(*_apart(args)) if is_compiling() else function.apply(*args)
-
     def call(*args: object) -> Any:
-        if is_compiling() or transforms_are_active() or is_tracing():
-            return call_elsewhere(*args)
-        return apply_eager(*args)
+        if not (is_compiling() or transforms_are_active() or is_tracing()):
+            return apply_eager(*args)
+        if _needs_bare_forward():
+            return function.forward(*args)
+        return compiled.apply(*_repeats_as_views(args)) if is_compiling() else function.apply(*args)
 
     return call
 
 
-def _wants_the_bare_forward() -> bool:
+def _needs_bare_forward() -> bool:
     if is_compiling():
         return is_exporting() or transforms_are_active()
-    return _no_function_can_pass() if transforms_are_active() else is_tracing()
+    return _a_transform_refuses_functions() if transforms_are_active() else is_tracing()
 
 
-def _no_function_can_pass() -> bool:
-    """Whether a transform is active that no Function gets through.
+def _a_transform_refuses_functions() -> bool:
+    """Whether a transform is active through which no Function passes.
 
     These are forward mode within forward mode, as in jacfwd(jacfwd(f)), and functionalize.
     """
@@ -85,13 +82,13 @@ def _no_function_can_pass() -> bool:
     return kinds.count("Jvp") > 1 or "Functionalize" in kinds
 
 
-def _apart(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments, a tensor that comes twice as a view of itself: the compiler refuses twins."""
-    apart: list[Any] = []
+def _repeats_as_views(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments, with a view for each repeated tensor: the compiler refuses one given twice."""
+    distinct: list[Any] = []
     for arg in args:
-        is_twin = isinstance(arg, Tensor) and any(arg is other for other in apart)
-        apart.append(arg.view_as(arg) if is_twin else arg)
-    return apart
+        is_repeat = isinstance(arg, Tensor) and any(arg is other for other in distinct)
+        distinct.append(arg.view_as(arg) if is_repeat else arg)
+    return distinct
 
 
 def _with_ctx_in_forward(function: Any, setup_context: Callable[..., None], **others: Any) -> Any:
@@ -126,11 +123,11 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def save_for_forward(ctx: Any, *tensors: Tensor) -> bool:
-    """`ctx.save_for_forward`, but only where forward-mode AD may ask for it: it takes 0.3 µs.
+def save_for_forward_ad(ctx: Any, *tensors: Tensor) -> bool:
+    """`ctx.save_for_forward`, but only where forward-mode AD may be on: it takes 0.3 µs.
 
-    Returns whether it may. Then the backward must save the same, needed or not: under vmap PyTorch
-    keeps one list of batch dimensions for the two.
+    Returns whether it may be. If so, the backward must save the same tensors, needed or not: under
+    vmap, PyTorch keeps one list of batch dimensions for both.
     """
     may_be_on = _forward_ad_may_be_on()
     if may_be_on:
@@ -143,17 +140,17 @@ def _forward_ad_may_be_on() -> bool:
 
 
 def hand_over(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call a public function as an argument's `__torch_function__`, or a mode, wants it called.
+    """Call a public function through the `__torch_function__` of an argument or of a mode.
 
-    So do FX's proxies record the call as one step of their graph, and subclasses of Tensor have
-    their say, just as with PyTorch's own functions.
+    In this way FX's proxies record the call as one step of their graph, and subclasses of Tensor
+    can override it, just as for PyTorch's own functions.
     """
     result: Tensor = handle_torch_function(function, args, *args)
     return result
 
 
 def is_nested(value: object) -> bool:
-    """Whether it is a nested tensor, asked so that no `__torch_function__` hears of it."""
+    """Whether it is a nested tensor, asked without calling any `__torch_function__`."""
     if not isinstance(value, Tensor):
         return False
     with below_modes():
@@ -161,15 +158,15 @@ def is_nested(value: object) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether somebody sees each operation that runs, and may keep what it gave.
+    """Whether a TorchDispatchMode sees each operation, and may keep its result.
 
-    Checkpointing by a policy does: what it keeps must not be written over behind its back.
+    Checkpointing with a policy does so. What it keeps must not be overwritten.
     """
     return not is_compiling() and count_dispatch_modes() > 0
 
 
-def may_write_over_what_was_made_of(t: Tensor) -> bool:
-    """Whether in-place operations give the same as others: nobody differentiates or maps them."""
+def may_overwrite_results_of(t: Tensor) -> bool:
+    """Whether results computed from t may be changed in place, as nothing differentiates them."""
     return not (
         torch.is_grad_enabled()
         or is_compiling()
@@ -180,28 +177,28 @@ def may_write_over_what_was_made_of(t: Tensor) -> bool:
 
 
 def release_saved(ctx: Any) -> None:
-    """Let go of what was saved before the backward ends, unless another is to come."""
+    """Free the saved tensors before the backward ends, unless the graph is retained."""
     if not is_compiling():
         ctx.maybe_clear_saved_tensors()
 
 
 def call_in_place(call: Callable[..., Tensor], z: Tensor, *options: object) -> Tensor:
-    """Call `call(z, *options)`, which writes over z: its last option, inplace, is True.
+    """Call `call(z, *options)`, which overwrites z since its last option, inplace, is True.
 
-    Only plain eager code lets a Function write over its input. Elsewhere its result is copied
-    there; it is computed from a copy too, because PyTorch's own derivative may want z as it was.
-    The bare forward writes over z itself: a functionalised copy_ has no derivative.
+    Only plain eager code lets a Function overwrite its input. Elsewhere, the result is copied into
+    z. It is computed from a copy of z, because PyTorch's own derivative may need the old z. The
+    bare forward overwrites z itself: a functionalised copy_ has no derivative.
     """
     if (
         is_compiling() or transforms_are_active() or _forward_ad_may_be_on()
-    ) and not _wants_the_bare_forward():
+    ) and not _needs_bare_forward():
         return z.copy_(call(z.clone(), *options[:-1], False))
     a = call(z, *options)
     return a if torch.is_grad_enabled() else z  # without a graph, a is detached from z
 
 
-def values_are_at_hand(value: Tensor) -> bool:
-    """Whether a tensor has values to look at: it is neither traced, transformed nor a subclass."""
+def has_concrete_values(value: Tensor) -> bool:
+    """Whether a tensor's values can be read: it is neither traced, transformed nor a subclass."""
     return (
         type(value) in (Tensor, Parameter)
         and not is_compiling()

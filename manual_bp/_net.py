@@ -8,6 +8,13 @@ from torch.nn.parameter import is_lazy
 
 from manual_bp import _require
 from manual_bp._autocast import autocast
+from manual_bp._torch import (
+    has_backward_hooks,
+    has_forward_hooks,
+    has_tensor_hooks,
+    own_buffers,
+    own_modules,
+)
 from manual_bp.costs._cost import Cost
 from manual_bp.layers._activation import ACTIVATIONS, Activation
 from manual_bp.layers._formula import copy_as, has_forward_of, is_equivalent
@@ -59,7 +66,7 @@ def parse(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
     input_activations: list[Activation] = []
     layers: list[Layer] = []
     # Not named_children(), which skips a module that occurs a second time.
-    for name, module in net._modules.items():
+    for name, module in own_modules(net).items():
         place = f"net[{name!r}]"
         if is_equivalent(Linear, module):
             layers.append(_linear_layer(place, name, module, layers))
@@ -95,7 +102,7 @@ def _linear_layer(place: str, name: str, module: Any, below: Sequence[Layer]) ->
 def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
     if is_lazy(value):
         raise TypeError(f"{place} must be initialised; got a lazy one that has seen no input yet")
-    is_buffer = any(value is buffer for buffer in module._buffers.values())
+    is_buffer = any(value is buffer for buffer in own_buffers(module).values())
     if is_buffer and value.requires_grad:
         raise TypeError(f"{place} must be a parameter if it is to learn; got a buffer")
     if not (is_buffer or isinstance(value, nn.Parameter)):
@@ -104,7 +111,7 @@ def _parameter(place: str, value: Tensor, module: nn.Module) -> Tensor:
             f"norm), which gets no gradient"
         )
     _require.tensor(place, value)
-    if value._backward_hooks or value._post_accumulate_grad_hooks:
+    if has_tensor_hooks(value):
         raise TypeError(f"{place} must have no hooks, which would not run; got some")
     return value
 
@@ -122,12 +129,7 @@ def _activation(place: str, module: Any) -> Activation:
 
 
 def _refuse_hooks(place: str, module: nn.Module) -> None:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if has_forward_hooks(module) or has_backward_hooks(module):
         raise TypeError(
             f"{place} must have no hooks, which would not run; "
             f"got a {type(module).__name__} with hooks"

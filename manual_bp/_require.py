@@ -1,7 +1,7 @@
-"""What a public call accepts, and the one place that words a refusal.
+"""The checks of arguments, and the one place that words their errors.
 
-Every message names the argument, what was wanted and what came. A wrong kind of thing (no tensor,
-an integer tensor, a second dtype) is a TypeError; a wrong value (shape, device, option) is a
+Every message names the argument, what it must be and what was given. A wrong type (no tensor, an
+integer tensor, another dtype) is a TypeError; a wrong value (shape, device, option) is a
 ValueError.
 """
 
@@ -13,11 +13,11 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, strided
 
-from manual_bp._function import values_are_at_hand
+from manual_bp._function import has_concrete_values
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor, neither sparse nor nested."""
+    """Whether it is a tensor that is neither sparse nor nested."""
     return isinstance(value, Tensor) and value.layout is strided and not value.is_nested
 
 
@@ -42,14 +42,14 @@ def real(name: str, value: Tensor) -> None:
 
 
 def ordered(name: str, value: Tensor) -> None:
-    """Refuse tensors of complex numbers and of truth values, where a sign makes no sense."""
+    """Refuse complex and boolean tensors, whose elements have no sign."""
     tensor(name, value)
     if value.dtype.is_complex or value.dtype is torch.bool:
         raise TypeError(f"{name} must have a real or integer dtype; got {value.dtype}")
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse anything but a tensor of another's dtype, on its device."""
+    """Refuse anything but a tensor with the dtype and device of another."""
     tensor(name, value)
     if value.dtype is not other.dtype:
         raise TypeError(
@@ -59,7 +59,7 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse a tensor on a device of its own."""
+    """Refuse a tensor on another device."""
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
@@ -67,19 +67,19 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def shape(name: str, value: Tensor, wanted: Sequence[int], why: str) -> None:
-    """Refuse any other shape. `why` says where the wanted shape comes from."""
+    """Refuse any other shape. `why` says where the expected shape comes from."""
     if value.shape != wanted:
         raise ValueError(f"{name} must have shape {tuple(wanted)}, {why}; got {tuple(value.shape)}")
 
 
 def matrix(name: str, value: Tensor, axes: str) -> None:
-    """Refuse anything but two dimensions. `axes` names them."""
+    """Refuse a tensor that does not have two dimensions. `axes` names them."""
     if value.ndim != 2:
         raise ValueError(f"{name} must have shape {axes}; got {tuple(value.shape)}")
 
 
 def components(name: str, value: Tensor, wanted: int | None = None, why: str = "") -> None:
-    """Refuse a tensor without a last dimension, or with one of another size than wanted."""
+    """Refuse a tensor with no dimension, or with a last dimension of another size than expected."""
     if value.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, (..., components); got ()")
     if wanted is not None and value.shape[-1] != wanted:
@@ -97,7 +97,7 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a number below the least, and what cannot be compared with it."""
+    """Refuse a number below the least, or anything that cannot be compared with it."""
     try:
         is_met = value >= least
     except TypeError:
@@ -125,7 +125,7 @@ def above(name: str, value: object, least: float) -> None:
 
 
 def count(name: str, value: object) -> None:
-    """Refuse anything but an integer from 1 on."""
+    """Refuse anything but an integer of at least 1."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     at_least(name, int(value), 1)
@@ -138,18 +138,18 @@ def not_zero(name: str, value: float) -> None:
 
 
 def indices(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse anything but one class index for each sample of another (..., classes).
+    """Refuse anything but one class index for each row of another tensor (..., classes).
 
-    Looks at the values of plain tensors on the CPU only: on an accelerator a look would wait for
-    the device, and a tensor that is being traced or transformed has no values yet. There, the
-    indexing itself (gather, scatter) refuses them, in PyTorch's words.
+    Reads the values of plain CPU tensors only: on an accelerator this would wait for the device,
+    and a tensor that is being traced or transformed has no values yet. There, the indexing itself
+    (gather, scatter) raises PyTorch's own error.
     """
     if value.dtype is torch.bool or value.dtype.is_complex:
         raise TypeError(f"{name} must hold integers or probabilities; got {value.dtype}")
     same_device(name, value, other_name, other)
     classes = other.shape[-1]
     shape(name, value, other.shape[:-1], f"a class index for each row of {other_name}")
-    if value.device.type != "cpu" or not values_are_at_hand(value) or not value.numel():
+    if value.device.type != "cpu" or not has_concrete_values(value) or not value.numel():
         return
     if classes == 0:
         raise ValueError(f"{other_name} must have at least one class; got {tuple(other.shape)}")

@@ -1,7 +1,8 @@
 """Every private name of PyTorch that the package uses: what it is for, and what happens without it.
 
-Each is looked up once, with a fallback. A fallback leads to the way that works everywhere and only
-costs more, or to a refusal; never to a wrong number.
+Private names are looked up only here, by `getattr` or `_need`. If a name is missing, the package
+either falls back to something slower that gives the same numbers, or raises an error with the name
+("refuses", below). `tests/test_torch.py` hides each name in turn.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import BackwardCFunction
 
@@ -31,61 +32,174 @@ _MISSING = object()
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _pytree: Any = getattr(torch.utils, "_pytree", None)
 
-# Private names, asked at every call because they are cheap. Should they go, the answer given here
-# leads to the way that works everywhere and only costs more.
-transforms_are_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: True
-)
-any_autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-# Under is_grads_batched=True, which maps backwards in a way of its own.
-is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
-    _functorch, "is_legacy_batchedtensor", lambda _: True
-)
-# Leaves autograd out of every operation inside, where no_grad only tells it to record nothing: the
-# operations of a small step are so short that this is a twentieth of it.
-below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
-    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
-)
-# Leaves modes like that of record out of what they need not see, each call of which takes 2 µs.
-below_modes: Callable[[], AbstractContextManager[Any]] = getattr(
-    torch._C, "DisableTorchFunction", nullcontext
-)
-# Of all modules, as register_module_forward_hook registers them.
-has_global_hooks: Callable[[], bool] = getattr(
-    torch.nn.modules.module, "_has_any_global_hook", lambda: True
-)
-# Should it go, torch.jit.trace has gone with it.
-is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
+
+# --- What is active now. Every call of a layer asks, so this must be cheap.
 
 
 def functorch_transforms() -> list[str]:
-    """The names of the transforms of torch.func that are active, from the outermost on.
+    """The kinds of the active transforms of torch.func, from the outermost to the innermost.
 
-    Without it, Functions meet nested forward mode and functionalize, and PyTorch refuses.
+    Without it, always "Functionalize", through which no Function passes: only our forward is used,
+    and PyTorch differentiates it.
     """
-    interpreters: Any = getattr(_functorch, "get_interpreter_stack", tuple)() or ()
-    return [interpreter.key().name for interpreter in interpreters]
+    interpreters = getattr(_functorch, "get_interpreter_stack", None)
+    if interpreters is None:
+        return ["Functionalize"]
+    return [interpreter.key().name for interpreter in interpreters() or ()]
+
+
+# Whether a transform of torch.func is active. Without it, the list above is made.
+transforms_are_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: bool(functorch_transforms())
+)
+
+
+def _autocast_is_on() -> bool:
+    accelerator = torch.accelerator.current_accelerator()
+    return any(torch.is_autocast_enabled(kind.type) for kind in (_CPU, accelerator or _CPU))
+
+
+_CPU = torch.device("cpu")
+# Whether autocast is on for any device. Without it, the CPU and the accelerator are asked about.
+any_autocast_is_on: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", _autocast_is_on
+)
+# How many TorchDispatchModes are active. Without it, always one: some results are copied that need
+# not be, and only PyTorch checks class indices.
+count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# Whether torch.jit.trace is running. Without it, a slower public function.
+_jit: Any = torch.jit
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _jit.is_tracing)
+# Whether a tensor is batched by is_grads_batched=True. Without it, always: no backward overwrites
+# anything.
+is_mapped_by_autograd: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_legacy_batchedtensor", lambda _: True
+)
+# Whether hooks are registered for all modules (register_module_forward_hook). Without it, always:
+# `convert` fuses no pair.
+has_global_hooks: Callable[[], bool] = getattr(
+    nn.modules.module, "_has_any_global_hook", lambda: True
+)
 
 
 def forward_ad_level() -> int:
-    """How deep forward mode is nested; below 0 outside of it."""
+    """How deeply forward-mode AD is nested; below 0 outside of it.
+
+    Without it, always 0: what forward-mode AD might need is saved everywhere.
+    """
     level: int = getattr(forward_ad, "_current_level", 0)
     return level
 
 
+# --- Regions that skip a part of PyTorch.
+
+# Skips autograd, which no_grad only stops from recording: this saves a twentieth of the time of a
+# small training step. Without it, no_grad.
+below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", torch.no_grad
+)
+# Skips __torch_function__ and its modes, such as that of `record`, for which each call takes 2 µs.
+# Without it, `record` also sees what its own hooks call.
+below_modes: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "DisableTorchFunction", nullcontext
+)
+
+
+# --- Tensors.
+
+
 def version(t: Tensor) -> int:
-    """A number that changes when the tensor is written to in place."""
+    """A number that changes when the tensor is changed in place. Without it, refuses."""
     try:
-        return t._version
+        number: int | None = getattr(t, "_version", None)
     except RuntimeError:  # inference tensors have none
         return 0
+    return _refuse("_version", "notice changes in place") if number is None else number
 
 
-def is_foreign(node: object) -> bool:
-    """Whether a node of autograd's graph is of a Function of somebody else's, written in Python.
+def has_tensor_hooks(t: Tensor) -> bool:
+    """Whether hooks are registered for the gradient of a tensor. Without it, refuses."""
+    hooks: Any = getattr(t, "_backward_hooks", _MISSING)
+    hooks = hooks or getattr(t, "_post_accumulate_grad_hooks", _MISSING)
+    return (
+        _refuse("_backward_hooks or _post_accumulate_grad_hooks", "find hooks")
+        if hooks is _MISSING
+        else bool(hooks)
+    )
+
+
+# Makes a tensor that is no view for autograd, but shares memory with t. Without it, a copy.
+_unsafe_view: Callable[..., Tensor] | None = getattr(torch.ops.aten, "_unsafe_view", None)
+
+
+def as_no_view(t: Tensor) -> Tensor:
+    """The same values as a tensor that may be changed in place outside of a Function."""
+    return t.clone() if _unsafe_view is None else _unsafe_view(t, t.shape)
+
+
+# --- What modules hold. PyTorch's public methods are slower, and skip what occurs twice.
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """A module's own dict of its parameters by name. Without it, refuses."""
+    own: dict[str, Any] | None = getattr(module, "_parameters", None)
+    return _refuse("_parameters", "read the parameters of a module") if own is None else own
+
+
+def parameters_for_reading(module: nn.Module) -> dict[str, Any]:
+    """The same, for calls of layers. Without it, empty: ask the module itself."""
+    own: dict[str, Any] = getattr(module, "_parameters", {})
+    return own
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """A module's own dict of its buffers by name. Without it, refuses."""
+    own: dict[str, Any] | None = getattr(module, "_buffers", None)
+    return _refuse("_buffers", "read the buffers of a module") if own is None else own
+
+
+def own_modules(module: nn.Module) -> dict[str, Any]:
+    """A module's own dict of its submodules by name. Without it, refuses."""
+    own: dict[str, Any] | None = getattr(module, "_modules", None)
+    return _refuse("_modules", "read the submodules of a module") if own is None else own
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """A module's forward hooks by number. Without it, refuses."""
+    hooks: dict[int, Any] = _need(module, "_forward_hooks", "find hooks")
+    return hooks
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after its forward. Without it, refuses."""
+    hooks: Any = getattr(module, "_forward_hooks", _MISSING)
+    hooks = hooks or getattr(module, "_forward_pre_hooks", _MISSING)
+    return (
+        _refuse("_forward_hooks or _forward_pre_hooks", "find hooks")
+        if hooks is _MISSING
+        else bool(hooks)
+    )
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after its backward. Without it, refuses."""
+    hooks: Any = getattr(module, "_backward_hooks", _MISSING)
+    hooks = hooks or getattr(module, "_backward_pre_hooks", _MISSING)
+    return (
+        _refuse("_backward_hooks or _backward_pre_hooks", "find hooks")
+        if hooks is _MISSING
+        else bool(hooks)
+    )
+
+
+# --- Nodes of autograd's graph.
+
+
+def is_user_function(node: object) -> bool:
+    """Whether a node belongs to a Function written in Python outside of this package.
 
     Its backward may do anything, such as run a part of the model again and call backward() there.
+    Without the private name, our own Functions count too.
     """
     function = getattr(type(node), "_forward_cls", Function)
     return isinstance(node, BackwardCFunction) and not function.__module__.startswith(
@@ -93,8 +207,11 @@ def is_foreign(node: object) -> bool:
     )
 
 
+# --- Nested containers of tensors. Without these names, refuses.
+
+
 def tree_leaves(tree: Any) -> list[Any]:
-    """All that tuples, lists, dicts and registered classes hold. Without it, refuses."""
+    """All leaves of nested tuples, lists, dicts and registered classes."""
     leaves: list[Any] = _need(_pytree, "tree_leaves", "look into nested containers")(tree)
     return leaves
 
@@ -102,6 +219,9 @@ def tree_leaves(tree: Any) -> list[Any]:
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tuples, lists and dicts with other tensors. Without it, refuses."""
     return _need(_pytree, "tree_map_only", "look into nested containers")(Tensor, change, tree)
+
+
+# --- Only for `record`.
 
 
 def leaf_of(node: object) -> Tensor | None:
@@ -121,6 +241,16 @@ def node_that_made(t: Tensor) -> Any:
     """
     base = getattr(t, "_base", None)
     return (t if base is None else base).grad_fn
+
+
+def reduced_dims(node: object) -> Any:
+    """The dimension or dimensions over which a node sums or averages. Without it, none is known."""
+    return getattr(node, "_saved_dim", ())
+
+
+def shape_before(node: object) -> Any:
+    """The shape of what a node reduces. Without it, None: not known."""
+    return getattr(node, "_saved_self_sym_sizes", None)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -162,7 +292,7 @@ def runs_within(token: object) -> bool:
     return not _can_carry or token in carried()
 
 
-# --- For the verification kit alone.
+# --- Only for the verification kit.
 
 _python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
 

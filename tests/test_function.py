@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import manual_bp
 from manual_bp import Linear, Sigmoid, _autocast, _function
 from manual_bp._autocast import autocast, autocast_to_float32
-from manual_bp._function import as_callable, values_are_at_hand
+from manual_bp._function import as_callable, has_concrete_values
 from tests.helpers import assert_same
 
 
@@ -143,7 +143,7 @@ def test_without_the_private_names_everything_still_works(monkeypatch: pytest.Mo
     x = torch.tensor(2.0, requires_grad=True)
     assert torch.autograd.grad(cube(x), x)[0].item() == 12
     assert autocast(x, None) == (x, None)
-    assert not values_are_at_hand(torch.ones(2))
+    assert not has_concrete_values(torch.ones(2))
 
 
 def test_autocast_casts_as_pytorch_does(device: torch.device) -> None:
@@ -170,11 +170,11 @@ def test_autocast_passes_over_devices_that_have_none() -> None:
 
 def test_which_tensors_have_values_to_look_at() -> None:
     seen = []
-    torch.func.vmap(lambda x: seen.append(values_are_at_hand(x)) or x)(torch.ones(2))  # type: ignore[func-returns-value]
+    torch.func.vmap(lambda x: seen.append(has_concrete_values(x)) or x)(torch.ones(2))  # type: ignore[func-returns-value]
     assert seen == [False]
-    assert values_are_at_hand(torch.ones(2))
-    assert values_are_at_hand(torch.nn.Parameter(torch.ones(2)))
-    assert not values_are_at_hand(torch.ones(2).as_subclass(Labelled))
+    assert has_concrete_values(torch.ones(2))
+    assert has_concrete_values(torch.nn.Parameter(torch.ones(2)))
+    assert not has_concrete_values(torch.ones(2).as_subclass(Labelled))
 
 
 class Labelled(Tensor):

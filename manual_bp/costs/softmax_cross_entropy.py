@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from manual_bp import _require
 from manual_bp._autocast import autocast_to_float32
-from manual_bp._function import save_for_forward
+from manual_bp._function import save_for_forward_ad
 from manual_bp.costs import _cost
 from manual_bp.costs._cost import Cost, Reduction
 
@@ -71,7 +71,7 @@ class SoftmaxCrossEntropyCostFunction(Function):
         z, y, ctx.reduction = inputs
         ctx.set_materialize_grads(False)
         needs_z, _, _ = ctx.needs_input_grad
-        saves_both = save_for_forward(ctx, z, y)
+        saves_both = save_for_forward_ad(ctx, z, y)
         ctx.save_for_backward(z, y if needs_z or saves_both else None)
 
     @staticmethod

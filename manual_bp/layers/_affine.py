@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_variadic
 from manual_bp import _require
 from manual_bp._autocast import autocast
 from manual_bp._function import as_callable, hand_over, is_nested, is_watched
-from manual_bp._torch import any_autocast_is_on
+from manual_bp._torch import any_autocast_is_on, as_no_view, parameters_for_reading
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def affine(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     # a Function returns.
     if is_watched():
         return z.clone()
-    return cast("Tensor", torch.ops.aten._unsafe_view(z, z.shape))
+    return as_no_view(z)
 
 
 def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +41,7 @@ def weight_and_bias(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, T
     """
     attributes = vars(module)
     if type(module) is kind and "weight" not in attributes and "bias" not in attributes:
-        own = attributes["_parameters"]
+        own = parameters_for_reading(module)
         try:
             return own["weight"], own["bias"]
         except KeyError:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from manual_bp._function import save_for_forward
+from manual_bp._function import save_for_forward_ad
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, entry_point, weight_and_bias
 
 
@@ -47,7 +47,7 @@ class LinearFunction(Function):
         a, w, _ = inputs
         needs_a, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        all_of_them = save_for_forward(ctx, a, w)
+        all_of_them = save_for_forward_ad(ctx, a, w)
         ctx.save_for_backward(
             a if needs_w or all_of_them else None, w if needs_a or all_of_them else None
         )

@@ -8,9 +8,9 @@ from torch.autograd import Function
 
 from manual_bp._function import (
     is_watched,
-    may_write_over_what_was_made_of,
+    may_overwrite_results_of,
     release_saved,
-    save_for_forward,
+    save_for_forward_ad,
 )
 from manual_bp._torch import transforms_are_active
 from manual_bp.layers._affine import affine, affine_tangent, as_rows, entry_point, weight_and_bias
@@ -21,7 +21,7 @@ def times_sigmoid_prime(grad_a: Tensor, a: Tensor) -> Tensor:
 
     Not as grad_a a − grad_a a², which cancels to a third of its size where a neuron is saturated.
     """
-    if may_write_over_what_was_made_of(grad_a):
+    if may_overwrite_results_of(grad_a):
         return (1 - a).mul_(a).mul_(grad_a)  # the same, in one new tensor
     return grad_a * (a * (1 - a))
 
@@ -69,7 +69,7 @@ class LinearSigmoidFunction(Function):
         a_prev, w, _ = inputs
         needs_a_prev, needs_w, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        all_of_them = save_for_forward(ctx, a_prev, w, output)
+        all_of_them = save_for_forward_ad(ctx, a_prev, w, output)
         ctx.save_for_backward(
             a_prev if needs_w or all_of_them else None,
             w if needs_a_prev or all_of_them else None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manual_bp import _require
 from manual_bp._autocast import without_autocast
-from manual_bp._torch import node_that_made, version
+from manual_bp._torch import node_that_made, own_buffers, own_parameters, version
 from manual_bp.layers._activation import Activation
 from manual_bp.layers._formula import has_forward_of, is_equivalent
 from manual_bp.layers.linear import Linear, linear
@@ -232,7 +232,7 @@ class SeenCalls:
         last, self._last_product = self._last_product, None
         if last is not None and last[1] is z and last[2] == version(z):
             return last[0]
-        held: dict[str, Any] = layer._buffers | layer._parameters
+        held: dict[str, Any] = own_buffers(layer) | own_parameters(layer)
         if self._count_before_pass is None or not held.keys() >= {"weight", "bias"}:
             return None
         if not (is_equivalent(Linear, layer) or has_forward_of(LinearSigmoid, layer)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from manual_bp._torch import is_foreign, leaf_of, version
+from manual_bp._torch import is_user_function, leaf_of, version
 
 # Nodes that hand on a leaf as it is, in another shape or dtype, and may do so to several others:
 # autocast casts once, and double backward uses the transposed weight of forward again.
@@ -37,7 +37,7 @@ class Graph:
             leaf = leaf_of(node)
             if leaf is not None:
                 self.ends[id(leaf)] = node
-            elif is_foreign(node):
+            elif is_user_function(node):
                 self.foreign.append(node)
             for below, _ in node.next_functions:
                 if below in self.users:

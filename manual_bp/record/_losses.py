@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from manual_bp._torch import reduced_dims, shape_before
 from manual_bp.costs.quadratic import quadratic_cost
 from manual_bp.costs.sigmoid_cross_entropy import sigmoid_cross_entropy_cost
 from manual_bp.costs.softmax_cross_entropy import softmax_cross_entropy_cost
@@ -96,8 +97,8 @@ def _reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> s
 
 def _is_over_samples(node: Any) -> bool:
     """Whether a sum, or a softmax, is over the first dimension."""
-    dims = getattr(node, "_saved_dim", ())
-    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    dims = reduced_dims(node)
+    sizes = shape_before(node)
     count = len(sizes) if sizes is not None else 2
     # A negative one is kept as if it were unsigned.
     signed = [d - 2**64 if d >= 2**63 else d for d in ([dims] if isinstance(dims, int) else dims)]
@@ -106,6 +107,6 @@ def _is_over_samples(node: Any) -> bool:
 
 def _is_of_one_number(node: Any) -> bool:
     """Whether it casts a number, or is the mean or sum of what is one number already."""
-    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    sizes = shape_before(node)
     is_reduced = sizes is not None and math.prod(sizes) == 1
     return bool(node.next_functions) and (is_reduced or node.name() == "ToCopyBackward0")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manual_bp._torch import map_tensors, tree_leaves, version
+from manual_bp._torch import map_tensors, own_buffers, own_parameters, tree_leaves, version
 
 _JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 # Make rows out of nothing, such as positions. Others that do (zeros, randn) may do so for samples.
@@ -32,8 +32,8 @@ class OwnTensors:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id, with the version
         for module in modules:
-            self._add(module._parameters.values())
-            self._add(module._buffers.values())
+            self._add(own_parameters(module).values())
+            self._add(own_buffers(module).values())
 
     def __contains__(self, t: object) -> bool:
         known = self._known.get(id(t))

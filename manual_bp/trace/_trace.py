@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from manual_bp import _require
-from manual_bp._function import values_are_at_hand
+from manual_bp._function import has_concrete_values
+from manual_bp._torch import map_tensors
 from manual_bp.trace import _per_sample
 from manual_bp.trace._call import DistinctMemory, Pair, joined
 from manual_bp.trace._diagnostics import Diagnostics
@@ -59,7 +59,7 @@ class Trace:
                 layer.with_calls(tuple(call.with_tensors(distinct) for call in layer.calls))
                 for layer in self.layers
             )
-            state["output"] = tree_map_only(Tensor, distinct, self.output)
+            state["output"] = map_tensors(distinct, self.output)
         return state
 
     def __iter__(self) -> Iterator[LayerTrace]:
@@ -330,7 +330,7 @@ def _norms(gradients: Sequence[_Gradient]) -> Tensor:
 
 def _as_text(cost: Tensor) -> str:
     """The number, or PyTorch's own repr if there is none, as on the meta device."""
-    is_known = values_are_at_hand(cost) and not cost.is_meta and cost.numel() == 1
+    is_known = has_concrete_values(cost) and not cost.is_meta and cost.numel() == 1
     return f"{cost.item():.6g}" if is_known else repr(cost)
 
 

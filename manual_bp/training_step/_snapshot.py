@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from manual_bp import _net
+from manual_bp._torch import own_buffers, own_modules, own_parameters
 from manual_bp.costs._cost import Cost
 from manual_bp.layers._activation import ACTIVATIONS
 from manual_bp.layers._formula import is_equivalent
@@ -18,7 +19,8 @@ class Snapshot:
     """
 
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
-        self._modules, self._modules_then = net._modules, tuple(net._modules.values())
+        self._modules = own_modules(net)
+        self._modules_then = tuple(self._modules.values())
         self._options = [
             (module, name, getattr(module, name))
             for module in self._modules_then
@@ -30,12 +32,17 @@ class Snapshot:
         self._attributes: list[dict[str, Any]] = [
             attributes
             for module in cost.modules()
-            for attributes in (vars(module), module._parameters, module._buffers, module._modules)
+            for attributes in (
+                vars(module),
+                own_parameters(module),
+                own_buffers(module),
+                own_modules(module),
+            )
         ]
         self._attributes_then = [attributes.copy() for attributes in self._attributes]
         self._held: list[tuple[dict[str, Any], str, Any, bool, Any]] = []
         for layer in layers:
-            holders: Any = layer.module._parameters, layer.module._buffers
+            holders = own_parameters(layer.module), own_buffers(layer.module)
             for name, p in (("weight", layer.w), ("bias", layer.b)):
                 then = (p, False, None) if p is None else (p, p.requires_grad, p.detach())
                 self._held += [(held, name, *then) for held in holders if p is None or name in held]
