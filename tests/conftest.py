@@ -1,8 +1,8 @@
-"""Every test that asks for `device` runs on every device present."""
+"""Every test with the argument `device` runs on each available device."""
 
 import os
 
-# Before torch is imported. Of several processes each has one core; so have those that they start.
+# Before torch is imported. Each of several processes uses one core, as do those that it starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -1,4 +1,4 @@
-"""What the tests of several layers and costs ask of each of them."""
+"""What the tests of several layers and costs share."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ from manual_bp.verify._case import Case
 
 Call = Callable[..., Tensor]
 
-# float64 gradients agree to rounding; a mistake of 0.1 % is ten million times larger.
+# float64 gradients agree up to rounding; a mistake of 0.1 % is ten million times larger.
 RTOL, ATOL = 1e-10, 1e-13
 
-# Of the finite differences of gradcheck, which are right to about 1e-9 here.
+# For the finite differences of gradcheck, which are accurate to about 1e-9 here.
 CHECK: Any = {"rtol": 1e-6, "atol": 1e-8}
 
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Capabilities that complex numbers have not: there is no reduced precision, and no order.
+# Capabilities that complex numbers lack: they have no reduced precision and no order.
 NOT_FOR_COMPLEX = {
     "autocast",
     "bfloat16",
@@ -49,7 +49,7 @@ NOT_FOR_COMPLEX = {
 def activation_cases(
     call: Any, reference: Call, module: Any, reference_module: Any, *, is_complex: bool = False
 ) -> list[Case]:
-    """What the verification kit is to judge of an activation: all of it, on every device."""
+    """The cases of an activation for the verification kit: all capabilities, on every device."""
 
     def draw(generator: torch.Generator) -> Any:
         return [(torch.randn(5, 3, generator=generator, dtype=torch.float64),)]
@@ -72,7 +72,7 @@ def activation_cases(
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A leaf that wants a gradient, of the same strides."""
+    """A leaf with the same values and strides that requires a gradient."""
     return tensor.detach().requires_grad_()
 
 
@@ -83,7 +83,7 @@ def is_differentiable(argument: object) -> bool:
 def gradients(
     call: Call, arguments: Sequence[Any], upstream: Tensor, **options: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output of a call, and its gradients for every argument that wants one."""
+    """The output of a call, and the gradient of every argument that requires one."""
     output = call(*arguments)
     wanted = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
     return output, list(torch.autograd.grad(output, wanted, upstream, **options))
@@ -98,7 +98,7 @@ def assert_same(
 
 
 def error(found: Tensor, right: Tensor) -> float:
-    """How far a tensor is from the right one, of finer dtype, as a part of that one's size."""
+    """The relative error of a tensor, against the right one in a finer dtype."""
     size = right.norm()
     difference: float = ((found.to(right.dtype) - right).norm() / size).item() if size else 0.0
     return difference
@@ -107,7 +107,7 @@ def error(found: Tensor, right: Tensor) -> float:
 def assert_matches(
     ours: Call, reference: Call, arguments: Sequence[Any], upstream: Tensor | None = None
 ) -> None:
-    """Value and gradients as the reference's, for a random upstream gradient."""
+    """Value and gradients equal the reference's, for a random upstream gradient."""
     arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
     if upstream is None:
         upstream = torch.randn_like(reference(*arguments))
@@ -117,7 +117,7 @@ def assert_matches(
 
 
 def assert_gradchecks(call: Call, arguments: Sequence[Any]) -> None:
-    """First and second derivatives, in all the ways that PyTorch can ask for them."""
+    """Checks first and second derivatives in all modes of PyTorch's gradcheck."""
     arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
     assert gradcheck(
         call,
@@ -140,7 +140,7 @@ def assert_gradchecks(call: Call, arguments: Sequence[Any]) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """The names of the kernels that ran inside."""
+    """The names of the kernels that ran within the region."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def backward_operations(call: Call, arguments: Sequence[Any]) -> Operations:
 
 
 class Cut(Function):
-    """Passes its input on, and no gradient back."""
+    """Passes its input on, but no gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def assert_undefined_gradient_costs_nothing(call: Call, arguments: Sequence[Any]
 
 
 def nodes(output: Tensor) -> Counter[str]:
-    """How many nodes of each kind there are in the graph below an output."""
+    """The number of nodes of each kind in the graph of an output."""
     seen: set[Any] = set()
     queue: list[Any] = [output.grad_fn]
     while queue:
@@ -203,7 +203,7 @@ def nodes(output: Tensor) -> Counter[str]:
 
 
 def saved_tensors(call: Call, arguments: Sequence[Any]) -> list[Tensor]:
-    """What a call keeps for its backward."""
+    """The tensors that a call saves for its backward."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def is_same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def assert_no_derivative_kernel(call: Call, arguments: Sequence[Any]) -> None:
-    """A backward made of ordinary operations, none of PyTorch's own derivatives."""
+    """The backward runs ordinary operations only, none of PyTorch's derivative kernels."""
     arguments = [leaf(t) if is_differentiable(t) else t for t in arguments]
     names = backward_operations(call, arguments).names
     assert names
@@ -229,7 +229,7 @@ def assert_no_derivative_kernel(call: Call, arguments: Sequence[Any]) -> None:
 
 
 def logged_in(folder: Path) -> Any:
-    """All that TensorBoard finds in a folder."""
+    """Everything that TensorBoard finds in a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     everything = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
@@ -239,7 +239,7 @@ def logged_in(folder: Path) -> Any:
 
 
 def refusal(main: Callable[[Sequence[str]], int], arguments: Sequence[str], capsys: Any) -> str:
-    """What a program says on stderr of options that it refuses, with exit code 2."""
+    """What a program prints on stderr when it refuses its options with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""The three forms of a Function, each tried on one that is written once."""
+"""The forms of a Function that is written once, and who calls which."""
 
 import inspect
 import weakref
@@ -45,9 +45,9 @@ class Cube(Function):
 cube = as_callable(Cube)
 
 
-def test_eager_takes_the_cheap_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The dear form binds the signature of forward at every call.
-    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("the dear form"))
+def test_eager_code_uses_the_cheap_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The slow form binds the signature of forward at every call.
+    monkeypatch.setattr(inspect, "signature", lambda *_: pytest.fail("the slow form"))
     x = torch.tensor(2.0, requires_grad=True)
     y = cube(x)
     assert y.item() == 8
@@ -55,7 +55,7 @@ def test_eager_takes_the_cheap_face(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(y.grad_fn).__name__ == "CubeBackward"
 
 
-def test_a_subclass_with_a_torch_function_has_its_say() -> None:
+def test_a_subclass_overrides_a_call_by_its_torch_function() -> None:
     class Loud(Tensor):
         @classmethod
         def __torch_function__(
@@ -67,19 +67,22 @@ def test_a_subclass_with_a_torch_function_has_its_say() -> None:
     assert manual_bp.leaky_relu(z, 0.5) == ("leaky_relu", (0.5, False))
 
 
-def test_nothing_is_kept_for_forward_ad_where_it_cannot_ask(
+def test_nothing_is_saved_for_forward_ad_outside_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context: Any = torch.autograd.function.FunctionCtx
-    monkeypatch.setattr(context, "save_for_forward", lambda *_: pytest.fail("kept"))
+    monkeypatch.setattr(context, "save_for_forward", lambda *_: pytest.fail("saved"))
     x, w = torch.ones(1, 2, requires_grad=True), torch.ones(3, 2)
     manual_bp.linear(x, w)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(pytest.fail.Exception, match="kept"):
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(pytest.fail.Exception, match="saved"),
+    ):
         manual_bp.linear(x, w)
 
 
-def test_a_boxed_backward_alone_holds_its_gradient() -> None:
-    """What the engine made for it is gone once the backward deletes it."""
+def test_only_a_boxed_backward_holds_its_gradient() -> None:
+    """A gradient made by the engine is freed once the backward deletes it."""
     alive: list[bool] = []
 
     class Watched(Cube):
@@ -105,7 +108,7 @@ def test_a_boxed_backward_alone_holds_its_gradient() -> None:
     assert alive == [not hasattr(Function, "boxed_grads_call"), True]
 
 
-def test_transforms_take_the_face_they_need() -> None:
+def test_transforms_use_the_form_with_setup_context() -> None:
     assert torch.func.grad(cube)(torch.tensor(2.0)).item() == 12
     assert torch.func.hessian(cube)(torch.tensor(2.0)).item() == 12
     assert torch.func.vmap(torch.func.grad(cube))(torch.arange(3.0)).tolist() == [0, 3, 12]
@@ -113,7 +116,7 @@ def test_transforms_take_the_face_they_need() -> None:
     assert tangent.item() == 12
 
 
-def test_eager_forward_mode() -> None:
+def test_forward_mode_works_in_eager_code() -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
         tangent = torch.autograd.forward_ad.unpack_dual(cube(dual)).tangent
@@ -121,7 +124,7 @@ def test_eager_forward_mode() -> None:
     assert tangent.item() == 12
 
 
-def test_the_compiler_takes_the_face_without_jvp() -> None:
+def test_the_compiler_uses_the_form_without_jvp() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(cube, fullgraph=True, backend="aot_eager")
     x = torch.tensor([2.0, 3.0], requires_grad=True)
@@ -130,14 +133,14 @@ def test_the_compiler_takes_the_face_without_jvp() -> None:
     assert x.grad.tolist() == [12, 27]
 
 
-def test_compiled_transforms() -> None:
+def test_transforms_can_be_compiled() -> None:
     torch._dynamo.reset()
     per_sample = torch.func.vmap(torch.func.grad(cube))
     compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
     assert compiled(torch.arange(3.0)).tolist() == [0, 3, 12]
 
 
-def test_without_the_private_names_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallbacks_of_private_names_give_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_function, "transforms_are_active", lambda: True)
     monkeypatch.setattr(_autocast, "any_autocast_is_on", lambda: True)
     x = torch.tensor(2.0, requires_grad=True)
@@ -162,13 +165,13 @@ def test_autocast_casts_as_pytorch_does(device: torch.device) -> None:
             assert autocast(*tensors)[0].dtype is torch.float32
 
 
-def test_autocast_passes_over_devices_that_have_none() -> None:
+def test_autocast_leaves_tensors_of_devices_without_it() -> None:
     meta = torch.ones(2, device="meta")
     with torch.autocast("cpu"):
         assert autocast(meta, "no tensor") == (meta, "no tensor")  # type: ignore[arg-type]
 
 
-def test_which_tensors_have_values_to_look_at() -> None:
+def test_only_plain_tensors_outside_of_transforms_have_concrete_values() -> None:
     seen = []
     torch.func.vmap(lambda x: seen.append(has_concrete_values(x)) or x)(torch.ones(2))  # type: ignore[func-returns-value]
     assert seen == [False]
@@ -187,7 +190,7 @@ def network(linear: type[nn.Linear], sigmoid: type[nn.Sigmoid]) -> nn.Sequential
 
 
 def transformed(net: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
-    """What torch.func does to a network whose own parameters require gradients."""
+    """The transforms of torch.func, of a network whose parameters require gradients."""
     parameters: dict[str, Any] = dict(net.named_parameters())
 
     def loss(parameters: dict[str, Any], x: Tensor) -> Tensor:
@@ -211,7 +214,9 @@ def transformed(net: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
 
 @pytest.mark.parametrize("name", transformed(network(nn.Linear, nn.Sigmoid)))
 @pytest.mark.parametrize("compiled", [True, False])
-def test_transforms_of_a_network(name: str, compiled: bool, device: torch.device) -> None:
+def test_transforms_of_a_network_match_pytorchs(
+    name: str, compiled: bool, device: torch.device
+) -> None:
     x = torch.randn(5, 3, dtype=torch.float64, device=device)
     call = transformed(network(Linear, Sigmoid).to(device))[name]
     expected = transformed(network(nn.Linear, nn.Sigmoid).to(device))[name]

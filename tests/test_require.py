@@ -54,7 +54,9 @@ ROW = torch.ones(1, 3)
         ("indices", ("y", torch.tensor([-1]), "z", ROW), ValueError, "class indices from 0 to 2"),
     ],
 )
-def test_refusals(check: str, arguments: Any, error: type[Exception], message: str) -> None:
+def test_a_bad_argument_is_refused_by_its_name(
+    check: str, arguments: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         getattr(_require, check)(*arguments)
 
@@ -75,9 +77,9 @@ def test_refusals(check: str, arguments: Any, error: type[Exception], message: s
         ("one_of", ("a", "b", ("a", "b"))),
         ("indices", ("y", torch.tensor([2]), "z", ROW)),
         ("indices", ("y", torch.tensor([], dtype=torch.int64), "z", ROW[:0])),
-        # Values that nobody can look at yet.
+        # Values that cannot be read.
         ("indices", ("y", torch.tensor([7], device="meta"), "z", ROW.to("meta"))),
     ],
 )
-def test_what_passes(check: str, arguments: Any) -> None:
+def test_a_good_argument_passes(check: str, arguments: Any) -> None:
     getattr(_require, check)(*arguments)

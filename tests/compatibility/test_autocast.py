@@ -1,4 +1,4 @@
-"""Mixed precision, in every channel: values, dtypes and gradients as PyTorch's layers."""
+"""Mixed precision: values, dtypes and gradients match those of PyTorch's layers."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def test_autocast(
     output, grads = run(subject.ours, arguments, device, dtype)
     expected, expected_grads = run(subject.theirs, arguments, device, dtype)
     tolerance = torch.finfo(dtype).eps * 4
-    if subject in LAYERS:  # costs of ours are float32 there, as PyTorch's losses
+    if subject in LAYERS:  # there our costs are float32, like PyTorch's losses
         assert output.dtype is expected.dtype
     torch.testing.assert_close(
         output, expected, rtol=tolerance, atol=tolerance, check_dtype=subject in LAYERS
@@ -79,7 +79,7 @@ def test_training_with_a_gradient_scaler(
     torch.testing.assert_close(losses[:5], losses[5:], rtol=tolerance, atol=tolerance)
 
 
-def test_nested_and_disabled_regions(device: torch.device) -> None:
+def test_nested_and_disabled_regions_cast_as_pytorch_does(device: torch.device) -> None:
     nets = [model().to(device), model().to(device)]
     convert(nets[0])
     x = torch.randn(6, 8, device=device)

@@ -1,4 +1,4 @@
-"""What a layer needs for its backward, changed in place: right or refused, never silently wrong."""
+"""Changing what a backward needs, in place: right or refused, never silently wrong."""
 
 import copy
 import shutil
@@ -22,7 +22,7 @@ from tests.helpers import assert_same, is_differentiable, leaf
 Call = Callable[..., Tensor]
 
 pytestmark = [
-    # The compiler says these of itself.
+    # Warnings of the compiler about itself.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
@@ -33,7 +33,7 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-# Each calls a function, then changes something in place, and gives a cost.
+# Each calls a function, then changes something in place, and returns a cost.
 
 
 def output_scaled(call: Call, *arguments: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: cha
 
 
 def scaled(cost: Call, *arguments: Tensor) -> Tensor:
-    """A cost of numbers made from the arguments, for what it changes must be no leaf."""
+    """A cost of values computed from the arguments, because a leaf cannot be changed in place."""
     return cost(*(t * 1.5 if is_differentiable(t) else t for t in arguments))
 
 
@@ -95,7 +95,7 @@ def gradients(cost: Call, arguments: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def out_of_reach(call: Call) -> Call:
-    """The same function, with nothing that it saves within the reach of others."""
+    """The same function, but nobody else can change what it saves."""
 
     def apart(*arguments: Tensor) -> Tensor:
         return call(*(t.clone() for t in arguments)).clone()
@@ -120,7 +120,7 @@ def outcome(run: Callable[[], list[Tensor]], expected: list[Tensor]) -> Outcome:
 
 
 @every_subject
-def test_compiled(subject: Subject, device: torch.device) -> None:
+def test_a_change_within_a_compiled_region_is_right(subject: Subject, device: torch.device) -> None:
     def costs(call: Call, *arguments: Tensor) -> Tensor:
         return torch.stack([scaled(partial(change, call), *arguments) for change in CHANGES])
 
@@ -136,7 +136,9 @@ def test_compiled(subject: Subject, device: torch.device) -> None:
 
 
 @every_subject
-def test_outside_of_what_is_compiled(subject: Subject, device: torch.device) -> None:
+def test_a_change_outside_of_a_compiled_region_is_right_or_refused(
+    subject: Subject, device: torch.device
+) -> None:
     arguments = subject.arguments(device=device)
     compiled = torch.compile(subject.ours, backend="aot_eager", fullgraph=True)
     for change in CHANGES:
@@ -180,10 +182,10 @@ WAYS: dict[str, Callable[[Call], Call]] = {
 @pytest.mark.parametrize("way", WAYS)
 @every_change
 @every_subject
-def test_no_worse_than_pytorchs(
+def test_a_change_is_handled_no_worse_than_by_pytorch(
     subject: Subject, change: Callable[..., Tensor], way: str, device: torch.device
 ) -> None:
-    """Where PyTorch's own layers are right, so are ours; where they refuse, ours are not wrong."""
+    """Right wherever PyTorch's layers are; where those refuse, right or refused."""
     if subject in COSTS and change in OF_INPUT:
         pytest.skip("PyTorch's costs keep other tensors than ours do")
     arguments = subject.arguments(device=device)
@@ -200,7 +202,9 @@ def test_no_worse_than_pytorchs(
 
 @every_change
 @pytest.mark.parametrize("subject", LAYERS, ids=lambda subject: subject.name)
-def test_under_func(subject: Subject, change: Callable[..., Tensor], device: torch.device) -> None:
+def test_a_change_under_func_is_right_or_refused(
+    subject: Subject, change: Callable[..., Tensor], device: torch.device
+) -> None:
     arguments = subject.arguments(device=device)
 
     def through(call: Call) -> list[Tensor]:
@@ -231,12 +235,12 @@ class Residual(nn.Module):
     not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler"
 )
 @pytest.mark.parametrize("fuse", [False, True])
-def test_a_converted_model_compiled_by_inductor(fuse: bool) -> None:
+def test_inductor_is_right_for_a_model_that_changes_outputs(fuse: bool) -> None:
     theirs = nn.Sequential(
         *(Residual(activation.make_reference()) for activation in TABLE),
         nn.Linear(4, 4),
         nn.Sigmoid(),
-        nn.Hardtanh(0.3, 0.6, inplace=True),  # changes what the sigmoid gave
+        nn.Hardtanh(0.3, 0.6, inplace=True),  # changes the output of the sigmoid
         nn.Linear(4, 1),
     ).double()
     ours = copy.deepcopy(theirs)

@@ -1,4 +1,4 @@
-"""torch.compile as it is used: inductor, shapes that change, autocast; and what it refuses."""
+"""torch.compile with inductor, changing shapes and autocast; and what it refuses."""
 
 import copy
 import shutil
@@ -19,11 +19,11 @@ pytestmark = [
     pytest.mark.skipif(
         not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler"
     ),
-    # Inductor says these of itself and of the machine.
+    # Warnings of inductor about itself and the machine.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32:UserWarning"),
     pytest.mark.filterwarnings("ignore:Not enough SMs:UserWarning"),
-    # The compiler asks for the .grad of whatever it meets.
+    # The compiler reads .grad of every tensor.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
@@ -105,8 +105,8 @@ def test_inductor_trains_a_converted_model(fuse: bool) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_options_that_differ_and_change(dynamic: bool | None) -> None:
-    """The compiler may take a float for a variable, within a Function too."""
+def test_a_compiled_layer_follows_its_options(dynamic: bool | None) -> None:
+    """The compiler may make a variable of a float, also within a Function."""
 
     theirs = nn.Sequential(
         nn.Softplus(0.3),
@@ -128,7 +128,7 @@ def test_options_that_differ_and_change(dynamic: bool | None) -> None:
         assert_same(run(compiled, (x,)), run(theirs, (x,)))
 
 
-@before_2_12  # goes on with PyTorch's layers
+@before_2_12  # keeps using PyTorch's layers
 def test_conversion_after_compilation_is_noticed() -> None:
     net, theirs = network(), network()
     compiled = torch.compile(net, backend="eager")
@@ -139,7 +139,7 @@ def test_conversion_after_compilation_is_noticed() -> None:
     assert_same(steps(compiled, net), steps(theirs, theirs))
 
 
-def test_parametrised_and_pruned_models_compile() -> None:
+def test_parametrised_and_pruned_models_can_be_compiled() -> None:
     for change in (
         lambda m: parametrizations.weight_norm(m),
         lambda m: prune.l1_unstructured(m, "weight", 0.5),
@@ -152,10 +152,10 @@ def test_parametrised_and_pruned_models_compile() -> None:
         assert_same(steps(compiled, net), steps(theirs, theirs))
 
 
-# What is refused, with the message that docs/compatibility.md quotes.
+# What is refused, with the messages that docs/compatibility.md quotes.
 
 
-@before_2_12  # is right there
+@before_2_12  # gives the right result there
 def test_forward_mode_within_a_compiled_region_is_refused() -> None:
     net = nn.Sequential(Linear(3, 4), Sigmoid())
 
@@ -180,7 +180,7 @@ def test_second_derivatives_of_a_compiled_region_are_refused_as_for_pytorchs_lay
 
 
 def test_compiled_autograd() -> None:
-    """The backward compiled as well: for all layers but the fused one, which says so."""
+    """The backward can be compiled too, except that of the fused layer, which is refused."""
     from torch._dynamo import compiled_autograd
 
     def backward_compiled(net: nn.Module) -> list[Tensor]:
@@ -192,7 +192,7 @@ def test_compiled_autograd() -> None:
     net, theirs = network(), network()
     convert(net)
     assert_same(backward_compiled(net), backward_compiled(theirs))
-    if hasattr(Function, "boxed_grads_call"):  # from 2.13 on
+    if hasattr(Function, "boxed_grads_call"):  # 2.13 and later
         message = "boxed_grads_call=True on LinearSigmoidFunction is not"
         with pytest.raises(RuntimeError, match=message):
             backward_compiled(LinearSigmoid(3, 4).double())

@@ -1,4 +1,4 @@
-"""What only CUDA devices have."""
+"""What exists only on CUDA devices."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ def network() -> nn.Sequential:
 
 @every_subject
 def test_make_graphed_callables(subject: Subject) -> None:
-    """A call captured in CUDA graphs, forward and backward, replayed with other values."""
+    """A call captured in CUDA graphs, forward and backward, then replayed with other values."""
     arguments = tuple(
         t.requires_grad_() if t.is_floating_point() else t
         for t in subject.arguments(device="cuda", dtype=torch.float32)
@@ -41,7 +41,7 @@ def test_make_graphed_callables(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_a_whole_training_step_captured(fuse: bool) -> None:
+def test_a_captured_training_step_matches_pytorchs(fuse: bool) -> None:
     net = network().cuda()
     theirs = copy.deepcopy(net)
     convert(net, fuse=fuse)

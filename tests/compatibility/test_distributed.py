@@ -1,6 +1,6 @@
-"""Every test runs as two processes: our layers train as PyTorch's do, wrapped the same way.
+"""Each test runs in two processes: our layers train like PyTorch's, wrapped in the same way.
 
-Each process draws samples of its own, so that no number is right unless gradients are exchanged.
+Each process draws different samples, so results are right only if gradients are exchanged.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from manual_bp import convert, restore
 from tests.activations import TABLE
 from tests.helpers import ATOL, RTOL, nodes
 
-if dist.is_available():  # a PyTorch that was built without it has none of these
+if dist.is_available():  # some builds of PyTorch have none of these
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import (
@@ -48,7 +48,7 @@ RANKS = 2
 STEPS = 4
 IN, HIDDEN, OUT = 6, 8, 4
 
-# Seconds: for a test; and once a rank has failed, for the other to end as well.
+# Seconds for a test, and for the other rank to end once one has failed.
 TIMEOUT, GRACE = 120, 5
 
 Assert = Callable[[Any, Any], None]
@@ -61,7 +61,7 @@ assert_equal_but_for_rounding: Assert = partial(assert_close, rtol=RTOL, atol=AT
 
 
 def assert_equal_in_bfloat16(ours: Any, theirs: Any) -> None:
-    """Each tensor to its own scale: gradients of the first layers are small."""
+    """Compares each tensor on its own scale: gradients of the first layers are small."""
     if isinstance(theirs, Tensor):
         assert_close(ours, theirs, rtol=0, atol=float(2**-3 * theirs.abs().max()))
         return
@@ -75,7 +75,7 @@ def run_as_rank(work: tuple[int, str, Callable[..., None], tuple[object, ...]]) 
     dist.init_process_group("gloo", init_method=url, rank=rank, world_size=RANKS)
     try:
         with catch_warnings():
-            simplefilter("error")  # as pytest has it, which a worker knows nothing of
+            simplefilter("error")  # as pytest does, whose settings a worker does not get
             scenario(*arguments)
     except Exception as error:
         error.add_note(f"This was on rank {rank}.")
@@ -89,7 +89,7 @@ def start_workers() -> Pool:
 
 
 def failures(answers: "IMapIterator[None]") -> list[Exception]:
-    """In the order in which they came. What has not come is a TimeoutError."""
+    """In order of arrival. A TimeoutError stands for a result that did not arrive."""
     errors: list[Exception] = []
     for _ in range(RANKS):
         try:
@@ -101,10 +101,10 @@ def failures(answers: "IMapIterator[None]") -> list[Exception]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Runs a scenario on all ranks; what fails first there, fails here, with its traceback.
+    """Runs a scenario on all ranks. The first failure there is raised here, with its traceback.
 
-    The processes serve all tests, because they take seconds to start. No process can be handed
-    two ranks: it is busy with the one until the other has joined it.
+    The processes serve all tests, because they take seconds to start. No process can get
+    two ranks: it is busy with one until the other has joined.
     """
     folder = tmp_path_factory.mktemp("rendezvous")
     numbers = count()
@@ -116,7 +116,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         work = [(rank, url, scenario, arguments) for rank in range(RANKS)]
         errors = failures(workers.imap_unordered(run_as_rank, work))
         if any(isinstance(error, multiprocessing.TimeoutError) for error in errors):
-            workers.terminate()  # one still waits for the other, which has failed
+            workers.terminate()  # one may still wait for the other, which has failed
             workers = start_workers()
         if errors:
             raise errors[0]
@@ -126,9 +126,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 class Net(NamedTuple):
-    """A multilayer perceptron, and what our layers leave in its graph.
+    """A multilayer perceptron, and the nodes that our layers leave in its graph.
 
-    exact: Whether our backwards compute just what PyTorch's do, in the same order.
+    exact: Whether our backwards compute exactly what PyTorch's do, in the same order.
     """
 
     activations: tuple[Callable[[], nn.Module], ...]
@@ -138,7 +138,7 @@ class Net(NamedTuple):
     frozen: tuple[str, ...] = ()
 
     def build(self) -> nn.Sequential:
-        """As PyTorch has it: the same numbers each time, on every rank."""
+        """PyTorch's network, with the same numbers each time, on every rank."""
         torch.manual_seed(1)
         widths = [IN, *[HIDDEN] * len(self.activations), OUT]
         first, *others = [nn.Linear(*sizes) for sizes in pairwise(widths)]
@@ -181,7 +181,7 @@ each_net = pytest.mark.parametrize("net", ["relu", "frozen", "every activation",
 
 
 class Trained(NamedTuple):
-    """What this rank knows after training; what is spread over the ranks has been gathered."""
+    """The state of this rank after training, with sharded tensors gathered."""
 
     gradients: list[dict[str, Tensor]]
     parameters: dict[str, Tensor]
@@ -195,7 +195,7 @@ def samples(step: int, *leading: int, rank: int | None = None) -> Tensor:
 
 
 def cost(a: Tensor, x: Tensor) -> Tensor:
-    """How far the net is from passing on the first of its inputs."""
+    """The distance of the net's output from the first of its inputs."""
     return (a - x[..., :OUT]).square().mean()
 
 
@@ -244,7 +244,7 @@ def compare(
     build: Callable[[Net], nn.Module] = Net.build,
     assert_same: Assert | None = None,
 ) -> tuple[Trained, Trained]:
-    """Train PyTorch's and ours, wrapped and trained alike: the same must come of both."""
+    """Train PyTorch's and ours, wrapped in the same way: the results must be the same."""
     theirs, ours = build(net), build(net)
     net.convert(ours)
     expected = train(wrap(theirs), run_backward)
@@ -299,12 +299,12 @@ def test_ddp_no_sync(ranks: Ranks, net: str) -> None:
     ranks(ddp_no_sync, net)
 
 
-# For each step: the ranks whose loss has a part from the branch.
+# For each step, the ranks whose loss includes the branch.
 BRANCH_COUNTS_ON = [set[int](), {0}, {1}, {0, 1}]
 
 
 class Branching(nn.Module):
-    """A trunk and a branch, which runs always or just where it counts."""
+    """A trunk and a branch, which runs always, or only where the loss includes it."""
 
     def __init__(self, net: Net, *, runs_always: bool) -> None:
         super().__init__()
@@ -343,8 +343,8 @@ def test_ddp_unused_parameters(ranks: Ranks, net: str) -> None:
 
 
 @pytest.mark.parametrize("net", ["relu", "every activation", "fused"])
-def test_ddp_output_that_does_not_count(ranks: Ranks, net: str) -> None:
-    """DDP sends an undefined gradient through the branch, all the way to its parameters."""
+def test_ddp_with_an_output_that_is_not_in_the_loss(ranks: Ranks, net: str) -> None:
+    """DDP sends an undefined gradient through the branch to its parameters."""
     ranks(ddp_unused_parameters, net, True)
 
 
@@ -367,7 +367,7 @@ def ddp_restored(name: str) -> None:
 
 
 @each_net
-def test_ddp_restored(ranks: Ranks, net: str) -> None:
+def test_a_ddp_model_can_be_restored(ranks: Ranks, net: str) -> None:
     ranks(ddp_restored, net)
 
 
@@ -444,9 +444,9 @@ def placement_of(split: str) -> "Placement":
 
 
 def parallelize(model: nn.Module, split: str, local: bool = True) -> nn.Module:
-    """Split samples as told, the first weight by rows, the second by columns.
+    """Split samples as given, the first weight by rows, the second by columns.
 
-    local: Whether the activation between meets an ordinary tensor, or a DTensor.
+    local: Whether the activation in between gets an ordinary tensor or a DTensor.
     """
     placement = placement_of(split)
     first = ColwiseParallel(input_layouts=placement, use_local_output=local)
@@ -491,7 +491,7 @@ def tensor_parallel_of_what_is_fused() -> None:
 
 
 def test_tensor_parallel_refuses_what_is_fused(ranks: Ranks) -> None:
-    """PyTorch takes an nn.Linear, which LinearSigmoid is not."""
+    """PyTorch requires an nn.Linear, and LinearSigmoid is none."""
     with pytest.raises(NotImplementedError, match=r"only support nn\.Linear"):
         ranks(tensor_parallel_of_what_is_fused)
 
@@ -526,5 +526,5 @@ def test_distributed_by_rows(ranks: Ranks, net: str) -> None:
 
 @pytest.mark.parametrize("net", ["not in place", "fused"])
 def test_distributed_by_columns(ranks: Ranks, net: str) -> None:
-    """What comes out of a Linear is a partial sum here, which the activation has to add up."""
+    """Here the output of a Linear is a partial sum, which the activation must add up."""
     ranks(distributed_by_hand, net, {"0": 0, "2": 1, "4": 0})

@@ -1,4 +1,4 @@
-"""torch.export, and ONNX with onnxruntime's output beside ours."""
+"""torch.export, and ONNX compared by the output of onnxruntime."""
 
 import io
 from typing import Any
@@ -14,16 +14,16 @@ from tests.helpers import assert_same
 DYNAMIC = {"rows": torch.export.Dim("rows", min=2)}
 
 
-# Of PyTorch's own loading, before 2.13.
+# A warning of PyTorch's own loading, before 2.13.
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @every_subject
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_export(subject: Subject, strict: bool) -> None:
-    """The exported program computes the same for another number of rows, also after a file."""
+    """The exported program gives the same for another number of rows, after saving and loading."""
     module, theirs = subject.modules()
     inputs = subject.inputs()
     shapes = tuple({0: DYNAMIC["rows"]} for _ in inputs)
-    # Arguments named by *args, as PyTorch calls them; the module's own otherwise.
+    # PyTorch names the arguments of *args; other names are the module's own.
     program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -36,8 +36,10 @@ def test_export(subject: Subject, strict: bool) -> None:
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("decomposed", [True, False])
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # the exporter's, of itself
-def test_an_exported_model_trains_on(decomposed: bool, fuse: bool) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning"
+)  # a warning of the exporter about itself
+def test_an_exported_model_can_be_trained(decomposed: bool, fuse: bool) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.ReLU(True)).double()
     convert(net, fuse=fuse)
     x = torch.randn(5, 3).double()
@@ -56,7 +58,7 @@ def test_an_exported_model_trains_on(decomposed: bool, fuse: bool) -> None:
 
 
 @every_subject
-# The exporter's own, of packages that it uses.
+# Warnings of the exporter about packages that it uses.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -81,8 +83,8 @@ def test_onnx(subject: Subject, tmp_path: Any) -> None:
         torch.testing.assert_close(torch.from_numpy(found), module(*given).detach())
 
 
-def test_dtype_of_export_is_kept() -> None:
-    """Under autocast an exported model still casts as the eager one."""
+def test_an_exported_model_casts_under_autocast() -> None:
+    """Under autocast, an exported model casts like the eager one."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
     convert(net)
 

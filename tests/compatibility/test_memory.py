@@ -1,4 +1,4 @@
-"""What is kept and what is computed: frozen arguments, checkpoints, hooks, tied weights."""
+"""What is saved and what is computed: frozen arguments, checkpoints, hooks, tied weights."""
 
 import copy
 import gc
@@ -52,7 +52,7 @@ def test_checkpoint(subject: Subject, use_reentrant: bool, device: torch.device)
     for call in (checkpointed, subject.theirs):
         given = leaves(arguments)
         output = call(*given)
-        output.backward(upstream)  # the re-entrant mode refuses torch.autograd.grad
+        output.backward(upstream)  # the reentrant mode refuses torch.autograd.grad
         results.append([output.detach(), *[t.grad for t in given if t.grad is not None]])
     ours, theirs = results
     assert len(ours) > 1
@@ -61,10 +61,10 @@ def test_checkpoint(subject: Subject, use_reentrant: bool, device: torch.device)
 
 @pytest.mark.parametrize("leading", [(5,), (2, 5)], ids=str)
 @pytest.mark.parametrize("fuse", [True, False])
-def test_checkpoint_that_keeps_the_matrix_products(
+def test_checkpoint_with_a_policy_keeps_the_matrix_products(
     leading: tuple[int, ...], fuse: bool, device: torch.device
 ) -> None:
-    """By a policy: what it keeps is not written over behind its back."""
+    """What the policy keeps is not overwritten."""
     products = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
     def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
@@ -85,7 +85,7 @@ def test_checkpoint_that_keeps_the_matrix_products(
     assert_same(gradients(net, x), gradients(theirs, x))
 
 
-def test_checkpoint_by_a_policy_notices_what_writes_over_its_products() -> None:
+def test_checkpoint_with_a_policy_notices_overwritten_products() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(inplace=True), nn.Linear(4, 4))
     x = torch.randn(2, 5, 4, requires_grad=True)
     expected = torch.autograd.grad(net(x).pow(2).sum(), list(net.parameters()))
@@ -106,7 +106,7 @@ def test_checkpoint_by_a_policy_notices_what_writes_over_its_products() -> None:
 
 @every_subject
 def test_saved_tensors_hooks(subject: Subject, device: torch.device) -> None:
-    """Packed tensors are what the backward uses: here twins of them, or elsewhere."""
+    """The backward uses what the hooks return: here copies, or tensors moved elsewhere."""
 
     def packed(*arguments: Tensor) -> Tensor:
         with saved_tensors_hooks(lambda t: (t.dtype, t.to(torch.float64).numpy(force=True)), back):
@@ -127,7 +127,7 @@ def test_saved_tensors_hooks(subject: Subject, device: torch.device) -> None:
 
 @every_layer_with_weights
 def test_frozen_subsets(subject: Subject, device: torch.device) -> None:
-    """Only the matrix products of the gradients asked for; kept is only what they need."""
+    """Only the matrix products of the requested gradients run, and only what they need is saved."""
     a, w, b = subject.arguments(device=device)
     for needs_a, needs_w, needs_b in product((True, False), repeat=3):
         if not (needs_a or needs_w or needs_b):
@@ -154,7 +154,7 @@ def fill(free: Any, needs: Any, arguments: Any) -> list[Tensor]:
 
 @every_layer_with_weights
 def test_tied_weights(subject: Subject, device: torch.device) -> None:
-    """One tensor as the weight of two layers, as its own bias, and as input and weight at once."""
+    """One tensor as the weight of two layers, as its own bias, and as both input and weight."""
     options: Any = {"dtype": torch.float64, "device": device}
     x, w, b = torch.randn(5, IN, **options), torch.randn(IN, IN, **options), torch.randn(IN)
     b = b.to(**options)
@@ -173,7 +173,9 @@ def test_tied_weights(subject: Subject, device: torch.device) -> None:
 
 
 @every_subject
-def test_retained_graph_gives_the_same_again(subject: Subject, device: torch.device) -> None:
+def test_a_retained_graph_gives_the_same_gradients_again(
+    subject: Subject, device: torch.device
+) -> None:
     arguments = leaves(subject.arguments(device=device))
     output = subject.ours(*arguments)
     wanted = [t for t in arguments if is_differentiable(t)]
@@ -184,7 +186,7 @@ def test_retained_graph_gives_the_same_again(subject: Subject, device: torch.dev
 
 
 @every_subject
-def test_hooks_on_modules_see_what_they_see_on_pytorchs(
+def test_module_hooks_see_the_values_that_pytorchs_see(
     subject: Subject, device: torch.device
 ) -> None:
     seen: list[Tensor] = []
@@ -206,8 +208,8 @@ def test_hooks_on_modules_see_what_they_see_on_pytorchs(
     assert_same(seen[:half], seen[half:])
 
 
-def test_nothing_is_left_behind_over_thousands_of_steps() -> None:
-    """Counted in objects: what a step leaves behind would be there a thousand times."""
+def test_thousands_of_steps_leave_no_object_behind() -> None:
+    """Counts objects: anything that a step leaves behind would be there a thousand times."""
     net = nn.Sequential(Linear(3, 4), ReLU(inplace=True), LinearSigmoid(4, 2))
     cost = QuadraticCost()
     x, y = torch.randn(5, 3), torch.rand(5, 2)

@@ -1,4 +1,4 @@
-"""What PyTorch does with modules: state, copies, devices, reparametrisation, pruning."""
+"""What PyTorch does with modules: state, copies, devices, parametrisation, pruning."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ OURS = {"linear": Linear, "linear_sigmoid": LinearSigmoid}
 
 
 def step(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The output, and the gradients of all parameters, of a step of training."""
+    """The output and the gradients of all parameters in one training step."""
     output = module(*inputs)
     if output.requires_grad:
         output.pow(2).sum().backward()
@@ -49,7 +49,7 @@ def test_pickle_and_deepcopy(subject: Subject) -> None:
 
 
 @every_layer
-def test_state_dict_is_safe_to_load_and_fits_both_ways(subject: Subject) -> None:
+def test_state_dict_loads_safely_in_both_directions(subject: Subject) -> None:
     ours, theirs = subject.modules()
     for source, target in ((ours, subject.make_theirs()), (theirs, subject.make())):
         file = io.BytesIO()
@@ -78,7 +78,7 @@ def test_meta_device_and_skip_init(subject: Subject) -> None:
 
 
 @every_layer_with_weights
-def test_default_device_and_dtype(subject: Subject) -> None:
+def test_default_device_and_dtype_are_followed(subject: Subject) -> None:
     kind: Any = OURS[subject.name]
     torch.set_default_dtype(torch.float64)
     try:
@@ -135,10 +135,10 @@ def test_share_memory_and_data_parallel_replicas(subject: Subject) -> None:
     assert_same([replica(*inputs)], [theirs(*inputs)])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # TorchScript's own end
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # TorchScript is deprecated
 @pytest.mark.parametrize("fuse", [True, False])
 def test_jit_trace(fuse: bool) -> None:
-    """As TensorBoard's add_graph traces a model."""
+    """Traced as TensorBoard's add_graph does it."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.ReLU(True), nn.Tanh())
     convert(net, fuse=fuse)
     file = io.BytesIO()
@@ -151,7 +151,7 @@ def test_jit_trace(fuse: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_script_wants_the_model_restored() -> None:
+def test_script_refuses_a_converted_model() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
     convert(net)
     with pytest.raises(RuntimeError, match=r"Torchscript|Unknown type name"):
@@ -161,10 +161,10 @@ def test_script_wants_the_model_restored() -> None:
     assert torch.equal(torch.jit.script(net)(x), net(x))
 
 
-# PyTorch is about to give its quantization up.
+# PyTorch's quantization is deprecated.
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
-def test_what_goes_by_the_exact_class_passes_ours_over() -> None:
+def test_tools_that_check_for_the_exact_class_skip_ours() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid())
     convert(net)
     quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
@@ -175,7 +175,7 @@ def test_what_goes_by_the_exact_class_passes_ours_over() -> None:
 
 
 @every_layer
-def test_a_nested_input_is_refused_as_the_modules_input(subject: Subject) -> None:
+def test_a_nested_input_is_refused_by_its_name(subject: Subject) -> None:
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
     with pytest.raises(TypeError, match=r"^input must be a dense tensor; got a nested tensor"):
         subject.make()(nested)

@@ -1,7 +1,7 @@
-"""PyTorch's own sample inputs, those that its developers test it with: values, gradients, errors.
+"""The sample inputs with which PyTorch's developers test it: values, gradients and errors.
 
-They come with every installation, below torch.testing._internal, and are not made for others to
-rely on; where a later PyTorch has moved them, this file is where it will show.
+Every installation has them, in torch.testing._internal, but they are no public API: if a later
+PyTorch moves them, this file fails.
 """
 
 import copy
@@ -39,7 +39,7 @@ MODULES = {
 OPS: list[Any] = [op for op in op_db if op.name in OURS]
 MODULE_INFOS: list[Any] = [info for info in module_db if info.module_cls in MODULES.values()]
 
-# Rounding of a product of several terms; of float64, as everywhere in these tests.
+# Rounding of a product of several terms; for float64, the tolerance of all these tests.
 TOLERANCE = {
     torch.float16: 4e-3,
     torch.complex32: 4e-3,
@@ -51,8 +51,8 @@ TOLERANCE = {
 }
 REFUSED_VECTOR = r"w must have shape \(out, in\); got \(\d+,\)"
 FINE = [torch.float64, torch.complex128]
-# Where PyTorch computes in more digits and rounds once, and ours rounds after each operation: what
-# the exact answer is tells whether that costs too much.
+# Where PyTorch computes with more digits and rounds once, ours rounds after each operation: the
+# exact answer shows whether that costs too much accuracy.
 EXACT = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -73,7 +73,7 @@ def assert_close(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
 
 def assert_as_exact(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
     for our, their, right in zip(ours, theirs, exact, strict=True):
-        if their.isfinite().all():  # else there is no error to compare
+        if their.isfinite().all():  # otherwise there is no error to compare
             assert error(our, right) <= 2 * error(their, right) + torch.finfo(our.dtype).eps
 
 
@@ -83,7 +83,7 @@ def derivatives(
     order: int,
     weights: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """A value, its gradients, and the gradients of those, with random weights of a dtype."""
+    """A value, its gradients and their gradients, with random weights of a dtype."""
     value = call()
     found = [value.detach()]
     if not wanted:
@@ -92,7 +92,7 @@ def derivatives(
     values, upstream = [value], [torch.randn_like(value, dtype=weights).to(value.dtype)]
     for _ in range(order):
         grads: Any = [None] * len(wanted)
-        if values:  # a slope that is constant leaves no graph, or one whose derivatives are 0
+        if values:  # a constant slope has no graph, or one whose derivatives are 0
             grads = torch.autograd.grad(
                 values, wanted, upstream, create_graph=True, allow_unused=True
             )
@@ -124,14 +124,14 @@ def samples(op: Any, device: torch.device, dtype: torch.dtype, grads: bool) -> l
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_functions(op: Any, device: torch.device) -> None:
-    """Every dtype that PyTorch has for it, every sample; one kind is refused, as documented."""
+    """Every dtype and sample that PyTorch lists; one kind is refused, as documented."""
     ours, theirs = OURS[op.name], op.op
     trained = op.supported_backward_dtypes(device.type)
     count = 0
     for dtype in sorted(op.supported_dtypes(device.type), key=str):
         for sample in samples(op, device, dtype, dtype in trained):
             arguments = (sample.input, *sample.args)
-            if ours is linear and arguments[1].ndim == 1:  # among the samples from 2.15 on
+            if ours is linear and arguments[1].ndim == 1:  # among the samples since 2.15
                 with pytest.raises(ValueError, match=REFUSED_VECTOR):
                     ours(*arguments, **sample.kwargs)
                 continue
@@ -180,7 +180,7 @@ def test_in_place_variants(op: Any, device: torch.device) -> None:
 @pytest.mark.parametrize("info", MODULE_INFOS, ids=lambda info: info.name)
 @pytest.mark.parametrize("training", [True, False])
 def test_modules(info: Any, training: bool, device: torch.device) -> None:
-    """Every dtype, every constructor and input that PyTorch's ModuleInfo knows; no exclusions."""
+    """Every dtype, constructor and input that PyTorch's ModuleInfo lists, without exception."""
     count = 0
     for dtype in info.dtypes:
         inputs = info.module_inputs_func(
@@ -241,15 +241,15 @@ WRONG: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
 }
 
-# Where PyTorch goes on and ours refuses: (call, arguments, why, the message).
+# What PyTorch accepts and ours refuse: (call, arguments, why, the message).
 EXPLAINED: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    # A bias that is stretched over all neurons is more likely a mistake than meant.
+    # A bias broadcast to all neurons is more likely a mistake than intended.
     "bias of one element": (
         "nn.functional.linear",
         (ones(5, 3), ones(4, 3), ones(1)),
         r"b must have shape \(4,\), the first size of w; got \(1,\)",
     ),
-    # Weights of one neuron, without its dimension: no nn.Linear can have them.
+    # The weights of one neuron without its dimension: no nn.Linear can have them.
     "weight of one dimension": (
         "nn.functional.linear",
         (ones(5, 3), ones(3)),
@@ -283,7 +283,7 @@ def reference(name: str) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_error_for_error(case: str) -> None:
+def test_what_pytorch_refuses_is_refused(case: str) -> None:
     name, arguments = WRONG[case]
     with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
         reference(name)(*arguments)
@@ -299,12 +299,12 @@ def test_what_is_refused_beyond_pytorch(case: str) -> None:
         OURS[name](*arguments)
 
 
-def test_the_walk_is_whole() -> None:
+def test_all_of_pytorchs_samples_are_found() -> None:
     assert {op.name for op in OPS} == set(OURS)
     assert {info.name for info in MODULE_INFOS} == set(MODULES)
 
 
-def test_complex_linear_is_that_of_pytorch(device: torch.device) -> None:
+def test_complex_linear_matches_pytorchs(device: torch.device) -> None:
     options: Any = {"dtype": torch.complex128, "device": device, "requires_grad": True}
     a, w, b = torch.randn(5, 3, **options), torch.randn(4, 3, **options), torch.randn(4, **options)
     found, expected = (

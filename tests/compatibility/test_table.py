@@ -20,7 +20,7 @@ ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and "`test_"
 
 @pytest.fixture(scope="module")
 def collected() -> list[str]:
-    """Every test there is, as file::name."""
+    """All tests, as file::name."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     names = [line for line in found.stdout.splitlines() if "::" in line]
@@ -29,7 +29,7 @@ def collected() -> list[str]:
 
 
 def out_of_reach(collected: list[str]) -> list[str]:
-    """Tests of a client that is not installed, whose file skips itself whole: read off the file."""
+    """Tests of a client that is not installed, read from its file, which is skipped as a whole."""
     reached = {name.split("::")[0] for name in collected}
     files = [file.relative_to(ROOT).as_posix() for file in CLIENTS.glob("test_*.py")]
     return [
@@ -41,14 +41,14 @@ def out_of_reach(collected: list[str]) -> list[str]:
 
 
 def spelled_out(pattern: str) -> list[str]:
-    """A cell, once for each layer that its A or C stands for."""
+    """A cell, repeated for each layer that its A or C stands for."""
     for letter, names in (("A", ACTIVATIONS), ("C", COSTS)):
         if re.search(rf"(?<![A-Za-z]){letter}(?![A-Za-z])|test_{letter}\b", pattern):
             return [re.sub(rf"(?<![A-Za-z]){letter}(?![A-Za-z])", name, pattern) for name in names]
     return [pattern]
 
 
-def test_every_cell_is_a_test(collected: list[str]) -> None:
+def test_every_cell_names_an_existing_test(collected: list[str]) -> None:
     assert len(ROWS) > 50
     unparametrised = out_of_reach(collected)
     missing = []
@@ -64,7 +64,7 @@ def test_every_cell_is_a_test(collected: list[str]) -> None:
     assert not missing
 
 
-def test_every_row_is_whole() -> None:
+def test_every_row_has_all_columns() -> None:
     (head,) = re.findall(r"^\| \| Linear \|.*$", PAGE, flags=re.MULTILINE)
     table = PAGE.split(head)[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) > 35

@@ -31,7 +31,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
 
 
 def moved(subject: Subject) -> tuple[int | None, ...]:
-    """Over which arguments samples are counted: over all but the weights."""
+    """The arguments that have a dimension of samples: all but the weights."""
     inputs = len(subject.inputs())
     return (0,) * inputs + (None,) * (len(subject.arguments()) - inputs)
 
@@ -172,7 +172,7 @@ def test_functional_call(subject: Subject, device: torch.device) -> None:
 
 @every_layer
 def test_ensembles(subject: Subject, device: torch.device) -> None:
-    """Several models in one call, as torch.func.stack_module_state is used for."""
+    """Several models in one call, the purpose of torch.func.stack_module_state."""
     pairs = [subject.modules(device=device) for _ in range(3)]
     (x,) = subject.inputs(device=device)
     results = []
@@ -182,7 +182,7 @@ def test_ensembles(subject: Subject, device: torch.device) -> None:
         def run(p: Any, b: Any, x: Tensor, model: Any = models[0]) -> Tensor:
             return functional_call(model, (p, b), (x,))  # type: ignore[no-any-return]
 
-        # Models without parameters differ in nothing: over the samples, then.
+        # Models without parameters do not differ, so map over the samples.
         dims = (0, 0, None) if parameters else (None, None, 0)
         results.append(vmap(run, dims)(parameters, buffers, x))
     assert_same([results[0]], [results[1]])
@@ -226,7 +226,7 @@ def test_tensors_and_modes_with_a_torch_function(subject: Subject) -> None:
 
 
 @every_layer
-def test_tracing_a_whole_model(subject: Subject) -> None:
+def test_symbolic_trace_of_a_model_matches_pytorchs(subject: Subject) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), subject.make(), torch.nn.GELU())
     x = torch.randn(5, 3)
     assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))

@@ -6,8 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    # Models so small gain nothing from threads, which wait long for each other where cores are
-    # shared with somebody else.
+    # Such small models gain nothing from threads, which wait long for each other on shared cores.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What the tests of every client need: a model and its converted twin, and what must be equal."""
+"""What the tests of all clients share: a model, its converted twin, and what must be equal."""
 
 import copy
 from collections import Counter
@@ -14,9 +14,10 @@ from tests.helpers import assert_same
 
 NEEDS = "needs the extra clients: pip install -e '.[clients]'"
 
-# Our Linear's backward runs the matrix products that PyTorch's runs, and ReLU's and LeakyReLU's at
-# most multiply once: not a bit may differ. The other activations' formulas round differently from
-# PyTorch's fused kernels; models with them are compared in float64, to the usual tolerance.
+# Our Linear's backward runs the same matrix products as PyTorch's, and those of ReLU and LeakyReLU
+# multiply at most once, so their results must be bitwise equal. The formulas of other activations
+# round differently from PyTorch's fused kernels: such models are compared in float64, to the usual
+# tolerance.
 EXACT: Any = {"rtol": 0, "atol": 0}
 
 
@@ -28,24 +29,24 @@ def every_activation(features: int, classes: int) -> nn.Sequential:
     net = nn.Sequential(*hidden, nn.Linear(features, classes))
     for module in net:
         if isinstance(module, nn.Linear):
-            nn.init.orthogonal_(module.weight, gain=2)  # lest all samples look alike at the end
+            nn.init.orthogonal_(module.weight, gain=2)  # so that samples still differ at the end
     return net
 
 
 def twins(model: Any, **options: bool) -> tuple[Any, Any, ConversionReport]:
-    """The model converted, a copy of it as it was, and what was converted."""
+    """The converted model, a copy of it as it was, and the report."""
     theirs = copy.deepcopy(model)
     report = convert(model, **options)
     return model, theirs, report
 
 
 def changes(report: ConversionReport) -> Counter[str]:
-    """How many layers were given each class of ours."""
+    """How many layers got each of our classes."""
     return Counter(change.after.__name__ for change in report.changed)
 
 
 def identities(model: nn.Module) -> dict[str, tuple[int, type[Any]]]:
-    """Which object each module and each parameter is, and of which class."""
+    """The identity and the class of each module and parameter."""
     named: list[tuple[str, Any]] = [
         *model.named_modules(remove_duplicate=False),
         *model.named_parameters(remove_duplicate=False),
@@ -54,10 +55,10 @@ def identities(model: nn.Module) -> dict[str, tuple[int, type[Any]]]:
 
 
 def train(parameters: Iterable[Tensor], losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
-    """A step for each loss; what the losses were."""
-    # Not with Adam, which would step almost the same for gradients all too large by a factor.
+    """One step per loss; returns the losses."""
+    # Not with Adam, whose steps hardly change if all gradients are too large by a factor.
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-    torch.manual_seed(5)  # of the dropout
+    torch.manual_seed(5)  # for dropout
     seen = []
     for compute in losses:
         optimizer.zero_grad()
@@ -69,7 +70,7 @@ def train(parameters: Iterable[Tensor], losses: Iterable[Callable[[], Tensor]]) 
 
 
 def assert_learns(losses: list[Tensor]) -> None:
-    """Equal losses prove nothing unless the gradients move them."""
+    """Equal losses prove something only if training changes them."""
     quarter = len(losses) // 4
     assert torch.stack(losses[-quarter:]).mean() < torch.stack(losses[:quarter]).mean()
 

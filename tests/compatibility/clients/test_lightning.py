@@ -27,7 +27,7 @@ lightning: Any = pytest.importorskip("lightning", reason=NEEDS)
 
 pytestmark = [
     pytest.mark.clients,
-    # Lightning's advice on how to be faster, and its use of what PyTorch has given up.
+    # Lightning's hints about speed, and its use of deprecated parts of PyTorch.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
@@ -64,7 +64,7 @@ def with_relu() -> Classifier:
             nn.Dropout(0.1),
             nn.Linear(16, 16, bias=False),
             nn.LayerNorm(16),
-            # A power of 2, which bfloat16 can hold: ours rounds the slope, PyTorch the product.
+            # A power of 2, exact in bfloat16: ours rounds the slope, PyTorch the product.
             nn.LeakyReLU(0.125),
             nn.Linear(16, CLASSES),
         )
@@ -72,7 +72,7 @@ def with_relu() -> Classifier:
 
 
 def fit(model: Classifier, resume: Path | None = None, **options: Any) -> Any:
-    """The trainer, after its run, or as many epochs more; the model has the losses."""
+    """The trainer after its run, or after that many more epochs; the model has the losses."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(ROWS, FEATURES, generator=generator)
     y = (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(1)
@@ -88,7 +88,7 @@ def fit(model: Classifier, resume: Path | None = None, **options: Any) -> Any:
         enable_model_summary=False,
         **options,
     )
-    torch.manual_seed(3)  # of the dropout
+    torch.manual_seed(3)  # for dropout
     trainer.fit(
         model, DataLoader(TensorDataset(x, y), batch_size=ROWS // BATCHES), ckpt_path=resume
     )
@@ -119,7 +119,7 @@ def test_training() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-def test_options_of_the_trainer(options: dict[str, Any]) -> None:
+def test_options_of_the_trainer_match_pytorchs(options: dict[str, Any]) -> None:
     ours, theirs, _ = twins(with_relu())
     plain, _, _ = twins(with_relu())
     fit(ours, **options)
@@ -145,7 +145,7 @@ def test_every_layer(fuse: bool) -> None:
     assert {f"{name}FunctionBackward" for name in names} <= ours.kinds
 
 
-def test_converted_between_two_runs_and_restored() -> None:
+def test_a_model_converted_between_two_runs_goes_on_as_before() -> None:
     ours, theirs = with_relu(), with_relu()
     before = identities(ours)
     for change in (convert, restore):
@@ -158,7 +158,7 @@ def test_converted_between_two_runs_and_restored() -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_a_checkpoint_is_resumed_by_either(ours_first: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_resumed_with_either_layers(ours_first: bool, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     first = with_relu()
     if ours_first:

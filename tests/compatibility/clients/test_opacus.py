@@ -1,7 +1,8 @@
-"""Opacus: gradients of each sample by itself, clipped and noised.
+"""Opacus: per-sample gradients, clipped, with noise added.
 
-Opacus looks up how to compute them by a layer's exact class. Ours it does not know, so it takes its
-way for any layer: torch.func over the layer's forward, which runs our backward under vmap and grad.
+Opacus looks up how to compute them by a layer's exact class. It does not know ours, so it does what
+works for any layer: torch.func over the layer's forward, which runs our backward under vmap and
+grad.
 """
 
 import copy
@@ -37,19 +38,19 @@ validators: Any = pytest.importorskip("opacus.validators", reason=NEEDS)
 
 pytestmark = [
     pytest.mark.clients,
-    # Opacus: that its noise is not cryptographic, and of its hook on the first layer, whose input
-    # wants no gradient.
+    # Opacus warns that its noise is not cryptographic, and about its hook on the first layer, whose
+    # input needs no gradient.
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed"),
 ]
 
 FEATURES, CLASSES, ROWS, BATCH, EPOCHS = 6, 3, 24, 6, 5
-LIMIT = 0.3  # on the norm of a sample's gradient: most are above, some below
+LIMIT = 0.3  # of the norm of a sample's gradient: most are above, some below
 
 
 @pytest.fixture
 def _registered() -> Iterator[None]:
-    """Our Linear known to Opacus, as its documentation says to make a layer known."""
+    """Our Linear, registered as the documentation of Opacus says."""
     with (
         patch.dict(samplers.GradSampleModule.GRAD_SAMPLERS),
         patch.dict(samplers.GradSampleModuleFastGradientClipping.NORM_SAMPLERS),
@@ -59,8 +60,8 @@ def _registered() -> Iterator[None]:
         yield
 
 
-# Without a sequence, a sample's gradient of a weight is an outer product, one multiplication for
-# each element: torch.func and Opacus' own formula cannot but agree to the bit.
+# Without a sequence, a sample's gradient of a weight is an outer product, one multiplication per
+# element: torch.func and Opacus' own formula must be bitwise equal.
 def with_relu() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(
@@ -85,7 +86,7 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sample_gradients(model: Any, **options: Any) -> list[Tensor]:
-    """What Opacus finds, for each parameter and each sample."""
+    """The gradients that Opacus computes, for each parameter and each sample."""
     x, y = data(next(model.parameters()).dtype)
     watched = samplers.GradSampleModule(model, **options)
     cross_entropy(watched(x), y).backward()
@@ -93,7 +94,7 @@ def sample_gradients(model: Any, **options: Any) -> list[Tensor]:
 
 
 def sample_by_sample(model: nn.Module) -> list[Tensor]:
-    """The same, each sample passed through the model by itself."""
+    """The same, with each sample passed through the model alone."""
     x, y = data(next(model.parameters()).dtype)
     parameters = list(model.parameters())
     losses = [cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(ROWS)]
@@ -102,16 +103,16 @@ def sample_by_sample(model: nn.Module) -> list[Tensor]:
 
 
 def by_functorch(model: nn.Module) -> set[str]:
-    """The layers that Opacus has prepared for torch.func."""
+    """The layers for which Opacus uses torch.func."""
     return {name for name, m in model.named_modules() if hasattr(m, "ft_compute_sample_grad")}
 
 
 def private(
     model: Any, mode: str, noise: float = 0.0, *, batch: int = BATCH, poisson: bool = False
 ) -> list[Tensor]:
-    """The losses of a private training, which ends with other parameters in the model."""
+    """The losses of a private training, which changes the model's parameters."""
     dtype = next(model.parameters()).dtype
-    torch.manual_seed(3)  # of the Poisson sampling
+    torch.manual_seed(3)  # for Poisson sampling
     cost = nn.CrossEntropyLoss()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
     loader: Any = DataLoader(TensorDataset(*data(dtype)), batch_size=batch)
@@ -172,12 +173,12 @@ def test_opacus_own_layers() -> None:
             watched = samplers.GradSampleModule(module)
             watched(*inputs)[0].square().sum().backward()
         found, expected = ([p.grad_sample for p in m.parameters()] for m in (ours, theirs))
-        assert_same(found, expected)  # sums over the sequence, in whatever order
+        assert_same(found, expected)  # sums over the sequence, in any order
         assert {len(gradients) for gradients in found} == {5}
 
 
 def test_recurrent_layers_with_the_batch_second_are_refused_if_converted() -> None:
-    # Opacus knows that these take the batch first even so, but by their exact class.
+    # Opacus recognises layers that still take the batch first by their exact class.
     torch.manual_seed(1)
     ours, theirs, report = twins(layers.DPLSTM(6, 3, batch_first=False))
     assert changes(report) == {"RNNLinear": 2}
@@ -206,14 +207,14 @@ def test_private_training(mode: str, noise: float, fuse: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
-def test_private_training_to_the_bit(mode: str) -> None:
+def test_private_training_is_bitwise_equal(mode: str) -> None:
     ours, theirs, _ = twins(with_relu())
     seen = private(ours, mode, 1.0)
     assert_same(seen, private(theirs, mode, 1.0), **EXACT)
     assert_same_parameters(ours, theirs, **EXACT)
 
 
-def test_poisson_sampling_with_empty_batches() -> None:
+def test_empty_batches_of_poisson_sampling_match_pytorchs() -> None:
     ours, theirs, _ = twins(with_relu())
     seen, expected = (
         private(model, "hooks", 1.0, batch=1, poisson=True) for model in (ours, theirs)
@@ -223,8 +224,8 @@ def test_poisson_sampling_with_empty_batches() -> None:
     assert_same_parameters(ours, theirs, **EXACT)
 
 
-def test_ghost_clipping_passes_our_linear_over() -> None:
-    # It is refused by no message: its gradients are made for each sample, in memory, after all.
+def test_ghost_clipping_skips_our_linear() -> None:
+    # Nothing refuses it, but its per-sample gradients are held in memory after all.
     ours, theirs, _ = twins(with_relu())
     assert_same(private(ours, "ghost"), private(theirs, "ghost"), rtol=1e-5, atol=1e-6)
     assert by_functorch(ours) == {"0", "2", "5"}
@@ -233,7 +234,7 @@ def test_ghost_clipping_passes_our_linear_over() -> None:
 
 @pytest.mark.usefixtures("_registered")
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_our_linear_when_registered(mode: str) -> None:
+def test_our_registered_linear_is_handled_as_pytorchs(mode: str) -> None:
     ours, theirs, _ = twins(with_relu())
     seen = private(ours, mode, 1.0)
     assert by_functorch(ours) == set()
@@ -250,13 +251,13 @@ def converted_while_watched() -> list[Tensor]:
     return [parameter.grad_sample for parameter in model.parameters()]
 
 
-def test_converted_while_watched_is_refused() -> None:
+def test_converting_what_opacus_has_wrapped_is_refused() -> None:
     with pytest.raises(AttributeError, match="'Tensor' object has no attribute '_forward_counter'"):
         converted_while_watched()
 
 
 @pytest.mark.usefixtures("_registered")
-def test_converted_while_watched_when_registered() -> None:
+def test_converting_what_opacus_has_wrapped_works_when_registered() -> None:
     assert_same(converted_while_watched(), sample_gradients(with_relu()), **EXACT)
 
 
@@ -272,7 +273,7 @@ def test_expanded_weights_are_refused(fuse: bool) -> None:
         watched(x)
 
 
-def test_the_validator_and_the_fixer() -> None:
+def test_the_validator_and_the_fixer_accept_ours() -> None:
     ours, _, _ = twins(nn.Sequential(*with_relu(), nn.BatchNorm1d(CLASSES)))
     (error,) = validators.ModuleValidator.validate(ours)
     assert "BatchNorm cannot support training with differential privacy" in str(error)
@@ -287,8 +288,8 @@ def test_the_validator_and_the_fixer() -> None:
 
 
 @pytest.mark.parametrize("shape", [(ROWS, FEATURES), (ROWS, 5, FEATURES)], ids=str)
-def test_a_trace_finds_the_same(shape: tuple[int, ...]) -> None:
-    """Each sample's gradients of linear layers, their norms, and what is left when clipped."""
+def test_a_trace_has_the_gradients_that_opacus_has(shape: tuple[int, ...]) -> None:
+    """Per-sample gradients of linear layers, their norms, and the clipped gradients."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
     x = torch.randn(shape, dtype=torch.float64)

@@ -27,13 +27,13 @@ transformers: Any = pytest.importorskip("transformers", reason=NEEDS)
 
 pytestmark = [
     pytest.mark.clients,
-    # PEFT asks transformers by a name that transformers has given up.
+    # PEFT uses a deprecated name of transformers.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 STEPS = 20
 WORDS = 64
-LINEARS = 2 * 7 + 1  # of two layers of Llama and its head
+LINEARS = 2 * 7 + 1  # two layers of Llama and its head
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ADAPTED = 2 * len(TARGETS)
 
@@ -54,7 +54,7 @@ def causal() -> Any:
 
 
 def adapted(model: Any, **options: Any) -> Any:
-    """The model with adapters, drawn from a given seed."""
+    """The model with adapters, initialised from a given seed."""
     torch.manual_seed(2)
     options = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": TARGETS} | options
     return peft.get_peft_model(model, peft.LoraConfig(**options))
@@ -120,16 +120,14 @@ def test_training(make: Any, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        # PEFT makes its two products for an adapter of PyTorch's layers.
+        # The adapters' own two products are PyTorch's layers.
         (converted_first, {"LinearFunctionBackward": LINEARS - 3, "MmBackward0": 2 * ADAPTED}),
         (converted_after, {"LinearFunctionBackward": LINEARS - 3 + 2 * ADAPTED}),
     ],
 )
-def test_every_linear_that_was_converted_is_ours_in_the_graph(
-    make: Any, expected: dict[str, int]
-) -> None:
-    # The first layer's queries, keys and values need no gradient but through adapters: frozen
-    # themselves, they stand on frozen embeddings. Hence the 3 that have no node.
+def test_every_converted_linear_is_ours_in_the_graph(make: Any, expected: dict[str, int]) -> None:
+    # The first layer's queries, keys and values are frozen and get their input from frozen
+    # embeddings, so only their adapters need gradients: these 3 have no node.
     ours, _ = make()
     found = nodes(loss_of(ours, 0))
     assert {name: found[name] for name in found if "Linear" in name or "Mm" in name} == expected
@@ -154,7 +152,7 @@ def test_merge_and_unload(make: Any) -> None:
 
 
 @either_order
-def test_merged_in_place_disabled_and_back(make: Any) -> None:
+def test_an_adapter_merged_disabled_and_unmerged_matches_pytorchs(make: Any) -> None:
     ours, theirs = make()
     for model in (ours, theirs):
         losses(model, 5)
@@ -189,9 +187,7 @@ def test_restore(make: Any) -> None:
 
 
 @either_order
-def test_an_adapter_is_saved_and_loaded_over_layers_of_the_other_kind(
-    make: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_can_be_loaded_over_layers_of_the_other_kind(make: Any, tmp_path: Path) -> None:
     ours, _ = make()
     losses(ours, 5)
     ours.save_pretrained(tmp_path)
@@ -205,7 +201,7 @@ def with_a_sigmoid() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3))
 
 
-def test_fused_pairs_are_refused_by_name_and_passed_over_by_kind() -> None:
+def test_fused_pairs_are_refused_by_name_and_skipped_by_kind() -> None:
     model = with_a_sigmoid()
     convert(model, fuse=True)
     message = r"Target module LinearSigmoid\(in_features=5, .*\) is not supported. Currently, only"
@@ -221,7 +217,7 @@ def test_fused_pairs_are_refused_by_name_and_passed_over_by_kind() -> None:
 
 def test_an_adapted_pair_is_not_fused() -> None:
     ours, theirs, report = twins(adapted(with_a_sigmoid(), target_modules=["0"]), fuse=True)
-    # Between the Linear and the Sigmoid the adapter adds its part.
+    # The adapter adds its part between the Linear and the Sigmoid.
     assert changes(report) == {"Linear": 4, "Sigmoid": 1}
     x = torch.randn(6, 5)
     assert torch.equal(ours(x), theirs(x))

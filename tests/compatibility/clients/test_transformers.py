@@ -1,4 +1,4 @@
-"""Hugging Face's transformers: models whose layers are deep inside of code that nobody here wrote.
+"""Hugging Face's transformers: models whose layers are deep inside code that is not ours.
 
 All of them are tiny, made from a configuration, and nothing is downloaded.
 """
@@ -48,7 +48,7 @@ def bert(kind: str, dropout: float) -> Any:
 
 
 def encoder(dropout: float = 0.0) -> Any:
-    """BERT without a pooler, hence without a Tanh; its last Linear is tied to the embeddings."""
+    """BERT without a pooler, and so without a Tanh; its last Linear is tied to the embeddings."""
     return bert("BertForMaskedLM", dropout)
 
 
@@ -64,7 +64,7 @@ def causal(dropout: float = 0.0) -> Any:
 
 
 def batch(step: int, one_label: bool = False) -> dict[str, Tensor]:
-    """One of four batches, again and again, of sentences of unequal lengths."""
+    """One of four batches in turn, of sentences of unequal lengths."""
     generator = torch.Generator().manual_seed(step % 4)
     words = torch.randint(WORDS, (4, 12), generator=generator)
     mask = torch.ones_like(words)
@@ -112,13 +112,13 @@ def test_training_with_a_tanh(dropout: float) -> None:
     ("make", "expected"),
     [
         # A layer of BERT has six: query, key, value, the output of attention, and a feed-forward
-        # of two; Llama's has seven, for its feed-forward has three.
+        # of two; Llama's has seven, as its feed-forward has three.
         (encoder, {"Linear": 2 * 6 + 2}),
         (classifier, {"Linear": 2 * 6 + 2, "Tanh": 1}),
         (causal, {"Linear": 2 * 7 + 1}),
     ],
 )
-def test_every_linear_is_ours_in_the_graph_too(make: Any, expected: dict[str, int]) -> None:
+def test_every_linear_of_the_graph_is_ours(make: Any, expected: dict[str, int]) -> None:
     ours, theirs, report = twins(make())
     assert changes(report) == expected
     linears = [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]
@@ -160,9 +160,9 @@ def test_save_pretrained_and_from_pretrained(make: Any, tmp_path: Path) -> None:
     assert_same(losses(ours, 5), expected, **EXACT)
 
 
-# PyTorch's own two ways: to run backward within backward, or to recompute what hooks have dropped.
+# PyTorch's two ways: run backward within backward, or recompute what hooks have dropped.
 @pytest.mark.parametrize("use_reentrant", [True, False])
-# transformers' own: from version 5 on it has another name as well, from 6 on only that one.
+# A warning of transformers: since version 5 it has a second name, from 6 on only that.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @every_exact
 @every_dropout
@@ -232,15 +232,15 @@ def test_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-# With 12 words, Gram's form of a norm takes fewer multiplications; with 32, in attention's layers,
-# the other does.
+# With 12 words, the Gram form of a norm takes fewer multiplications; with 32, in the layers of
+# attention, the other form does.
 @pytest.mark.parametrize("words", [12, 32])
 @pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_the_norms_of_each_samples_gradient(
     words: int, converted: bool, use_reentrant: bool | None
 ) -> None:
-    """In float32, those of an encoder's linear layers: as a loop over single samples has them."""
+    """In float32, those of an encoder's linear layers match a loop over single samples."""
     model = classifier().train()
     if converted:
         manual_bp.convert(model)
