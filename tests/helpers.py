@@ -25,6 +25,10 @@ CHECK: Any = {"rtol": 1e-6, "atol": 1e-8}
 
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 
+# The oldest PyTorch supported. What differs there is told in docs/compatibility.md.
+IS_OLDEST = torch.__version__.startswith("2.11.")
+differs_on_the_oldest = pytest.mark.xfail(IS_OLDEST, reason="PyTorch 2.11, see the docs")
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.clone(memory_format=torch.contiguous_format),
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,

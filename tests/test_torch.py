@@ -23,7 +23,7 @@ ALLOWED = {"_asdict", "_fields", "_make", "_replace", "_DummyThread", "_getframe
 # Files whose private names have still to move.
 PENDING = {"record/_hooks.py"}
 
-# Names of one underscore that PyTorch gives its modules, tensors, classes and nodes.
+# The private names of PyTorch's modules, tensors, classes and nodes.
 PYTORCHS = {
     name
     for owner in (

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from manual_bp import Linear, LinearSigmoid, Sigmoid, convert
 from tests.compatibility.subjects import LAYERS, Subject, every_subject
-from tests.helpers import assert_same, is_differentiable, leaf
+from tests.helpers import assert_same, differs_on_the_oldest, is_differentiable, leaf
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,8 +26,6 @@ pytestmark = [
     # The compiler reads .grad of every tensor.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-
-before_2_12 = pytest.mark.xfail(torch.__version__ < "2.12", reason="the compiler of PyTorch 2.11")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +126,7 @@ def test_a_compiled_layer_follows_its_options(dynamic: bool | None) -> None:
         assert_same(run(compiled, (x,)), run(theirs, (x,)))
 
 
-@before_2_12  # keeps using PyTorch's layers
+@differs_on_the_oldest  # keeps using PyTorch's layers
 def test_conversion_after_compilation_is_noticed() -> None:
     net, theirs = network(), network()
     compiled = torch.compile(net, backend="eager")
@@ -155,7 +153,7 @@ def test_parametrised_and_pruned_models_can_be_compiled() -> None:
 # What is refused, with the messages that docs/compatibility.md quotes.
 
 
-@before_2_12  # gives the right result there
+@differs_on_the_oldest  # gives the right result there
 def test_forward_mode_within_a_compiled_region_is_refused() -> None:
     net = nn.Sequential(Linear(3, 4), Sigmoid())
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from experiments.benchmark.measure import peak_bytes
 from manual_bp import Linear, LinearSigmoid, QuadraticCost, ReLU, convert
 from tests.compatibility.subjects import (
     IN,
@@ -170,6 +172,20 @@ def test_tied_weights(subject: Subject, device: torch.device) -> None:
 
     for tie, arguments in ((twice, (x, w, b)), (square, (w, b)), (row, (x, w))):
         assert_matches(tie(subject.ours), tie(subject.theirs), arguments)
+
+
+def test_a_backward_of_fused_layers_needs_as_much_memory_as_that_of_pytorchs_pairs() -> None:
+    """Before 2.13 half as much again, because the engine keeps the gradient that it passed on."""
+    fused = nn.Sequential(*(LinearSigmoid(64, 64) for _ in range(4)))
+    pairs = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.Sigmoid())))
+    peaks = []
+    for net in (fused, pairs):
+        x = torch.randn(256, 64, requires_grad=True)
+        cost = net.requires_grad_(False)(x).sum()
+        backward = partial(torch.autograd.grad, cost, x, retain_graph=True)
+        peaks.append(peak_bytes(backward, "cpu"))
+    is_boxed = hasattr(Function, "boxed_grads_call")
+    assert peaks[0] / peaks[1] == pytest.approx(1 if is_boxed else 1.5, abs=0.01)
 
 
 @every_subject
