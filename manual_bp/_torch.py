@@ -237,9 +237,9 @@ def node_that_made(t: Tensor) -> Any:
     """The node of autograd's graph that made a tensor, even if it was changed in place since.
 
     Changing a view in place gives it another node, but leaves that of its base. Without the name,
-    `record` misses a layer whose output is a view that is changed in place, and says so.
+    refuses.
     """
-    base = getattr(t, "_base", None)
+    base = _need(t, "_base", "find the base of a view")
     return (t if base is None else base).grad_fn
 
 

@@ -73,7 +73,8 @@ def ask(question: Question, package: Any) -> str:
     try:
         question(package)
     except RuntimeError as error:
-        if str(error).startswith("torch must have the private name"):
+        refusals = ("torch must have the private name", "this version of PyTorch")
+        if any(refusal in str(error) for refusal in refusals):
             return "refused"
         traceback.print_exc()
         return "wrong"
