@@ -5,6 +5,7 @@ either falls back to something slower that gives the same numbers, or raises an 
 ("refuses", below). `tests/test_torch.py` hides each name in turn.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -168,6 +169,22 @@ def forward_hooks(module: nn.Module) -> dict[int, Any]:
     """A module's forward hooks by number. Without it, refuses."""
     hooks: dict[int, Any] = _need(module, "_forward_hooks", "find hooks")
     return hooks
+
+
+def without_forward_hooks(
+    attributes: dict[str, Any], is_left_out: Callable[[object], bool]
+) -> dict[str, Any]:
+    """The attributes of a module, without some of its forward hooks.
+
+    Without the names, with them.
+    """
+    kept = dict(attributes)
+    # A list, since other threads may add and remove hooks meanwhile.
+    hooks = list(kept.get("_forward_hooks", {}).items())
+    left_out = {key for key, hook in hooks if is_left_out(hook)}
+    for name in kept.keys() & {"_forward_hooks", "_forward_hooks_with_kwargs"}:
+        kept[name] = OrderedDict((k, v) for k, v in list(kept[name].items()) if k not in left_out)
+    return kept
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

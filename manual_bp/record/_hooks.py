@@ -6,13 +6,14 @@ does nothing.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
+
+from manual_bp._torch import forward_hooks, without_forward_hooks
 
 _lock = threading.Lock()
 
@@ -48,7 +49,7 @@ class Hook:
 
         def remove() -> None:
             handle.remove()
-            if not any(isinstance(hook, Hook) for hook in list(module._forward_hooks.values())):
+            if not any(isinstance(hook, Hook) for hook in list(forward_hooks(module).values())):
                 own.pop("__getstate__", None)
                 own.pop("__deepcopy__", None)
 
@@ -70,10 +71,5 @@ def _deepcopy(module: Any, memo: Any) -> Any:
 
 def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module as they are outside the block."""
-    # Lists, here and above, since other threads may add and remove hooks meanwhile.
     kept = {k: v for k, v in state.items() if k not in ("__getstate__", "__deepcopy__")}
-    hooks = state.get("_forward_hooks", {})
-    ours = {key for key, hook in list(hooks.items()) if isinstance(hook, Hook)}
-    for name in kept.keys() & {"_forward_hooks", "_forward_hooks_with_kwargs"}:
-        kept[name] = OrderedDict((k, v) for k, v in list(state[name].items()) if k not in ours)
-    return kept
+    return without_forward_hooks(kept, lambda hook: isinstance(hook, Hook))
