@@ -120,12 +120,9 @@ def version(t: Tensor) -> int:
 
 def has_tensor_hooks(t: Tensor) -> bool:
     """Whether hooks are registered for the gradient of a tensor. Without it, refuses."""
-    hooks: Any = getattr(t, "_backward_hooks", _MISSING)
-    hooks = hooks or getattr(t, "_post_accumulate_grad_hooks", _MISSING)
-    return (
-        _refuse("_backward_hooks or _post_accumulate_grad_hooks", "find hooks")
-        if hooks is _MISSING
-        else bool(hooks)
+    purpose = "find hooks"
+    return bool(
+        _need(t, "_backward_hooks", purpose) or _need(t, "_post_accumulate_grad_hooks", purpose)
     )
 
 
@@ -143,8 +140,8 @@ def as_no_view(t: Tensor) -> Tensor:
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """A module's own dict of its parameters by name. Without it, refuses."""
-    own: dict[str, Any] | None = getattr(module, "_parameters", None)
-    return _refuse("_parameters", "read the parameters of a module") if own is None else own
+    own: dict[str, Any] = _need(module, "_parameters", "read the parameters of a module")
+    return own
 
 
 def parameters_for_reading(module: nn.Module) -> dict[str, Any]:
@@ -155,14 +152,14 @@ def parameters_for_reading(module: nn.Module) -> dict[str, Any]:
 
 def own_buffers(module: nn.Module) -> dict[str, Any]:
     """A module's own dict of its buffers by name. Without it, refuses."""
-    own: dict[str, Any] | None = getattr(module, "_buffers", None)
-    return _refuse("_buffers", "read the buffers of a module") if own is None else own
+    own: dict[str, Any] = _need(module, "_buffers", "read the buffers of a module")
+    return own
 
 
 def own_modules(module: nn.Module) -> dict[str, Any]:
     """A module's own dict of its submodules by name. Without it, refuses."""
-    own: dict[str, Any] | None = getattr(module, "_modules", None)
-    return _refuse("_modules", "read the submodules of a module") if own is None else own
+    own: dict[str, Any] = _need(module, "_modules", "read the submodules of a module")
+    return own
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:
@@ -189,23 +186,14 @@ def without_forward_hooks(
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after its forward. Without it, refuses."""
-    hooks: Any = getattr(module, "_forward_hooks", _MISSING)
-    hooks = hooks or getattr(module, "_forward_pre_hooks", _MISSING)
-    return (
-        _refuse("_forward_hooks or _forward_pre_hooks", "find hooks")
-        if hooks is _MISSING
-        else bool(hooks)
-    )
+    return bool(forward_hooks(module) or _need(module, "_forward_pre_hooks", "find hooks"))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after its backward. Without it, refuses."""
-    hooks: Any = getattr(module, "_backward_hooks", _MISSING)
-    hooks = hooks or getattr(module, "_backward_pre_hooks", _MISSING)
-    return (
-        _refuse("_backward_hooks or _backward_pre_hooks", "find hooks")
-        if hooks is _MISSING
-        else bool(hooks)
+    purpose = "find hooks"
+    return bool(
+        _need(module, "_backward_hooks", purpose) or _need(module, "_backward_pre_hooks", purpose)
     )
 
 

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from manual_bp import _require
-from manual_bp._torch import (
-    has_backward_hooks,
-    has_forward_hooks,
-    has_global_hooks,
-    own_buffers,
-    own_modules,
-    own_parameters,
-)
+from manual_bp import _require, _torch
 from manual_bp.layers._activation import ACTIVATIONS
 from manual_bp.layers._formula import torch_base
 from manual_bp.layers.linear import Linear
@@ -247,7 +239,7 @@ def _reason_against_options(activation: nn.Module, ours: Class) -> str:
 
 def _held(module: nn.Module) -> dict[str, Tensor | None]:
     """Its parameters and buffers; an attribute such as weight might be computed at each access."""
-    return own_buffers(module) | own_parameters(module)
+    return _torch.own_buffers(module) | _torch.own_parameters(module)
 
 
 def _reason_against_weights(linear: nn.Module) -> str:
@@ -314,7 +306,7 @@ def _pairs_to_fuse(
     """
     pairs = list(_pairs(model, changes))
     apart = {pair.linear: f"not fused: {why}" for pair in pairs if (why := _reason_against(pair))}
-    places = Counter(child for m in model.modules() for child in own_modules(m).values() if child)
+    places = Counter(m for parent in model.modules() for m in _torch.own_modules(parent).values())
     while True:
         kept = [pair for pair in pairs if pair.linear not in apart]
         used = Counter(module for pair in kept for module in pair)
@@ -330,8 +322,8 @@ def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Sequential, _Pair]]:
     """The pairs of neighbouring modules in each Sequential of a model."""
     for module in model.modules():
         if isinstance(module, nn.Sequential):
-            for first, second in pairwise(m for m in own_modules(module).values() if m is not None):
-                yield module, _Pair(first, second)
+            children = [m for m in _torch.own_modules(module).values() if m is not None]
+            yield from ((module, _Pair(*pair)) for pair in pairwise(children))
 
 
 def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]:
@@ -343,11 +335,11 @@ def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]
 
 
 def _reason_against(pair: _Pair) -> str:
-    if has_global_hooks():
+    if _torch.has_global_hooks():
         return "there are global hooks, which would not see z"
-    if any(map(has_forward_hooks, pair)):
+    if any(map(_torch.has_forward_hooks, pair)):
         return "there are hooks, which would not see z"
-    if any(map(has_backward_hooks, pair)):
+    if any(map(_torch.has_backward_hooks, pair)):
         return "there are hooks, which would not see delta"
     if any("forward" in vars(m) for m in pair):
         return "a forward was replaced on the object"
