@@ -95,10 +95,9 @@ def norms_of_one_row(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     On an accelerator, a look waits until everything before it has run.
     """
-    found = torch.stack([torch.linalg.vector_norm(t, dim=(1, 2)) for t in tensors]).double()
-    least = max([_least(t.dtype) for t in tensors])
-    if torch.equal(found.clamp(least, 1 / least), found):
-        return list(found.unbind())
+    found = [torch.linalg.vector_norm(t, dim=(1, 2)).double() for t in tensors]
+    if _all_in_range(found, max([_least(t.dtype) for t in tensors])):
+        return found
     return [norm_b(t) for t in tensors]
 
 
@@ -157,7 +156,7 @@ def _in_range(norm: Norm, *factors: Tensor) -> Tensor:
     found = norm(*factors).double()
     least = _least(factors[0].dtype)
     is_out = found.clamp(least, 1 / least) != found  # nan is out, too
-    if len(factors) > 1:
+    if len(factors) > 1 and not _all_in_range([_row_norms(t) for t in factors], least):
         # Their product may be in range when one of them is not. Rows that add nothing don't count.
         a, delta = (_largest(t, 2)[..., 0] for t in factors)
         counts = a * delta > torch.finfo(factors[0].dtype).eps * found[:, None]
@@ -165,6 +164,17 @@ def _in_range(norm: Norm, *factors: Tensor) -> Tensor:
     if is_out.any():
         found[is_out] = _scaled(norm, *(t[is_out] for t in factors))
     return found
+
+
+def _row_norms(t: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(t, dim=2)
+    return found
+
+
+def _all_in_range(norms: Sequence[Tensor], least: float) -> bool:
+    """Whether the squares of all of them are in the range of the dtype."""
+    found = torch.stack([*norms])
+    return torch.equal(found.clamp(least, 1 / least), found)
 
 
 def _scaled(norm: Norm, *factors: Tensor) -> Tensor:
