@@ -96,7 +96,7 @@ class Pass:
         for l, layer in enumerate(layers):
             # Backward needs the δ of two neighbouring layers at a time: two buffers are enough.
             delta = allocate(f"delta {l % 2}", len(layer.w), widest)
-            self._layers.append(_PassLayer(layer, values, targets, delta, allocate))
+            self._layers.append(_PassLayer(layer, l, values, targets, delta, allocate))
         for below, above in pairwise(self._layers):
             above.a_prev = below.a
         learns = [layer.learns_w or layer.learns_b for layer in layers]
@@ -225,6 +225,7 @@ class _PassLayer:
     def __init__(
         self,
         layer: _net.Layer,
+        l: int,
         values: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
         delta: Tensor,
@@ -235,7 +236,7 @@ class _PassLayer:
         self.w_t = self.w.mT
         self.target_w, self.target_b = targets.get(w), targets.get(b)
         out = len(self.w)
-        self.z = self.a = allocate(f"z {layer.name}", out, out)
+        self.z = self.a = allocate(f"z {l}", out, out)
         self.delta, self.delta_t = delta, delta.mT
         self.grad_b = self.w.new_empty(out)
         self.a_prev: Tensor | None = None
@@ -244,7 +245,7 @@ class _PassLayer:
         primes: list[Callable[[Tensor], object]] = []
         for i, activation in enumerate(layer.activations):
             if i > 0:  # a buffer for each, because σ' of an inner activation needs its own a
-                inner, self.a = self.a, allocate(f"z {layer.name} {i}", out, out)
+                inner, self.a = self.a, allocate(f"z {l} {i}", out, out)
                 sigmas.append(partial(self.a.copy_, inner))
             sigma_, times_sigma_prime_ = activation.bind(self.a)
             sigmas.append(sigma_)

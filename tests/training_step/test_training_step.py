@@ -93,6 +93,19 @@ def test_other_kinds_of_networks_equal_autograd_and_sgd(
     follow(net, QuadraticCost(), 10, **descent)
 
 
+def test_layers_with_similar_names_do_not_share_buffers() -> None:
+    net = nn.Sequential()
+    for name, module in {
+        "a": Linear(3, 4),
+        "sigmoid": Sigmoid(),
+        "tanh": Tanh(),
+        "a 1": Linear(4, 4),
+        "b": Sigmoid(),
+    }.items():
+        net.add_module(name, module)
+    follow(net.double(), QuadraticCost(), 3)
+
+
 @given(
     st.lists(st.integers(1, 5), min_size=2, max_size=5),
     st.lists(st.integers(0, 3), max_size=3),
