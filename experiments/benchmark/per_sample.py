@@ -45,7 +45,7 @@ def contenders(task: samples.Samples) -> list[Contender]:
         makers |= of_library if is_installed(library) else {}
     found = gather(makers, task)
     asked = ["plain", *task.right, *(c.name for c in found if c.note)]
-    return sorted(found, key=lambda c: asked.index(c.name.partition(", ")[0]))
+    return sorted(found, key=lambda c: asked.index(c.name if c.note else c.name.partition(", ")[0]))
 
 
 def left_out(_: str) -> list[str]:

@@ -225,3 +225,16 @@ def test_the_network_of_the_problem_stays_as_it_was() -> None:
         assert not module._forward_hooks
         assert not module._backward_hooks
     assert all(p.grad is None for p in task.problem.net.parameters())
+
+
+def test_maker_that_raises_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_installed("Opacus, ghost")
+
+    def fail(_: Samples) -> list[Contender]:
+        raise RuntimeError("planted")
+
+    monkeypatch.setitem(PEERS["opacus"], "Opacus, ghost", fail)
+    *others, last = contenders(make())
+    assert (last.name, last.note) == ("Opacus, ghost", "RuntimeError: planted")
+    assert others
+    assert not any(each.note for each in others)
