@@ -9,6 +9,7 @@ from torch import Tensor
 from manual_bp import _require
 from manual_bp.training_step._pass import fresh_buffers
 from manual_bp.training_step._plan import Plan
+from manual_bp.training_step._snapshot import CostAttributes
 
 
 class CapturedStep:
@@ -37,6 +38,8 @@ class CapturedStep:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=stream):
                 self._cost = self._run(self._x, self._y, self._lr_tensor)
+        # The graph holds the values that they had in the capture.
+        self._attributes = CostAttributes(plan.computation.cost)
 
     def _warm_up(self, stream: Any) -> None:
         """Let libraries do at first calls what must not happen during a capture."""
@@ -67,7 +70,7 @@ class CapturedStep:
         for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
             _require.like(name, value, f"the captured {name}", captured)
             _require.shape(name, value, captured.shape, "that of the one captured")
-        if not self._is_current():
+        if not (self._is_current() and self._attributes.are_unchanged()):
             raise RuntimeError(
                 "network, cost and velocities must be what was captured; got others: capture again"
             )

@@ -7,9 +7,47 @@ from torch import nn
 
 from manual_bp import _net
 from manual_bp._torch import own_buffers, own_modules, own_parameters
-from manual_bp.costs._cost import Cost
+from manual_bp.costs._cost import Cost, bind_fits
 from manual_bp.layers._activation import ACTIVATIONS
 from manual_bp.layers._formula import is_equivalent
+
+# The attributes of any cost that a plan reads once.
+_READ_ONCE = ("reduction", "forward", "gradient")
+
+
+class CostAttributes:
+    """The attributes of a cost and of the modules in it, to notice when one is set.
+
+    names: Which attributes of the cost itself to look at; None for all, the modules' included.
+    """
+
+    def __init__(self, cost: Cost, names: Sequence[str] | None = None) -> None:
+        self._names = names
+        self._attributes: list[dict[str, Any]] = [vars(cost)]
+        if names is None:
+            self._attributes = [
+                attributes
+                for module in cost.modules()
+                for attributes in (
+                    vars(module),
+                    own_parameters(module),
+                    own_buffers(module),
+                    own_modules(module),
+                )
+            ]
+        self._then = [attributes.copy() for attributes in self._chosen()]
+
+    def _chosen(self) -> list[dict[str, Any]]:
+        if self._names is None:
+            return self._attributes
+        return [{name: values.get(name) for name in self._names} for values in self._attributes]
+
+    def are_unchanged(self) -> bool:
+        """Whether none has been set to another value since."""
+        try:
+            return self._chosen() == self._then
+        except Exception:  # from the comparison of two tensors or arrays, whose result is no bool
+            return False
 
 
 class Snapshot:
@@ -28,18 +66,9 @@ class Snapshot:
             if is_equivalent(kind, module)
             for name in kind.options
         ]
-        # All attributes of the cost, since its bind may have captured the value of any of them.
-        self._attributes: list[dict[str, Any]] = [
-            attributes
-            for module in cost.modules()
-            for attributes in (
-                vars(module),
-                own_parameters(module),
-                own_buffers(module),
-                own_modules(module),
-            )
-        ]
-        self._attributes_then = [attributes.copy() for attributes in self._attributes]
+        # A bind of the cost's own may have captured the value of any attribute. Otherwise forward
+        # and gradient read them at each call, and may set some, such as a counter.
+        self._cost = CostAttributes(cost, None if bind_fits(cost) else _READ_ONCE)
         self._held: list[tuple[dict[str, Any], str, Any, bool, Any]] = []
         for layer in layers:
             holders = own_parameters(layer.module), own_buffers(layer.module)
@@ -59,10 +88,4 @@ class Snapshot:
         for module, name, option in self._options:
             if getattr(module, name) != option:
                 return False
-        return tuple(self._modules.values()) == self._modules_then and self._cost_is_unchanged()
-
-    def _cost_is_unchanged(self) -> bool:
-        try:
-            return self._attributes == self._attributes_then
-        except Exception:  # from the comparison of two tensors or arrays, whose result is no bool
-            return False
+        return tuple(self._modules.values()) == self._modules_then and self._cost.are_unchanged()

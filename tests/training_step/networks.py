@@ -112,6 +112,16 @@ class Autograd(Cost):
         return torch.autograd.grad(self(output, y), output)[0]
 
 
+class Counting(QuadraticCost):
+    """A user's cost that sets an attribute of its own at each call."""
+
+    calls = 0
+
+    def forward(self, a: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(a, y)
+
+
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 
 

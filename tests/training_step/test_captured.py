@@ -14,6 +14,7 @@ from manual_bp import CapturedStep, Cost, QuadraticCost, SoftmaxCrossEntropyCost
 from tests.training_step.networks import (
     COSTS,
     Autograd,
+    Counting,
     Reference,
     assert_follows,
     batch,
@@ -129,6 +130,15 @@ def test_each_call_returns_a_new_cost_tensor(device: torch.device, capture: Capt
     first = captured(*pair)
     value = first.item()
     assert captured(*pair).item() < value == first.item()
+
+
+def test_captured_cost_may_set_its_own_attributes(device: torch.device, capture: Capture) -> None:
+    net, cost = network(device=device), Counting()
+    captured = capture(TrainingStep(net, cost, 0.5), *(pair := batch(net, cost, 4)))
+    assert captured(*pair) > captured(*pair)
+    cost.calls = 0
+    with pytest.raises(RuntimeError, match="must be what was captured; got others: capture"):
+        captured(*pair)
 
 
 def test_refused_batch_changes_nothing(device: torch.device, capture: Capture) -> None:

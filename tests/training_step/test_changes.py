@@ -21,6 +21,7 @@ from manual_bp import (
 from manual_bp.layers._activation import ACTIVATIONS, Activation
 from tests.training_step.networks import (
     Autograd,
+    Counting,
     Doubled,
     Reference,
     assert_follows,
@@ -320,7 +321,9 @@ def test_changed_attribute_of_a_user_cost_is_noticed(name: str, values: Any) -> 
         assert_follows(net, reference.net)
 
 
-@pytest.mark.parametrize("cost", [QuadraticCost(), Huber(0.1), Huber(torch.ones(3))], ids=repr)
+@pytest.mark.parametrize(
+    "cost", [QuadraticCost(), Huber(0.1), Huber(torch.ones(3)), Counting()], ids=repr
+)
 def test_plan_is_kept_while_nothing_changes(cost: Cost) -> None:
     net = network(LeakyReLU(0.2))
     step = TrainingStep(net, cost, 0.1, momentum=0.5)
@@ -329,6 +332,7 @@ def test_plan_is_kept_while_nothing_changes(cost: Cost) -> None:
         step.lr = lr
         step(*batch(net, cost, 4))
     assert step._plan is plan
+    assert getattr(cost, "calls", 2) == 2
 
 
 def test_learning_rate_beyond_the_old_dtype_is_accepted_after_a_cast() -> None:
