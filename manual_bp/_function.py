@@ -13,7 +13,7 @@ PyTorch calls Functions in several ways, and each needs a different form:
   within forward mode loses the derivatives of any Function; and `torch.func.functionalize` refuses
   them all. These three get the bare forward, which PyTorch differentiates.
 - `torch.func` inside a compiled region gives a Function the wrong `needs_input_grad` (gradients
-  are then silently zero), and can neither batch it nor push it forward. `torch.export` cuts it out
+  are then silently zero), and supports neither its vmap nor its jvp. `torch.export` cuts it out
   of autograd's graph. Both get the bare forward too.
 
 So each Function here is written once, in the first form, and `as_callable` derives the others. For
@@ -45,8 +45,8 @@ def as_callable(function: Any) -> Callable[..., Tensor]:
     """The call of a Function written with `setup_context`, `backward` and `jvp`.
 
     If it has a `backward_boxed` as well, that gets its gradient in a list, where PyTorch supports
-    this (2.13 and later): once taken out of the list, nothing else holds the gradient, so it can be
-    freed before the backward ends. Compiled autograd refuses such a Function.
+    this (2.13 and later). Once the gradient is taken out of the list, nothing else holds it, so it
+    can be freed before the backward ends. Compiled autograd refuses such a Function.
 
     The forms are variables of the closure, because the compiler can follow those but not an
     attribute of a Function class.
@@ -74,9 +74,9 @@ def _needs_bare_forward() -> bool:
 
 
 def _a_transform_refuses_functions() -> bool:
-    """Whether a transform is active through which no Function passes.
+    """Whether an active transform does not support Functions.
 
-    These are forward mode within forward mode, as in jacfwd(jacfwd(f)), and functionalize.
+    Two do not: forward mode within forward mode, as in jacfwd(jacfwd(f)), and functionalize.
     """
     kinds = functorch_transforms()
     return kinds.count("Jvp") > 1 or "Functionalize" in kinds
@@ -166,7 +166,7 @@ def is_watched() -> bool:
 
 
 def may_overwrite_results_of(t: Tensor) -> bool:
-    """Whether results computed from t may be changed in place, as nothing differentiates them."""
+    """Whether results computed from t may be changed in place: nothing differentiates them."""
     return not (
         torch.is_grad_enabled()
         or is_compiling()

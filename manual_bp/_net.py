@@ -1,4 +1,4 @@
-"""The networks that the explicit algorithm knows: linear layers and activations in a Sequential."""
+"""The networks that the explicit algorithm takes: linear layers and activations in a Sequential."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -54,7 +54,7 @@ def parse(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
     """The activations before the first linear layer (usually none), and the layers.
 
     Raises:
-        TypeError: net is not an nn.Sequential, or holds something that the algorithm does not know.
+        TypeError: net is not an nn.Sequential, or holds a module that the algorithm does not take.
         ValueError: net has no linear layer, or its sizes or devices do not fit each other.
     """
     if not has_forward_of(nn.Sequential, net):
@@ -78,7 +78,7 @@ def parse(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
             activations.append(_activation(place, module))
         _refuse_hooks(place, module)
     if not layers:
-        raise ValueError(f"net must hold at least one linear layer; got {len(net)} modules, none")
+        raise ValueError(f"net must hold at least one linear layer; got {len(net)} others only")
     return input_activations, layers
 
 

@@ -92,8 +92,8 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
     """Refuse anything but one of the options."""
     if not isinstance(value, str) or value not in options:
         wanted = ", ".join(repr(option) for option in options)
-        came = repr(value) if isinstance(value, str) else type(value).__name__
-        raise ValueError(f"{name} must be one of {wanted}; got {came}")
+        given = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name} must be one of {wanted}; got {given}")
 
 
 def at_least(name: str, value: float, least: float) -> None:

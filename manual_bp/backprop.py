@@ -47,7 +47,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
     Raises:
         TypeError: net is not an nn.Sequential, or it holds a module of another kind, or one that
             does more than its formula (hooks, a reparametrised weight); the message names it. Or
-            x, y or cost is of the wrong kind: real numbers only.
+            cost is not a `Cost`, or x or y is not a tensor of real numbers.
         ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
             or the cost is not reduced.
     """

@@ -1,4 +1,4 @@
-"""Traces in TensorBoard: what the equations talk about, for every layer and step.
+"""Traces in TensorBoard: the terms of the four equations, for every layer and step.
 
     writer = SummaryWriter("runs/mine")
     board = TraceBoard(writer)
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # One chart for each question, with all layers in it.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
-    "what the equations talk about": {
+    "the terms of the four equations": {
         "‖δ‖ of every layer (BP1, BP2)": ["Multiline", ["delta/.*"]],
         "fraction of saturated neurons (σ' ≈ 0)": ["Multiline", ["sat/.*"]],
         "‖∂C/∂w‖ of every layer (BP4)": ["Multiline", ["grad/.*"]],
@@ -41,7 +41,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 # The last bin of a TensorBoard histogram ends at 1e20, so larger numbers are treated as infinite.
 HISTOGRAM_LIMIT = 1e20
 
-# The most letters of a layer's name that are shown beside the heat map, to leave room for it.
+# The most letters of a layer's name that are shown next to the heat map.
 LABEL_LENGTH = 60
 
 
@@ -166,7 +166,7 @@ def _tag(kind: str, name: str) -> str:
     """A tag that no other layer has, whatever the layers are called.
 
     TensorBoard replaces each character that is neither a letter, a digit nor one of - / . by _, so
-    "a$" and "a_" would have the same tag. Here its code replaces it: "a$" becomes "a-x24-".
+    "a$" and "a_" would have the same tag. Here the character's code does: "a$" becomes "a-x24-".
     """
     return f"{kind}/" + re.sub(
         r"[^-/\w.]|-(?=x[0-9a-f]+-)", lambda found: f"-x{ord(found[0]):x}-", name

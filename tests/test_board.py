@@ -67,7 +67,7 @@ def test_writes_one_file_and_one_layout_that_includes_the_callers(
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert {category.title for category in layout.category} == {"learning", *LAYOUT}
     charts = {chart.title for category in layout.category for chart in category.chart}
-    assert charts == {"cost", *LAYOUT["what the equations talk about"]}
+    assert charts == {"cost", *LAYOUT["the terms of the four equations"]}
 
 
 def test_histograms_omit_nonfinite_numbers_and_count_them(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def reduce_gradient(gradient: Tensor, reduction: Reduction) -> Tensor:
 
 
 def sample_weight(output: Tensor, reduction: Reduction) -> float:
-    """What each sample's loss counts for in C: 1/n under "mean", otherwise 1."""
+    """The weight of each sample's loss in C: 1/n under "mean", otherwise 1."""
     samples = math.prod(output.shape[:-1])
     return 1 / samples if reduction == "mean" and samples else 1.0
 
@@ -62,7 +62,7 @@ def checked_pair(name: str, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def as_cost(
     function: Any, checked: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Callable[..., Tensor]:
-    """What a public cost function calls, with itself first: hand over, check, apply."""
+    """What a public cost function calls, with itself as the first argument."""
     apply = as_callable(function)
 
     def call(public: Any, output: Tensor, y: Tensor, reduction: Reduction) -> Tensor:

@@ -96,7 +96,7 @@ def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tenso
         The cost, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: a or y is no dense tensor of a real floating dtype, or their dtypes differ.
+        TypeError: a or y is not a dense tensor of a real floating dtype, or their dtypes differ.
         ValueError: y has another shape or device than a, a has no dimension, or reduction is
             unknown.
 

@@ -103,7 +103,7 @@ def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no dense tensor of a real floating dtype, or their dtypes differ.
+        TypeError: z or y is not a dense tensor of a real floating dtype, or their dtypes differ.
         ValueError: y has another shape or device than z, z has no dimension, or reduction is
             unknown.
 

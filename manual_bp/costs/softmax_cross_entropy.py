@@ -131,8 +131,8 @@ def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
         The cost in nats, shape (); under "none" the loss of each sample, shape (...).
 
     Raises:
-        TypeError: z or y is no dense tensor, z is not of a real floating dtype, or y holds neither
-            integers nor numbers of the dtype of z.
+        TypeError: z or y is not a dense tensor, z is not of a real floating dtype, or y holds
+            neither integers nor numbers of the dtype of z.
         ValueError: y has the wrong shape or another device than z, an index is out of range (on
             the CPU; elsewhere PyTorch's indexing raises), z has no dimension, or reduction
             is unknown.

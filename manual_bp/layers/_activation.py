@@ -25,7 +25,7 @@ class Activation(nn.Module):
     This registers it in `ACTIVATIONS`, and `backprop`, `record`, `TrainingStep`, `convert` and
     export know it. Its Function is called ELUFunction. It defines `forward`, which computes the
     functional form, and the methods and properties below that raise NotImplementedError;
-    `require_options` and `require_slope_from_a` only where there is something to refuse.
+    `require_options` and `require_slope_from_a` only if some options must be refused.
 
     Attributes:
         function: The functional form, `function(z, *options)`, and `inplace` if it has that. It has
@@ -103,10 +103,10 @@ def entry_point(
     The function names its argument z, the module input: each passes the name for error messages.
 
     Args:
-        public: The functional form, which a `__torch_function__` is handed. A nested tensor has one
-            too, but goes on to `check_z`, which refuses it in our words.
+        public: The functional form, which is passed to a `__torch_function__`. A nested tensor has
+            one too, but goes on to `check_z`, which refuses it in our words.
         function: The Function.
-        check_z: `check_z(name, z)` raises an error unless z is fit.
+        check_z: `check_z(name, z)` raises an error unless z is valid.
         check_options: `check_options(*options)` raises an error unless the options are.
         in_place: Whether the last option says that a takes the memory of z.
 
@@ -134,6 +134,6 @@ def at_least_tiny(slope: Tensor) -> Tensor:
 
 
 def _torch_functions(name: str) -> list[Any]:
-    rooms: tuple[Any, ...] = (torch, F, Tensor)
-    found = [getattr(room, form, None) for room in rooms for form in (name, f"{name}_")]
+    places: tuple[Any, ...] = (torch, F, Tensor)
+    found = [getattr(place, form, None) for place in places for form in (name, f"{name}_")]
     return [function for function in found if function is not None]

@@ -72,8 +72,8 @@ def entry_point(
     Each passes its own names of the arguments for error messages.
 
     Args:
-        public: The functional form, which a `__torch_function__` is handed. A nested tensor has one
-            too, but goes on to the checks, which refuse it in our words.
+        public: The functional form, which is passed to a `__torch_function__`. A nested tensor has
+            one too, but goes on to the checks, which refuse it in our words.
         function: The Function.
         only_real: Whether complex numbers are refused.
 

@@ -129,7 +129,7 @@ class Softplus(Activation, nn.Softplus, function=softplus):
         _check_options(self.beta, self.threshold)
 
     def require_slope_from_a(self) -> None:
-        """Raise a ValueError if the threshold is below 20: a does not tell on which side z was."""
+        """Raise a ValueError if the threshold is below 20: a may then come from either side."""
         _require.at_least("threshold", self.threshold, TELLING_THRESHOLD)
 
     def sigma_prime(self, a: Tensor) -> Tensor:

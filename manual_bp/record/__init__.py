@@ -3,9 +3,9 @@
 From a forward call to the filled Trace, file by file:
 
     _choose       which linear layers the block records
-    _block        enters the hooks, and the mode that sees every function called; hands calls on
+    _block        adds the hooks, and the mode that sees every function called; passes calls on
     _hooks        hooks in the modules, which copies of the model do not have
-    _samples      whether the rows of a layer are samples: what the model made itself, and N
+    _samples      whether the rows of a layer are samples: which tensors are the model's own, and N
     _calls        a call of a layer: its a, w, b and z; z is followed to a; δ arrives
     _activations  which activation a function computes
     _losses       how the cost was reduced
@@ -14,7 +14,7 @@ From a forward call to the filled Trace, file by file:
     _fill         the Trace: layers, what was missed, and what came from elsewhere
 
 δ is the gradient that backward brings to the node that made z. No product is computed for it, and
-nothing that the model computes is touched. A pair is complete when its δ arrives. So what a
+nothing that the model computes is changed. A pair is complete when its δ arrives. So what a
 checkpoint computes again counts once, whichever of the two calls the gradient goes through.
 """
 
@@ -69,10 +69,10 @@ def record(
             or, from the forward pass, the input of a layer is nested, or its weight is not a dense
             tensor.
         ValueError: reduction is neither "mean" nor "sum"; the model has no linear layer, or none
-            is chosen; or, from backward(), the cost is plainly reduced in the other way.
-        RuntimeError: From backward(), a second call of it within one block. On entering a block
-            that was entered before. On leaving it: no backward pass reached a layer, or none of
-            the layers that it reached can be recorded.
+            is chosen; or, from backward(), the cost shows that it is reduced in the other way.
+        RuntimeError: From backward(), if it is called a second time in one block. On entering a
+            block that was entered before. On leaving it, if no backward pass reached a layer, or
+            none of the layers that it reached can be recorded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")

@@ -9,12 +9,12 @@ from manual_bp.layers._formula import copy_as
 
 
 def functions_of_activations() -> dict[Callable[..., Any], type[Activation]]:
-    """Every function that computes an activation, of PyTorch's or ours, in place or not."""
+    """Every function that computes an activation, PyTorch's or ours, in place or not."""
     return {function: kind for kind in ACTIVATIONS for function in kind.functions}
 
 
 def activation_of(kind: Any, options: Sequence[Any], named: Mapping[str, Any]) -> Activation | None:
-    """The activation with these options, as a module of ours that writes over nothing.
+    """The activation with these options, as a module of ours that does not work in place.
 
     None for options that ours does not have, or that are not numbers.
     """

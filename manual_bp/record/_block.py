@@ -1,4 +1,4 @@
-"""A block of `record`: hooks and a mode see what happens in it, and hand it to its parts."""
+"""A block of `record`: hooks and a mode see what happens in it, and pass it on to its parts."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""The calls of layers in a block: what each was given, where its z goes, and the δ it is sent."""
+"""The calls of layers in a block: the input of each, where its z goes, and the δ that arrives."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Product(NamedTuple):
 
 
 class Kept:
-    """A tensor without its graph, and whether it was written over since."""
+    """A tensor without its graph, and whether it has been overwritten since."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -56,7 +56,7 @@ class PendingCall:
     node: The node of autograd's graph that made z, where δ arrives.
     gradient: What arrived there; None until then.
     number: Its place among all calls in the block, from 1.
-    is_own: Whether its input is the model's own.
+    is_own: Whether its input is one of the model's own tensors (see `OwnTensors`).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PendingCall:
 
     @property
     def end(self) -> Kept:
-        """What z is known to lead to so far."""
+        """The last tensor on the path from z to a, as far as it is known."""
         return self._path[-1]
 
     def release(self) -> None:
@@ -154,7 +154,7 @@ class SeenCalls:
 
     names: The layers to record, with their names.
     by_layer: The calls of each layer that ran, if gradients may come to them.
-    unseen: The layers of which an output was not the product that was seen.
+    unseen: The layers with an output that was not the product seen in the call.
     """
 
     def __init__(self, names: Names, own: OwnTensors) -> None:
@@ -171,13 +171,13 @@ class SeenCalls:
         return [call for calls in self.by_layer.values() for call in calls]
 
     def release(self) -> None:
-        """Remove the hooks, and let go of all calls."""
+        """Remove the hooks, and release all calls."""
         for call in self.all:
             call.release()
         self.by_layer, self._path_of, self._last_product = {}, {}, None
 
     def begin_pass(self) -> None:
-        """Forget the δ of a pass before, which may have failed."""
+        """Forget the δ of an earlier pass, which may have failed."""
         for call in self.all:
             call.gradient = None
         self._count_before_pass = self._count
@@ -206,7 +206,7 @@ class SeenCalls:
         if product is None:
             self.unseen.add(layer)
             return
-        # Asked now, since a parameter may be written over once its gradient has arrived.
+        # Asked now, since a parameter may be overwritten once its gradient has arrived.
         is_own = product.a_prev in self._own
         self._count += 1
         call = PendingCall(product, self._input(layer, product), z, self._count, is_own)
@@ -225,9 +225,9 @@ class SeenCalls:
     def _product(self, layer: nn.Module, args: Any, kwargs: Any, z: Tensor) -> Product | None:
         """The product that a layer's call made; None if none was seen.
 
-        w is the one that was seen, not `layer.weight`, which may compute it anew (weight norm;
+        w is the one that was seen, not `layer.weight`, which may compute a new one (weight norm;
         spectral norm takes a step each time). Within backward, not every call of a function is
-        seen; there, what a layer holds is taken, if it has no forward of its own.
+        seen; there, the layer's own weight and bias are taken, unless it has a custom forward.
         """
         last, self._last_product = self._last_product, None
         if last is not None and last[1] is z and last[2] == version(z):

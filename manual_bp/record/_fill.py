@@ -1,4 +1,4 @@
-"""The Trace is filled from a pass: its layers, those missed, and what came from elsewhere."""
+"""Fills the Trace from a pass: its layers, those missed, and what came from elsewhere."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ class Pass(NamedTuple):
     names: Mapping[Tensor, str]
 
     def has_learned(self, parameter: Tensor) -> bool:
-        """Whether a gradient arrived for a parameter; if none was to, whether one could have."""
+        """Whether a gradient arrived for a parameter; if none was counted, whether it learns."""
         arrival = self.arrivals.get(id(parameter)) if self.is_backward else None
         return learns(parameter) if arrival is None else arrival.count > 0
 
@@ -43,7 +43,7 @@ class Filling:
     Args:
         calls: The calls of the layers.
         in_and_out: What went into the model and came out of it.
-        reduction, is_chosen: How the cost is reduced; whether the layers are a choice out of all.
+        reduction, is_chosen: How the cost is reduced; whether the user chose the layers.
         without_samples: The layers without samples; None if they are to be recognised.
     """
 
@@ -88,16 +88,16 @@ class Filling:
         nodes = set[Any]().union(*(graph.users for graph in graphs))
         for layer, calls in self._calls.by_layer.items():
             of_pass = [call for call in calls if call.node in nodes]
-            come = [call for call in of_pass if call.gradient is not None]
-            reason = self._reason_to_miss(layer, come)
+            reached = [call for call in of_pass if call.gradient is not None]
+            reason = self._reason_to_miss(layer, reached)
             if reason is None:
                 del self._missed[self._calls.names[layer]]
-                layers.append((come[0].number, self._layer(layer, come, graphs, passed)))
+                layers.append((reached[0].number, self._layer(layer, reached, graphs, passed)))
             else:
                 self._missed[self._calls.names[layer]] = reason
-            # Calls that no δ came to use the weights as well, if the layer is not missed for
+            # Calls that no δ reached use the weights as well, unless the layer is missed for
             # another reason.
-            if layers[-1][1].has_samples if reason is None else not come:
+            if layers[-1][1].has_samples if reason is None else not reached:
                 seen += of_pass
         if not layers:
             return False
@@ -116,15 +116,15 @@ class Filling:
         )
         return True
 
-    def _reason_to_miss(self, layer: nn.Module, come: Sequence[PendingCall]) -> str | None:
+    def _reason_to_miss(self, layer: nn.Module, reached: Sequence[PendingCall]) -> str | None:
         if layer in self._calls.unseen:
             return (
-                "it ran, but what came out was not its product w a + b: a hook, or a forward of "
-                "its own, made something else of it"
+                "it ran, but its output was not its product w a + b: a hook, or a custom forward, "
+                "changed it"
             )
-        if not come:
-            return "it ran, but no error came back to it"
-        if any(call.w is not come[0].w or call.b is not come[0].b for call in come[1:]):
+        if not reached:
+            return "it ran, but no error reached it"
+        if any(call.w is not reached[0].w or call.b is not reached[0].b for call in reached[1:]):
             return "it ran with several weights"
         return None
 
@@ -176,8 +176,8 @@ class Filling:
             )
         if self._calls.unseen:
             raise RuntimeError(
-                "a linear layer of the model must give out its product w a + b; none did: the "
-                "outputs were replaced, by a hook or by a forward of the layer's own"
+                "a linear layer of the model must return its product w a + b; none did: their "
+                "outputs were changed, by a hook or by a custom forward"
             )
         raise RuntimeError(
             "a linear layer of the model must run within the block of record, in its thread, with "

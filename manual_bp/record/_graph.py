@@ -10,9 +10,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from manual_bp._torch import is_user_function, leaf_of, version
 
-# Nodes that hand on a leaf as it is, in another shape or dtype, and may do so to several others:
-# autocast casts once, and double backward uses the transposed weight of forward again.
-_HANDING_ON = {
+# Nodes that pass a leaf on, in another shape or dtype, and may do so to several others: autocast
+# casts once, and double backward uses the transposed weight of forward again.
+_PASSING_ON = {
     f"{name}Backward0" for name in ("ToCopy", "T", "Transpose", "Permute", "View", "Alias")
 }
 
@@ -25,7 +25,7 @@ class Graph:
     foreign: The nodes whose backward is Python code from outside this package.
 
     Raises:
-        RuntimeError: No node shows that it is that of a leaf.
+        RuntimeError: No node shows that it belongs to a leaf.
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
@@ -48,28 +48,28 @@ class Graph:
         if queue and not self.ends:
             raise RuntimeError(
                 "record must find the parameters in autograd's graph; got one that shows none: "
-                "this version of PyTorch names its nodes in another way"
+                "this version of PyTorch names its nodes differently"
             )
 
     def ways_to(self, node: Any) -> int:
-        """How often the output of a node is used, as it is or handed on in another shape."""
+        """How often the output of a node is used, directly or passed on in another shape."""
         ways = 0
         for user in self.users.get(node, ()):
-            ways += (self.ways_to(user) or 1) if user.name() in _HANDING_ON else 1
+            ways += (self.ways_to(user) or 1) if user.name() in _PASSING_ON else 1
         return ways
 
 
-# All that count now, by the id of their parameter.
+# The counters that are active, by the id of their parameter.
 _counting: "dict[int, list[Arrivals]]" = {}
 _lock = threading.Lock()
 
 
 class Arrivals:
-    """Counts what arrives in the `.grad` of one parameter during a pass, whoever brings it.
+    """Counts what arrives in the `.grad` of one parameter during a pass, from any source.
 
-    A pass brings each leaf of its graph one gradient, the sum over all uses. Whatever arrives
-    beyond that comes from a pass within the pass, which need not show in the graph: a custom
-    backward may run a part of the model again, and call backward() there.
+    A pass brings each leaf of its graph one gradient, the sum over all uses. Anything that arrives
+    beyond that comes from a pass within the pass, which the graph may not show: a custom backward
+    may run a part of the model again, and call backward() there.
 
     Args:
         parameter: The parameter.
@@ -92,7 +92,7 @@ class Arrivals:
             self._hook = self._node.register_prehook(self._see)
 
     def stop(self) -> None:
-        """Count no more. A gradient that something else wrote counts if it was the first."""
+        """Stop counting. A gradient that was written by hand counts if it was the first."""
         self._hook.remove()
         self._see_what_was_written()
         with _lock:
@@ -118,7 +118,7 @@ class Arrivals:
         self.count += 1
 
     def _see_what_was_written(self) -> None:
-        # Not after an arrival: optimisers and reducers then write there as they may.
+        # Not after an arrival, when optimisers and reducers may write there.
         if self.count or self._is_written_by_others:
             return
         grad = self.parameter.grad

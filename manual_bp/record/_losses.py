@@ -18,7 +18,7 @@ from manual_bp.record._calls import PendingCall
 
 Reduction = Literal["mean", "sum"]
 
-# The functions of PyTorch's that take a reduction, and ours: all of them loss functions.
+# PyTorch's functions that take a reduction, and ours: all of them are loss functions.
 LOSSES = {
     function
     for function in vars(F).values()
@@ -38,25 +38,25 @@ class Losses:
         self._reductions: dict[Any, str] = {}  # from the node of each loss
 
     def see(self, func: Any, args: Any, kwargs: Any, loss: Tensor) -> None:
-        """Note what a loss function gave."""
+        """Note the result of a loss function."""
         given = dict(zip(func.__code__.co_varnames, args, strict=False)) | kwargs
         reduction = given.get("reduction", "mean")
         if given.get("size_average") is not None or given.get("reduce") is not None:
-            return  # these say it in another way
+            return  # these older options set the reduction instead
         if given.get("weight") is not None and reduction != "mean":
-            return  # weights may make a mean of a sum
+            return  # weights may turn a sum into a mean
         if loss.grad_fn is not None:
             self._reductions[loss.grad_fn] = "mean" if reduction == "batchmean" else reduction
 
     def release(self) -> None:
-        """Let go of all losses."""
+        """Release all losses."""
         self._reductions = {}
 
     def require_reduction(self, roots: Sequence[Tensor], calls: Sequence[PendingCall]) -> None:
-        """Refuse a cost that is plainly reduced in another way.
+        """Refuse a cost that shows that it is reduced in another way.
 
         Raises:
-            ValueError: It is.
+            ValueError: It is reduced in another way.
         """
         if len(roots) != 1 or any(len(call.shape) < 2 or call.shape[0] == 1 for call in calls):
             return  # of one sample, the mean is the sum
@@ -69,15 +69,15 @@ class Losses:
 
 
 def _reduction_of(node: Any, products: set[Any], losses: Mapping[Any, str]) -> str | None:
-    """How a cost was made of those of its samples, if its last step plainly says so.
+    """How a cost was reduced over its samples, if its last step shows it; else None.
 
-    That step is a loss function, or the mean() or sum() of losses of samples. These are given by a
-    loss function, or made of the output of a layer without scaling.
+    That step is a loss function, or the mean() or sum() of losses of samples. These come from a
+    loss function, or were computed from the output of a layer without scaling.
 
     Args:
-        node: That of the cost.
-        products: Those of the outputs of linear layers.
-        losses: Those of what loss functions gave, each with its reduction.
+        node: The node of the cost.
+        products: The nodes of the outputs of linear layers.
+        losses: The nodes of the results of loss functions, each with its reduction.
     """
     while node not in losses and _is_of_one_number(node):
         node = node.next_functions[0][0]
@@ -106,7 +106,7 @@ def _is_over_samples(node: Any) -> bool:
 
 
 def _is_of_one_number(node: Any) -> bool:
-    """Whether it casts a number, or is the mean or sum of what is one number already."""
+    """Whether it casts a number, or is the mean or sum of a single number."""
     sizes = shape_before(node)
     is_reduced = sizes is not None and math.prod(sizes) == 1
     return bool(node.next_functions) and (is_reduced or node.name() == "ToCopyBackward0")

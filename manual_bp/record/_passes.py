@@ -1,4 +1,4 @@
-"""The backward passes of a block: which of them the trace is of, and what each brings."""
+"""The backward passes of a block: which of them fills the trace, and what each brings."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -42,7 +42,7 @@ class Backward(NamedTuple):
         return [root for root in roots if isinstance(root, Tensor)]
 
     def inputs(self) -> Sequence[Any] | None:
-        """What gradients are wanted of; None for all leaves."""
+        """The tensors that are to get gradients; None for all leaves."""
         inputs = self.kwargs.get("inputs")
         if inputs is None and not self.assigns:
             inputs = self.args[1]
@@ -68,7 +68,7 @@ class Backward(NamedTuple):
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
     def run(self, graph: Graph) -> Any:
-        """Make the call, with the mode active wherever foreign code runs, which may call layers.
+        """Make the call, with the mode active while foreign code runs, which may call layers.
 
         Hooks enter it there, since a mode is left while it handles a call, such as backward(). If
         that code fails, autograd itself restores the modes that were active before.
@@ -87,9 +87,9 @@ class Passes:
     """Runs the backward passes of a block, and fills the trace from the one that counts.
 
     That is the first call of backward() that reaches a layer. A call of autograd.grad(), or of
-    backward() for inputs that are not parameters, counts as long as there is none, because it may
-    be for just a part of the cost, such as a penalty on gradients; of these, the last one that is
-    for parameters.
+    backward() for inputs that are not parameters, counts only if there is no such call, because it
+    may be for just a part of the cost, such as a penalty on gradients; of several, the last one
+    that is for parameters counts.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Passes:
     ) -> None:
         self._model, self._calls, self._losses, self._filling = model, calls, losses, filling
         self.thread: int | None = None  # that of the block, once it is entered
-        self._purpose = OTHER  # of the pass that the trace is of
+        self._purpose = OTHER  # of the pass that filled the trace
         self._graphs: list[Graph] = []  # of the pass that runs, and of those within it
 
     def is_of_block(self) -> bool:
@@ -122,7 +122,8 @@ class Passes:
         if reaches_layers and purpose == TRAINING:
             if has_trained:
                 raise RuntimeError(
-                    "record is of one backward pass, which has run; open another block for another"
+                    "a block of record must run one backward pass; got a second one: open another "
+                    "block for it"
                 )
             self._losses.require_reduction(request.roots(), calls)
         result, graphs, arrivals = self._run_outermost(request, graph, names)
@@ -178,7 +179,7 @@ class Passes:
         # It adds nothing to `.grad`, but what it returns may be written there by hand.
         inputs = request.inputs() or ()
         self._filling.add_elsewhere([t for t in inputs if isinstance(t, Tensor)])
-        # What comes to layers on its way does not belong to the pass.
+        # Gradients that it brings to layers do not belong to the pass.
         before = [(call, call.gradient) for call in self._calls.all]
         try:
             return request()

@@ -1,4 +1,4 @@
-"""What tells whether the rows of a layer are samples: who made its input, and N."""
+"""What shows whether the rows of a layer are samples: what its input was made from, and N."""
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from manual_bp._torch import map_tensors, own_buffers, own_parameters, tree_leav
 _JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 # Make rows out of nothing, such as positions. Others that do (zeros, randn) may do so for samples.
 _COUNTING = {torch.arange, torch.linspace, torch.logspace, torch.eye}
-# Repeat rows as many times as they are told: for all samples, say.
+# Repeat rows a given number of times, for example once for each sample.
 _RESIZING = {
     torch.broadcast_to, torch.tile, torch.repeat_interleave, Tensor.broadcast_to, Tensor.tile,
     Tensor.repeat_interleave, Tensor.repeat, Tensor.expand, Tensor.expand_as, Tensor.new_empty,
@@ -54,8 +54,8 @@ class OwnTensors:
     def see(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """Note a result that is made only of the model's own tensors.
 
-        Its first dimension is then the model's as well, unless it was resized. What is written to
-        in place was one of them before.
+        Its first dimension is then the model's as well, unless it was resized. A result of an
+        operation in place was one of these tensors before.
         """
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and not _is_factor(t)]
@@ -102,7 +102,7 @@ def _is_factor(t: Tensor) -> bool:
 
 
 def _contents(values: Iterable[Any]) -> list[Any]:
-    """What a model is given or gives out; for objects such as dataclasses, what they hold."""
+    """What a model is given or returns; for objects such as dataclasses, what they hold."""
     found: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -117,8 +117,8 @@ def _contents(values: Iterable[Any]) -> list[Any]:
 def _batch_of(inputs: Sequence[Any], outputs: Sequence[Any]) -> int | None:
     """N, if the first dimensions of all that went in and came out agree on it.
 
-    If nothing with more than one dimension went in, or nothing but numbers came out (of a model
-    that gives out its cost, say), the other side alone tells it.
+    If nothing with more than one dimension went in, or nothing but numbers came out (as from a
+    model that returns its cost), the other side alone determines it.
     """
     found, found_again = _first_dimensions(inputs, 2), _first_dimensions(outputs, 2)
     if not found_again:

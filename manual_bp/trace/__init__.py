@@ -1,4 +1,4 @@
-"""What one pass leaves behind: the pairs (a, δ) of every layer, and all that follows from them."""
+"""The pairs (a, δ) of every layer in one pass, and everything that is computed from them."""
 
 from manual_bp.trace._call import Call as Call
 from manual_bp.trace._diagnostics import Diagnostics as Diagnostics

@@ -139,7 +139,7 @@ def _passed(delta: Tensor, sigma_prime: _SigmaPrime, grad_a: Tensor | None) -> f
     """‖δ‖ / ‖∂C/∂a‖ where σ' is not 0, relative to the largest σ'."""
     values, (_, largest) = sigma_prime.values, sigma_prime.bounds
     if grad_a is None:
-        grad_a = delta.double() / values  # BP1 and BP2 solved for it
+        grad_a = delta.double() / values  # BP1 and BP2 solved for ∂C/∂a
     passed = quotient(norm_of(delta), norm_of(grad_a.where(values > 0, 0)))
     return None if passed is None else passed / largest
 

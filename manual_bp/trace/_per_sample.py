@@ -29,7 +29,7 @@ from manual_bp._autocast import without_autocast
 
 Norm = Callable[..., Tensor]
 
-# The most numbers that computing a norm may hold at once, chunk by chunk: 32 MB in float32.
+# The most numbers that the computation of norms may hold at once: 32 MB in float32.
 CHUNK = 2**23
 # How many times smaller than the sum of its terms' magnitudes the sum in Gram's form may be. A
 # hundred times leaves float32 five digits of the norm.
@@ -91,9 +91,9 @@ def norm_b(delta: Tensor) -> Tensor:
 
 
 def norms_of_one_row(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norms of tensors (N, 1, k), each (N,), with a single look at the range of all.
+    """The norms of tensors (N, 1, k), each (N,), with a single check of the range of all.
 
-    On an accelerator, a look waits until everything before it has run.
+    On an accelerator, each check waits until everything before it has run.
     """
     found = [torch.linalg.vector_norm(t, dim=(1, 2)).double() for t in tensors]
     if _all_in_range(found, max([_least(t.dtype) for t in tensors])):

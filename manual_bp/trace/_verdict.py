@@ -15,9 +15,10 @@ MOST = 0.9
 # than this fraction of the error also passes σ'. Over all training samples, 4 % and more passed in
 # nets that had learned, and 0.02 % and less in those that had stopped.
 PASSED = 0.01
-# The verdict is about neurons that are off, or dead inputs, from this fraction on.
+# The verdict is about neurons that are off, or about dead inputs, from this fraction on.
 MANY = 0.5
-# The verdict is about an error more than this many times smaller or larger than the last layer's.
+# The verdict is about the size of the error if it is more than this many times smaller or larger
+# than the last layer's.
 FAR = 1000.0
 # How many rows of δ it takes to conclude that something holds in all of them.
 ENOUGH = 8

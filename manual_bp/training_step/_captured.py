@@ -31,7 +31,7 @@ class CapturedStep:
             )
             self._lr = plan.lr
             self._lr_tensor = torch.full((), plan.lr, dtype=x.dtype, device=x.device)
-            # One stream for both, so that what libraries keep for a stream exists before capture.
+            # The same stream for both, so that what libraries keep for it exists before capture.
             stream: Any = torch.cuda.Stream
             stream = stream(x.device)
             self._warm_up(stream)
@@ -42,7 +42,7 @@ class CapturedStep:
         self._attributes = CostAttributes(plan.computation.cost)
 
     def _warm_up(self, stream: Any) -> None:
-        """Let libraries do at first calls what must not happen during a capture."""
+        """Make first calls, in which libraries do what must not happen during a capture."""
         before = [tensor.clone() for tensor in self._run.state]
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -56,7 +56,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of gradient descent on a batch; returns the cost before it, shape ().
+        """Take one step of gradient descent on a batch; returns the cost before it, shape ().
 
         Args:
             x: Inputs, of the shape, dtype and device captured.

@@ -57,7 +57,7 @@ def as_program(plan: Plan, y: Tensor | None) -> ExportedProgram:
         arguments.append(velocities)
         shapes.append(dict.fromkeys(velocities))
     module = StepModule(plan.computation)
-    module(*arguments)  # so that what does not fit is refused in our words
+    module(*arguments)  # so that bad arguments are refused in our words
     return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))
 
 
@@ -105,7 +105,7 @@ def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -
 
 
 def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
-    """Write to a temporary file and then replace path, which so never holds half a file."""
+    """Write to a temporary file and then replace path, so that it never holds half a file."""
     path = Path(path)
     # In a new folder, where no other file can have its name. A file from tempfile itself would
     # not have the usual permissions.

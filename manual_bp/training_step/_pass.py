@@ -1,7 +1,7 @@
 """Backpropagation and gradient descent in one pass, in place: BP1 to BP4 without a gradient.
 
 What `backprop` keeps in dictionaries is kept here in buffers, which every batch of a size reuses:
-a layer's z and then its a in one buffer, δ in one of two buffers, which the layers use by turns.
+a layer's z and then its a in one buffer, δ in one of two buffers, which the layers use in turn.
 The gradient of a weight has no buffer: w is updated within the matrix product of its BP4,
 
     w ← w − η ∂C/∂w                w.addmm_(delta.mT, a_prev, alpha=-lr)
@@ -63,7 +63,7 @@ class Computation(NamedTuple):
 
 
 class Pass:
-    """Forward, backward and update for batches of one size, in buffers that are ready.
+    """Forward, backward and update for batches of one size, in preallocated buffers.
 
     Args:
         computation: What is computed.
@@ -114,7 +114,7 @@ class Pass:
         self._factors = _Factors(None, None, {}, {})
 
     def __call__(self, x: Tensor, y: Tensor, lr: Any) -> Tensor:
-        """One step of gradient descent; returns C before the step."""
+        """Take one step of gradient descent; returns C before the step."""
         # 1. Input, one sample a row.
         a = x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
         for activation in self._input_activations:
@@ -162,7 +162,7 @@ class Pass:
                     layer.target_w.mul_(keep)
                 a_prev = a_first if layer.a_prev is None else layer.a_prev
                 layer.target_w.addmm_(layer.delta_t, a_prev, **kwargs_w)  # BP4
-            if below is not None:  # whose a is free to be overwritten now
+            if below is not None:  # its a may be overwritten now
                 below.times_sigma_prime_(below.delta)  # BP2: ⊙ σ'(z)
 
     def _factors_of(self, lr: Any) -> "_Factors":

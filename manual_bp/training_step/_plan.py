@@ -1,4 +1,4 @@
-"""All that follows from a network, a cost and the numbers, and is rebuilt when they change."""
+"""All that is derived from a network, a cost and the numbers, and rebuilt when they change."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,12 +16,12 @@ from manual_bp.training_step._overlap import memory_of
 from manual_bp.training_step._pass import Allocate, Computation, Descent, Pass
 from manual_bp.training_step._snapshot import Snapshot
 
-# For how many shapes of x a pass is kept. Each is mere views, but the shapes may be endless.
+# For how many shapes of x a pass is kept. Each holds only views, but there may be any number.
 MOST_PASSES = 100
 
 
 class Plan:
-    """What follows from a network, a cost and the numbers of gradient descent.
+    """What is derived from a network, a cost and the numbers of gradient descent.
 
     It is built whole or, if anything is refused, not at all; the errors are those of
     `TrainingStep`. Once `is_current()` is false, a new one must replace it.
@@ -115,8 +115,8 @@ class Plan:
     def new_pass(self, samples: torch.Size, allocate: Allocate, **options: bool) -> Pass:
         """A pass that trains the network's parameters; for the arguments see `Pass`."""
         with torch.inference_mode(False), torch.no_grad():
-            # Not the parameters themselves: a pass makes views, which would hold on to them, and
-            # torch.utils.swap_tensors, by which modules may be moved, refuses what is held.
+            # Not the parameters themselves: the views that a pass makes would keep references to
+            # them. torch.utils.swap_tensors, which may move a module, refuses such parameters.
             values = {name: p.detach() for name, p in self.parameters.items()}
             velocities = self.learned_velocities or {}
             return Pass(self.computation, values, velocities, samples, allocate, **options)

@@ -53,7 +53,7 @@ class CostAttributes:
 class Snapshot:
     """A network's modules, their options, the parameters and their memory; and a cost's attributes.
 
-    Hooks are left out: for these, every step would have to look into every module.
+    Hooks are left out: to find them, every step would have to look into every module.
     """
 
     def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:

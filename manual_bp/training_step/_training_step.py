@@ -19,7 +19,7 @@ from manual_bp.training_step._plan import Plan
 
 
 class TrainingStep:
-    """Backpropagation and gradient descent in one, in place, close to the speed of its products.
+    """Backpropagation and gradient descent in one, in place, close to the speed of the products.
 
         step = TrainingStep(net, QuadraticCost(), lr=3.0)
         for x, y in batches:
@@ -117,12 +117,12 @@ class TrainingStep:
         return self._plan.descent.weight_decay
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of gradient descent on a batch.
+        """Take one step of gradient descent on a batch.
 
         Args:
             x: Inputs, shape (N, in); also (in,) and (..., in). Of the parameters' dtype, on their
                 device.
-            y: Targets, as the cost wants them.
+            y: Targets, as the cost takes them.
 
         Returns:
             The cost of the batch before the step, shape (), without a graph. It is a new tensor at
@@ -209,8 +209,8 @@ class TrainingStep:
 
         x is (N, in) with any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
         parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities of
-        the parameters that learn, at first all 0, goes in and comes out last. Nothing is changed
-        in place. Which parameters are frozen is fixed at the export.
+        the parameters that learn, at first all 0, is the last argument and the last result. Nothing
+        is changed in place. Which parameters are frozen is fixed at the export.
 
         Args:
             path: Where to. An existing file is replaced once the new one is complete.
@@ -268,8 +268,10 @@ class TrainingStep:
 
         Raises:
             KeyError: A key is missing or unknown, or a velocity belongs to no parameter of net.
-            TypeError, ValueError: It is no mapping, a number is not valid, or a velocity has
-                another shape than its parameter. Nothing has changed then.
+            TypeError, ValueError: It is not a mapping, a number is not valid, or a velocity has
+                another shape than its parameter.
+
+        After one of these errors, nothing has changed.
         """
         _checks.require_mapping("state", state)
         keys = ("lr", *Descent._fields, "velocities")

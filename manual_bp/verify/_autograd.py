@@ -1,4 +1,4 @@
-"""Arguments that want gradients, the gradients themselves, and the graph between."""
+"""Arguments that require gradients, the gradients themselves, and the graph between them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -60,7 +60,7 @@ def gradients(
 def gradients_of(
     result: Any, arguments: Sample, upstream: Sequence[Tensor], **options: Any
 ) -> Gradients:
-    """The gradient of every argument that requires one, None where there is none."""
+    """The gradient of every argument that requires one; None where autograd gives none."""
     wanted = [i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.requires_grad]
     pairs = [(t, u) for t, u in zip(outputs_of(result), upstream, strict=True) if t.requires_grad]
     if not pairs:

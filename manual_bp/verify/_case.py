@@ -19,7 +19,7 @@ class Case:
 
     call: Takes the arguments of a sample. A module's parameters are its last arguments.
     draw: Makes samples from a generator; the same seed gives the same samples.
-    reference: The same function in ordinary differentiable PyTorch; None if there is none.
+    reference: The same function in ordinary differentiable PyTorch; None if not given.
     supports: Capabilities that must work. Others may be refused, but never silently wrong.
     in_dims: As for `torch.vmap`: the sample dimension of each argument.
     labels: Names of the arguments in messages.
@@ -48,5 +48,5 @@ class Case:
 
 
 def is_differentiable(value: object) -> bool:
-    """Whether autograd can give a gradient for it."""
+    """Whether it can have a gradient."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

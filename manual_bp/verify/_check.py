@@ -59,7 +59,7 @@ class CheckContext:
 
     @property
     def trusted(self) -> Call:
-        """The reference, or the call itself if there is none."""
+        """The reference, or the call itself if no reference was given."""
         return self.case.reference or self.call
 
     def in_dims(self, sample: Sample) -> tuple[int | None, ...]:
@@ -95,7 +95,7 @@ class CheckContext:
         return [self.random_like(t) for t in outputs_of(call(*leaves(sample, ())))]
 
     def each(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """One sample after the other, each of them the current one in its turn."""
+        """One sample after the other; each is the current one in its turn."""
         for sample in samples:
             self.current = sample
             yield sample

@@ -190,7 +190,7 @@ def _require_arguments(sample: Any) -> None:
         holds_one = any(map(is_differentiable, tree_leaves(value)))
         if holds_one and not isinstance(value, Tensor):
             raise TypeError(
-                f"samples must hold each floating or complex tensor as an argument of its own, "
+                f"samples must hold each floating or complex tensor as a separate argument, "
                 f"since only those are judged; got one in a {type(value).__name__}, which "
                 f"lambda *tensors: call(list(tensors)) would make"
             )
@@ -201,7 +201,7 @@ def _known_capabilities(supports: Iterable[str]) -> frozenset[str]:
         raise TypeError(f"supports must be names in a list or tuple; got {supports!r}")
     unknown = sorted(set(supports) - CAPABILITIES)
     if unknown:
-        raise ValueError(f"supports must be of {sorted(CAPABILITIES)}; got {unknown}")
+        raise ValueError(f"supports must be names from {sorted(CAPABILITIES)}; got {unknown}")
     return frozenset(supports)
 
 

@@ -24,7 +24,7 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     Args:
         case: What is judged.
         only: Names of checks; by default all that apply to functions or to modules.
-        slow: Whether to run the compiler checks, if `only` does not say.
+        slow: Whether to run the compiler checks, if `only` is not given.
 
     Raises:
         TypeError: only is a string.

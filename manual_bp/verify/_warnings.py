@@ -22,7 +22,7 @@ _WARNERS = {"warnings", "_py_warnings", "typing_extensions"}
 
 @contextmanager
 def without_pytorch_warnings() -> Iterator[None]:
-    """Drop PyTorch's warnings about its own code, whatever their class and text.
+    """Drop PyTorch's warnings about its own code, of any class and with any text.
 
     Those are raised by a line of PyTorch, or of this kit, which calls it, and name such a line. A
     warning of the code under test may name one too: with stacklevel=2 it names the caller, and

@@ -25,7 +25,7 @@ FUNCTION_CAPABILITIES = CAPABILITIES - {"factory_kwargs"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the kit and gradcheck said of one mutant."""
+    """What the kit and gradcheck said about one mutant."""
 
     mutant: Mutant
     report: Report
@@ -70,7 +70,7 @@ def default_gradcheck(case: Case) -> str:
 
 
 def pytorch_reports(seed: int = 0, *, slow: bool = False) -> Iterator[Report]:
-    """Judge PyTorch's own layers. Every one must be found right."""
+    """Judge PyTorch's own layers. No check may fail."""
     for case in pytorch_cases():
         yield run(replace(case, seed=seed), slow=slow)
 
@@ -141,7 +141,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def print_matrix(verdicts: list[Verdict]) -> None:
-    """Print which checks caught each mutant, beside what default gradcheck says."""
+    """Print which checks caught each mutant, and what default gradcheck says."""
     name = max(len(verdict.mutant.name) for verdict in verdicts)
     meant = max(len(verdict.mutant.caught_by) for verdict in verdicts)
     print(f"{'planted mistake':{name}}  {'meant for':{meant}}  kit     gradcheck  others that fail")

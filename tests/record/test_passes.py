@@ -1,4 +1,4 @@
-"""Which backward pass a trace is of."""
+"""Which backward pass fills a trace."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_a_second_backward_is_refused_before_it_runs() -> None:
         assert net.weight.grad is not None
         before = net.weight.grad.clone()
         cost = net(torch.randn(4, 3)).square().sum(-1).mean()
-        with pytest.raises(RuntimeError, match="record is of one backward pass, which has run"):
+        with pytest.raises(RuntimeError, match="must run one backward pass; got a second one"):
             cost.backward()
     assert torch.equal(net.weight.grad, before)
     assert torch.equal(trace[""].delta, delta)
@@ -131,7 +131,7 @@ class TestWhichPassCounts:
 
 
 class TestAnEarlierGradient:
-    """The trace is of the backward() that trains the model, or there is none."""
+    """The backward() that trains the model fills the trace; if it cannot, there is none."""
 
     @pytest.fixture
     def net(self) -> nn.Sequential:
@@ -202,9 +202,7 @@ class TestAnEarlierGradient:
         assert torch.equal(trace.cost, cost.detach())
 
     @pytest.mark.parametrize("is_first", [True, False])
-    def test_a_penalty_with_a_backward_of_its_own_is_elsewhere(
-        self, net: Any, is_first: bool
-    ) -> None:
+    def test_a_penalty_with_its_own_backward_is_elsewhere(self, net: Any, is_first: bool) -> None:
         x = torch.randn(6, 2, dtype=torch.float64)
         with record(net) as trace:
             if is_first:

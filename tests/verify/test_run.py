@@ -440,7 +440,7 @@ def test_the_capabilities_are_the_checks_that_are_declared_as_such() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"supports": ["vmpa"]}, ValueError, r"supports must be of .*'vmap'.*; got \['vmpa'\]"),
+        ({"supports": ["vmpa"]}, ValueError, r"must be names from .*'vmap'.*; got \['vmpa'\]"),
         ({"only": ["vmpa"]}, ValueError, r"must name checks of .*; got \['vmpa'\]"),
         ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
         ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
@@ -448,7 +448,7 @@ def test_the_capabilities_are_the_checks_that_are_declared_as_such() -> None:
         (
             {"samples": [(*SAMPLES[0], [torch.ones(2)])]},
             TypeError,
-            "an argument of its own, .* in a l",
+            "a separate argument, .* in a l",
         ),
         ({"samples": [(1, 2)]}, TypeError, "samples must each hold a floating or complex tensor"),
         ({"supports": "vmap"}, TypeError, "supports must be names in a list or tuple; got 'vmap'"),

@@ -81,7 +81,7 @@ def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
 
 
 def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
-    """Samples for a call in between: drawn anew, and changed if they are a fixed list.
+    """Samples for a call in between: newly drawn ones, and changes of this one.
 
     The first has the shapes of this one, the second those of the next one.
     """

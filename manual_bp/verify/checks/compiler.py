@@ -1,4 +1,4 @@
-"""Compiled and exported."""
+"""The compiled and the exported code."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What modules must do besides."""
+"""What modules must do in addition."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ def pickle_(ctx: CheckContext, sample: Sample) -> None:
 
 @check(for_modules=True, best_sample=True)
 def deepcopy(ctx: CheckContext, sample: Sample) -> None:
-    """A deepcopy computes the same, with parameters of its own."""
+    """A deepcopy computes the same, with its own parameters."""
     module, inputs = _module(ctx, sample)
     copied = copy.deepcopy(module)
     ctx.compare_outputs(copied(*inputs), module(*inputs), " after deepcopy")

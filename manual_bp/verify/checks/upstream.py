@@ -77,7 +77,7 @@ def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
 
 
 def _where_finite(found: Gradients, guide: Gradients) -> Gradients:
-    """Gradients with 0 where the guide is not finite: 0 times infinity or a sum asks nothing."""
+    """Gradients with 0 where the guide is not finite, since linearity says nothing there."""
     return {
         i: g if g is None or (like := guide.get(i)) is None else g.where(like.isfinite(), 0.0)
         for i, g in found.items()

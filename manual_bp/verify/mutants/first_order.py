@@ -88,7 +88,7 @@ class FirstRowOnly(Linear):
 
 @mutant("finite_differences", square_linear, F.linear)
 class WeightNotTransposed(Linear):
-    """∂C/∂a uses w for its transpose, which the shapes allow if w is square."""
+    """∂C/∂a uses w where its transpose belongs, which the shapes allow if w is square."""
 
     @staticmethod
     def backward(ctx: Any, delta: Any) -> Any:

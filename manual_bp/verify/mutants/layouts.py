@@ -11,7 +11,7 @@ from manual_bp.verify.mutants._samples import pair
 
 
 def _by_memory(value: Tensor) -> Tensor:
-    """What a raw pointer reads if the rows are assumed to follow one another."""
+    """What a raw pointer reads if rows are assumed to follow each other in memory."""
     memory = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)
     places = torch.arange(value.numel()) + value.storage_offset()
     return memory[places % memory.numel()].view(value.shape)

@@ -1,4 +1,4 @@
-"""Writes to tensors of others, and tensors kept in the wrong place."""
+"""Writes to tensors that belong to others, and tensors kept in the wrong place."""
 
 from typing import Any
 
