@@ -1,4 +1,4 @@
-"""The activations, as the tests of all of them see them: a new one needs a row here."""
+"""The table of activations for the tests that run for all of them: a new one needs a row here."""
 
 import math
 from collections.abc import Callable
@@ -47,16 +47,16 @@ class Facts(NamedTuple):
         return "inplace" in signature(self.call).parameters
 
     def make(self, **inplace: bool) -> Any:
-        """A module of ours, its options not the defaults."""
+        """A module of ours with options other than the defaults."""
         return self.module(*self.options, **inplace)
 
     def make_reference(self, **inplace: bool) -> Any:
-        """The same of torch.nn's."""
+        """The module of torch.nn with the same options."""
         return self.reference_module(*self.options, **inplace)
 
 
 def bell(t: float) -> float:
-    """The derivative of the logistic function, as it does not cancel."""
+    """The derivative of the logistic function, in a form that does not cancel."""
     return math.exp(-abs(t)) / (1 + math.exp(-abs(t))) ** 2
 
 

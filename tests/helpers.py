@@ -25,7 +25,7 @@ CHECK: Any = {"rtol": 1e-6, "atol": 1e-8}
 
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 
-# The oldest PyTorch supported. What differs there is told in docs/compatibility.md.
+# The oldest PyTorch supported. docs/compatibility.md says what differs there.
 IS_OLDEST = torch.__version__.startswith("2.11.")
 differs_on_the_oldest = pytest.mark.xfail(IS_OLDEST, reason="PyTorch 2.11, see the docs")
 

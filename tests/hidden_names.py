@@ -47,8 +47,8 @@ def names() -> list[str]:
     return list(found)
 
 
-def load(*hidden: str, lies: dict[str, Any] | None = None) -> Any:
-    """The package, imported anew where some names are hidden from it, or `_torch` tells lies."""
+def load(*hidden: str, wrong: dict[str, Any] | None = None) -> Any:
+    """The package, imported again with some names hidden, or wrong replacements in `_torch`."""
 
     def see(owner: Any, name: str, *default: Any) -> Any:
         if name not in hidden:
@@ -64,7 +64,7 @@ def load(*hidden: str, lies: dict[str, Any] | None = None) -> Any:
     module.getattr = see
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    vars(module).update(lies or {})
+    vars(module).update(wrong or {})
     return importlib.import_module("manual_bp")
 
 

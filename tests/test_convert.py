@@ -55,7 +55,7 @@ class TwoAtOnce(nn.Sigmoid, nn.Tanh):
 
 
 class Quantised(nn.Linear):
-    """Says something else of its weight than what it keeps."""
+    """Its weight attribute gives something other than the parameter."""
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
@@ -241,7 +241,7 @@ def test_a_forward_replaced_on_the_object_is_left_alone() -> None:
 
 
 class Packed(Tensor):
-    """Stands for twice its values, as PyTorch's linear alone is told."""
+    """Counts as twice its values, but only PyTorch's linear knows."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,7 +256,7 @@ class Tagged(Tensor):
 
 
 class Silent(Tensor):
-    """Has no say in functions, as a DTensor has not."""
+    """Does not override functions, as a DTensor does not."""
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
@@ -308,7 +308,7 @@ def test_attributes_that_ours_cannot_use_are_left_to_pytorch(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [Tagged, Silent])
-def test_other_subclasses_of_tensor_are_no_hindrance(kind: Any) -> None:
+def test_weights_of_other_tensor_subclasses_are_converted(kind: Any) -> None:
     layer = with_parameter("weight", lambda t: t.as_subclass(kind))
     x = torch.randn(2, 3)
     expected = layer(x)
@@ -337,7 +337,7 @@ def test_weights_and_biases_that_are_buffers(name: str, fuse: bool) -> None:
     assert list(everything(model)) == list(before)
 
 
-def test_to_convert_computes_no_weight() -> None:
+def test_converting_computes_no_weight() -> None:
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Sigmoid())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     report = convert(model, fuse=True)
@@ -418,7 +418,7 @@ def test_a_copy_is_converted_and_can_be_restored(copied: Callable[[Any], Any]) -
     assert type(model.body[0]) is manual_bp.Linear
 
 
-def test_joined_classes_go_when_nobody_uses_them() -> None:
+def test_joined_classes_are_freed_when_unused() -> None:
     model = parametrizations.weight_norm(nn.Linear(3, 4))
     convert(model)
     watch = weakref.ref(type(model))
@@ -492,7 +492,7 @@ def test_an_error_half_way_leaves_nothing_half_converted(monkeypatch: pytest.Mon
     assert everything(model) == before
 
 
-def test_a_mark_of_former_times_is_no_hindrance() -> None:
+def test_a_module_whose_class_was_set_back_by_hand_can_be_converted() -> None:
     module = nn.Linear(3, 4)
     convert(module)
     object.__setattr__(module, "__class__", nn.Linear)
@@ -521,7 +521,7 @@ def test_no_half_of_a_fused_pair_is_restored() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_layers_of_ours_from_before_stay_when_restored() -> None:
+def test_layers_that_were_ours_before_stay_ours_when_restored() -> None:
     model = nn.Sequential(
         manual_bp.Linear(3, 4), nn.Sigmoid(), manual_bp.Linear(4, 4), nn.Sigmoid()
     )
@@ -645,7 +645,7 @@ def test_pairs_are_not_fused_behind_the_back_of_global_hooks() -> None:
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_what_is_no_pair(model: nn.Module) -> None:
+def test_modules_that_are_not_a_pair_are_not_fused(model: nn.Module) -> None:
     convert(model, fuse=True)
     assert LinearSigmoid not in classes(model).values()
     assert nn.Identity not in classes(model).values()
@@ -664,7 +664,7 @@ def test_a_sigmoid_that_is_shared_by_pairs_alone_is_fused() -> None:
     assert model[1] is model[3] is act
 
 
-def test_one_place_that_cannot_be_fused_keeps_all_apart_that_share_with_it() -> None:
+def test_if_one_place_cannot_be_fused_none_that_shares_its_modules_is() -> None:
     act, norm = nn.Sigmoid(), nn.LayerNorm(4)
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, act, nn.Linear(4, 4), act, norm, act, nn.Sequential(shared))

@@ -1,4 +1,4 @@
-"""What the explicit algorithm reads of a network: layers that hold their weights as buffers."""
+"""What the explicit algorithm reads from a network: layers with buffers as weights."""
 
 import copy
 from typing import Any
@@ -14,7 +14,7 @@ NAMES = ("weight", "bias")
 
 
 def with_buffer(net: nn.Sequential, name: str, persistent: bool = True) -> nn.Sequential:
-    """The same network, of whose middle layer one of the two is a buffer."""
+    """The same network with its middle layer's weight, or bias, as a buffer."""
     net = copy.deepcopy(net)
     layer = net[1]
     value = getattr(layer, name).detach()
@@ -24,7 +24,7 @@ def with_buffer(net: nn.Sequential, name: str, persistent: bool = True) -> nn.Se
 
 
 def nets(layer: Any, name: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """A network with a buffer, and one whose parameter is frozen instead."""
+    """A network with a buffer, and one with a frozen parameter instead."""
     frozen = nn.Sequential(
         nn.Linear(4, 3), layer(3, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Sigmoid()
     ).double()
@@ -67,12 +67,12 @@ class TestBuffers:
                 step(*batch)
             plan = step._plan
             step(*batch)
-            assert step._plan is plan  # not read anew at every step
+            assert step._plan is plan  # not built again at every step
         assert torch.equal(getattr(net[1], name), before)
         for key, value in net.state_dict().items():
             assert_same([value], [frozen.state_dict()[key]])
 
-    def test_another_one_is_noticed(self, layer: Any, name: str, batch: Any) -> None:
+    def test_a_replaced_buffer_is_noticed(self, layer: Any, name: str, batch: Any) -> None:
         net, _ = nets(layer, name)
         step = TrainingStep(net, QuadraticCost(), 0.5)
         step(*batch)
@@ -80,7 +80,9 @@ class TestBuffers:
         cost = QuadraticCost()(net(batch[0]), batch[1])
         assert_same([step(*batch)], [cost])
 
-    def test_one_that_wants_a_gradient_is_refused(self, layer: Any, name: str, batch: Any) -> None:
+    def test_a_buffer_that_requires_a_gradient_is_refused(
+        self, layer: Any, name: str, batch: Any
+    ) -> None:
         net, _ = nets(layer, name)
         getattr(net[1], name).requires_grad_()
         message = rf"net\['1'\]\.{name} must be a parameter if it is to learn; got a buffer"

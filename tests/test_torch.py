@@ -1,4 +1,4 @@
-"""Private names of PyTorch: all in one file, and none whose loss would give a wrong number."""
+"""Private names of PyTorch: all in one file, and without any of them no number is wrong."""
 
 import ast
 import re
@@ -159,7 +159,7 @@ def nothing(*_: object) -> Any:
 
 
 # Wrong replacements for what `_torch.py` provides.
-LIES = {
+WRONG = {
     "any_autocast_is_on": nothing,
     "as_no_view": lambda t: t,
     "count_dispatch_modes": lambda: 0,
@@ -179,17 +179,17 @@ LIES = {
 
 def test_each_wrong_fallback_makes_an_answer_wrong() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", "from tests import test_torch; test_torch.tell_lies()"],
+        [sys.executable, "-c", "from tests import test_torch; test_torch.print_found()"],
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
     )  # fmt: skip
-    assert set(run.stdout.split()) == set(LIES), run.stderr
+    assert set(run.stdout.split()) == set(WRONG), run.stderr
 
 
-def tell_lies() -> None:
-    """Print each lie that makes the answer to some question wrong."""
+def print_found() -> None:
+    """Print each wrong replacement that makes the answer to some question wrong."""
     torch.set_num_threads(1)
     questions = (*hidden_names.LAYERS, *hidden_names.OTHERS)
-    for name, lie in LIES.items():
-        package = hidden_names.load(lies={name: lie})
+    for name, replacement in WRONG.items():
+        package = hidden_names.load(wrong={name: replacement})
         if any(hidden_names.ask(question, package) == "wrong" for question in questions):
             print(name)

@@ -1,4 +1,4 @@
-"""Every layer and every cost beside PyTorch's own, as functions and as modules."""
+"""Every layer and every cost, with PyTorch's own, as functions and as modules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Subject:
         return (*inputs, torch.randn(OUT, IN, **options), torch.randn(OUT, **options))
 
     def modules(self, **options: Any) -> tuple[nn.Module, nn.Module]:
-        """Two modules alike, ours and theirs."""
+        """Two modules with equal parameters, ours and theirs."""
         ours, theirs = self.make(), self.make_theirs()
         theirs.load_state_dict(ours.state_dict())
         options = {"dtype": torch.float64} | options

@@ -101,7 +101,7 @@ def gradients(cost: Call, arguments: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def out_of_reach(call: Call) -> Call:
-    """The same function, but nobody else can change what it saves."""
+    """The same function on copies, so that no other code can change what it saves."""
 
     def apart(*arguments: Tensor) -> Tensor:
         return call(*(t.clone() for t in arguments)).clone()
@@ -209,7 +209,7 @@ WAYS: dict[str, Callable[[Call], Call]] = {
 def test_a_change_is_handled_no_worse_than_by_pytorch(
     subject: Subject, change: Callable[..., Tensor], way: str, device: torch.device
 ) -> None:
-    """Right wherever PyTorch's layers are; where those refuse, right or refused."""
+    """Right where PyTorch's layers are right; where those refuse, right or refused."""
     if subject in COSTS and change in OF_INPUT:
         pytest.skip("PyTorch's costs keep other tensors than ours do")
     arguments = subject.arguments(device=device)

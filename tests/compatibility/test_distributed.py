@@ -491,7 +491,7 @@ def tensor_parallel_of_what_is_fused() -> None:
 
 
 def test_tensor_parallel_refuses_what_is_fused(ranks: Ranks) -> None:
-    """PyTorch requires an nn.Linear, and LinearSigmoid is none."""
+    """PyTorch requires an nn.Linear, which LinearSigmoid is not."""
     with pytest.raises(NotImplementedError, match=r"only support nn\.Linear"):
         ranks(tensor_parallel_of_what_is_fused)
 

@@ -125,7 +125,7 @@ def test_gradients_of_functionalized_forward_mode(subject: Subject, device: torc
 
 
 @every_layer_with_weights
-def test_transforms_without_gradients_around(subject: Subject, device: torch.device) -> None:
+def test_transforms_under_no_grad(subject: Subject, device: torch.device) -> None:
     x, w, b = subject.arguments(device=device)
     with torch.no_grad():
         found, expected = (

@@ -84,7 +84,7 @@ def test_an_existing_empty_folder_is_left_alone(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_two_runs_that_start_at_once_get_folders_of_their_own(
+def test_two_runs_that_start_at_once_get_separate_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other run takes the name after it was found to be free."""

@@ -1,4 +1,4 @@
-"""Runs that go well and runs that fail, and what is reported of each."""
+"""Runs that go well and runs that fail, and what is reported about each."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What every activation must do, each asked the same."""
+"""What every activation must do: the same tests for all of them."""
 
 import copy
 import math
@@ -110,7 +110,7 @@ def test_an_output_changed_in_place_is_noticed(kind: Facts, device: torch.device
 
 
 @every_activation
-def test_an_infinite_gradient_goes_where_pytorch_lets_it(kind: Facts, device: torch.device) -> None:
+def test_an_infinite_gradient_gives_what_pytorch_gives(kind: Facts, device: torch.device) -> None:
     z = sample(5, 3, device=device)
     assert_matches(kind.call, kind.reference, [z], torch.full_like(z, torch.inf))
 
@@ -146,7 +146,7 @@ def test_prime_is_the_derivative(kind: Facts) -> None:
 
 
 @every_activation
-def test_module_is_pytorchs_but_for_its_backward(kind: Facts) -> None:
+def test_module_is_pytorchs_except_for_its_backward(kind: Facts) -> None:
     module = kind.module()
     assert isinstance(module, kind.reference_module)
     assert repr(module) == repr(kind.reference_module())
@@ -294,7 +294,7 @@ def test_slopes_of_a_leaky_relu_that_is_steeper_below() -> None:
     assert LeakyReLU(3.0).slope_bounds == (1.0, 3.0)
 
 
-def test_sigma_prime_from_z_where_a_does_not_tell_it() -> None:
+def test_sigma_prime_from_z_where_a_does_not_determine_it() -> None:
     module = Softplus(threshold=1.0)
     z = torch.tensor([-1.0, 0.5, 1.5])
     assert_same(
@@ -340,7 +340,7 @@ def test_in_place_needs_no_derivative_kernel(kind: Facts) -> None:
     assert not [name for name in operations.names if name.endswith("_backward")]
 
 
-def test_infinite_errors_stay_out_in_place_where_a_relu_is_off() -> None:
+def test_bind_turns_infinite_errors_into_0_where_a_relu_is_off() -> None:
     a = torch.tensor([0.0, 2.0])
     _, times_sigma_prime_ = ReLU().bind(a)
     delta = torch.tensor([math.inf, math.inf])
@@ -348,6 +348,6 @@ def test_infinite_errors_stay_out_in_place_where_a_relu_is_off() -> None:
     assert delta.tolist() == [0, math.inf]
 
 
-def test_a_softplus_that_does_not_tell_is_refused_in_place() -> None:
+def test_a_softplus_with_a_low_threshold_cannot_be_bound() -> None:
     with pytest.raises(ValueError, match=r"threshold must be at least 20\.0; got 5"):
         Softplus(1, 5).bind(torch.zeros(2))

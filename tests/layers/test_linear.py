@@ -176,7 +176,7 @@ def test_the_output_may_be_changed_in_place(
     wanted += ["per_sample_gradients"] if has_samples else []
     check_function(
         in_place(linear),
-        [arguments, sample(5, device=device)[:count]],  # of no samples alone nothing can be told
+        [arguments, sample(5, device=device)[:count]],  # without samples there is nothing to judge
         in_place(F.linear),
         only=wanted,
         supports=wanted,
@@ -216,7 +216,7 @@ def test_autocast_leaves_float64_alone(device: torch.device) -> None:
         assert linear(a, w, b).dtype is torch.float64
 
 
-def test_module_is_nn_linear_but_for_its_backward(device: torch.device) -> None:
+def test_module_is_nn_linear_except_for_its_backward(device: torch.device) -> None:
     torch.manual_seed(7)
     ours = Linear(IN, OUT, device=device, dtype=torch.float64)
     torch.manual_seed(7)

@@ -193,7 +193,7 @@ def test_training_step_follows_a_changed_option(new: Any, kind: str) -> None:
         assert_follows(net, reference.net)
 
 
-def test_convert_and_restore_find_it(new: Any) -> None:
+def test_convert_and_restore_know_it(new: Any) -> None:
     model = nn.Sequential(nn.ELU(0.3, inplace=True))
     x = torch.randn(8, 7)
     expected = model(x.clone())

@@ -107,7 +107,7 @@ def test_z_that_goes_into_two_activations_has_none(device: torch.device) -> None
     ],
 )
 @pytest.mark.parametrize("shape", [(5, 4), (5, 2, 4)], ids=str)
-def test_z_that_is_used_beside_its_activation_has_none(does: Any, shape: Any) -> None:
+def test_z_that_is_used_without_its_activation_too_has_none(does: Any, shape: Any) -> None:
     trace = recorded(Doing(nn.Linear(4, 3), does), torch.randn(shape))
     assert trace["fc"].activations == ()
     assert trace["fc"].a is trace["fc"].z

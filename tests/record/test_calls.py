@@ -1,4 +1,4 @@
-"""What is recorded of a call of a layer, in whatever way it is called."""
+"""What is recorded of a call of a layer, for all ways to call it."""
 
 import copy
 from collections.abc import Callable
@@ -191,7 +191,7 @@ def wrap_forward(module: nn.Module) -> None:
 
 
 class TestForwardsOfTheirOwn:
-    """The product that was seen counts, whatever the forward does around it."""
+    """The product that was seen counts, whether or not the forward does more."""
 
     @pytest.mark.parametrize("model", ["torch", "ours", "converted", "fused", "subclass"])
     @pytest.mark.parametrize("how_many", ["first", "all"])
@@ -254,7 +254,7 @@ class TestForwardsOfTheirOwn:
         finally:
             handle.remove()
 
-    def test_a_forward_of_its_own_is_seen_in_a_reentrant_checkpoint(self) -> None:
+    def test_a_custom_forward_is_seen_in_a_reentrant_checkpoint(self) -> None:
         net = two(OfTanh(4, 3))
         x = samples().requires_grad_()
         with record(net) as trace:
@@ -300,7 +300,7 @@ class TestLayouts:
             assert_same([part["0"].a_prev], [of_dense["0"].a_prev])
         assert str(trace.diagnostics()) == str(expected.diagnostics())
 
-    def test_z_of_a_sparse_input_written_over_is_recorded_as_it_was(self) -> None:
+    def test_z_of_an_overwritten_sparse_input_keeps_its_old_values(self) -> None:
         dense = samples(6)
         net = net_of(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
         assert_same_traces(recorded(net, dense.to_sparse()), recorded(net, dense))

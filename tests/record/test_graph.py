@@ -1,4 +1,4 @@
-"""Parameters whose gradient the pairs do not have, or not all of it: they are elsewhere."""
+"""Parameters with a gradient that is not, or not wholly, in the pairs: they are elsewhere."""
 
 import sys
 from typing import Any
@@ -31,7 +31,7 @@ from tests.record.recording import (
 
 
 class TestElsewhere:
-    """Parameters whose gradient the pairs do not have, or not all of it."""
+    """Parameters with a gradient that is not, or not wholly, in the pairs."""
 
     def test_parameters_of_other_layers_are_elsewhere(self) -> None:
         net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
@@ -92,7 +92,7 @@ class TestElsewhere:
 
 
 class TestUsesOfAWeightElsewhere:
-    """Uses of a weight that no pair accounts for are noticed, whatever else ran in the block."""
+    """Uses of a weight that no pair accounts for are noticed, even if other things ran too."""
 
     @pytest.mark.parametrize("extra_calls", [0, 1, 3])
     def test_calls_that_the_cost_does_not_use_do_not_count(self, extra_calls: int) -> None:
@@ -175,7 +175,7 @@ def test_a_context_with_a_variable_is_not_taken_for_a_leaf() -> None:
 
 
 def test_a_graph_that_shows_no_leaf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a later PyTorch named the nodes that add to `.grad` in another way."""
+    """As if a later PyTorch named the nodes that add to `.grad` differently."""
     monkeypatch.setattr(sys.modules[Graph.__module__], "leaf_of", lambda _: None)
     message = "must find the parameters in autograd's graph; got one that shows none"
     with pytest.raises(RuntimeError, match=message):
@@ -260,7 +260,7 @@ class TestGradientsThatBackwardMakesByItself:
             parameter.register_post_accumulate_grad_hook(step)
         assert recorded(model, self.X).elsewhere == ("block.0.weight", "block.0.bias")
 
-    def test_gradients_that_share_their_memory_are_not_written_by_hand(self) -> None:
+    def test_gradients_that_share_memory_do_not_count_as_written_by_hand(self) -> None:
         """In the buckets of distributed training, all gradients have the same version."""
         model = WithHidden(nn.Tanh(), how="")
         flat = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)

@@ -42,14 +42,14 @@ def through_a_file(model: Any) -> Any:
 
 
 class WithAState(nn.Linear):
-    """One whose state has an additional entry."""
+    """A module with an additional entry in its state."""
 
     def __getstate__(self) -> Any:
         return {**super().__getstate__(), "is_loaded": True}
 
 
 class WithAnOddState(nn.Linear):
-    """One whose state is not the dictionary of its attributes."""
+    """A module with a state that is not the dictionary of its attributes."""
 
     def __getstate__(self) -> Any:
         return list(vars(self).items())
@@ -59,7 +59,7 @@ class WithAnOddState(nn.Linear):
 
 
 class WithACopy(nn.Linear):
-    """One that copies itself."""
+    """A module that copies itself."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         twin = WithACopy(self.in_features, self.out_features, dtype=self.weight.dtype)
@@ -70,7 +70,7 @@ class WithACopy(nn.Linear):
 
 
 class Shared(nn.Linear):
-    """One that is shared by all copies."""
+    """A module that all copies share."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self

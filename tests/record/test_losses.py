@@ -37,7 +37,9 @@ class TestReduction:
             lambda r: lambda z: F.l1_loss(z, z.detach() + 1, reduction=r).mean(),
         ],
     )  # fmt: skip
-    def test_a_plainly_wrong_one_is_refused(self, cost_of: Any, told: Any) -> None:
+    def test_a_reduction_that_the_cost_shows_to_be_wrong_is_refused(
+        self, cost_of: Any, told: Any
+    ) -> None:
         net = nn.Sequential(nn.Linear(3, 2))
         x = torch.randn(4, 3)
         recorded(net, x, cost_of(told), reduction=told)
@@ -60,7 +62,9 @@ class TestReduction:
             lambda z: torch.einsum("ij,ij->", z, z),
         ],
     )
-    def test_where_the_cost_does_not_show_it_the_argument_is_trusted(self, cost_of: Any) -> None:
+    def test_the_argument_is_trusted_if_the_cost_does_not_show_its_reduction(
+        self, cost_of: Any
+    ) -> None:
         for told in ("mean", "sum"):
             recorded(nn.Linear(3, 2), torch.randn(4, 3), cost_of, reduction=told)
 

@@ -134,7 +134,7 @@ class TestRowsThatAreNoSamples:
 
     @pytest.mark.parametrize("way", Positions.WAYS)
     @pytest.mark.parametrize("wrap", [lambda x: x, Held, Given], ids=["tensor", "tuple", "object"])
-    def test_as_many_positions_or_prompts_as_samples_are_no_samples(
+    def test_as_many_positions_or_prompts_as_samples_are_not_samples(
         self, way: str, wrap: Any
     ) -> None:
         model, x = Positions(way), torch.randn(4, 4, 4, dtype=torch.float64)
@@ -184,7 +184,7 @@ class TestRowsThatAreNoSamples:
         assert trace["fc"].has_samples
         assert trace.per_sample_norms().shape == (6,)
 
-    def test_the_index_of_a_sample_that_came_alone_is_no_factor(self) -> None:
+    def test_the_index_of_a_single_sample_is_not_a_factor(self) -> None:
         """It is the id of a sample without a batch dimension."""
         net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
         trace = recorded(net, torch.tensor(3))
@@ -292,7 +292,7 @@ class TestRowsThatAreNoSamples:
         assert trace.samples == rows  # the output has one row for each row of the input
 
     @pytest.mark.parametrize("out", ["cost", "object", "one number a sample", "one a row"])
-    def test_n_is_told_by_outputs_of_any_kind(self, out: str) -> None:
+    def test_n_is_found_in_outputs_of_any_kind(self, out: str) -> None:
         class Flat(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -317,7 +317,7 @@ class TestRowsThatAreNoSamples:
             with pytest.raises(ValueError, match="got 15 in 'fc' and 3 in the model's input and"):
                 trace.per_sample_norms()
 
-    def test_n_is_told_by_the_output_if_the_input_does_not(self) -> None:
+    def test_n_is_found_in_the_output_if_the_input_does_not_show_it(self) -> None:
         class Bag(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -330,7 +330,7 @@ class TestRowsThatAreNoSamples:
         with pytest.raises(ValueError, match="got 6 in 'fc' and 2 in the model's input and"):
             trace.per_sample_norms()
 
-    def test_input_and_output_that_disagree_tell_no_n(self) -> None:
+    def test_n_is_unknown_if_input_and_output_disagree(self) -> None:
         """Time comes first in the input, samples come first within and in the output."""
 
         class Swaps(nn.Module):

@@ -472,7 +472,7 @@ def test_a_layer_without_inputs_learns_its_bias_if_it_has_one() -> None:
 
 
 def test_a_deep_net_in_float64_has_exact_norms_and_a_cause() -> None:
-    """Errors of 1e-226, whose squares underflow, are not taken for 0."""
+    """Errors of 1e-226 are not taken for 0, although their squares underflow."""
     net: Any = nn.Sequential()
     for _ in range(260):
         net.extend([nn.Linear(10, 10), nn.Sigmoid()])

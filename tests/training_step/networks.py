@@ -100,7 +100,7 @@ DESCENTS: list[dict[str, float]] = [
 
 
 class Autograd(Cost):
-    """A user's cost without a bind, whose gradient calls autograd."""
+    """A user's cost without a bind; its gradient calls autograd."""
 
     def forward(self, output: Tensor, y: Tensor) -> Tensor:
         losses = (output - y).abs().pow(3).sum(-1)

@@ -234,7 +234,7 @@ def elu(z: Tensor, alpha: float = 1.0) -> Tensor:
 
 @pytest.fixture
 def elu_class() -> Iterator[type[Activation]]:
-    """An activation registered by somebody else, with an option of its own."""
+    """An activation registered outside the package, with an option that no other has."""
 
     class ELU(Activation, nn.ELU, function=elu):
         def bind(self, a: Tensor) -> Any:

@@ -369,7 +369,7 @@ def test_failed_export_keeps_the_existing_file(export: Any, tmp_path: Path) -> N
 
 @every_export
 def test_export_touches_no_other_file(export: Any, tmp_path: Path) -> None:
-    """Whatever the other files are called, and wherever links lead."""
+    """For other files of any name, and for links to any place."""
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
     elsewhere.write_text("mine")
     folder.mkdir()

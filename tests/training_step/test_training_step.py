@@ -369,7 +369,7 @@ def test_cost_of_very_many_samples_is_accurate() -> None:
 
 
 def test_buffers_are_allocated_once_for_the_largest_batch() -> None:
-    """A smaller batch uses the memory of the largest so far; a larger one allocates anew."""
+    """A smaller batch uses the memory of the largest so far; a larger one allocates again."""
     net, cost = network(), QuadraticCost()
     step = TrainingStep(net, cost, 0.1)
     addresses = []

@@ -64,11 +64,11 @@ def test_rounding_and_missing_zeros_pass() -> None:
     compare("zero", None, RIGHT * 0)
     compare("zero", RIGHT * 0, None)
     compare("empty", RIGHT[:0], RIGHT[:0])
-    # The rounding of a sum that cancels is tiny beside the largest element.
+    # The rounding of a sum that cancels is tiny compared with the largest element.
     compare("cancelled", RIGHT + 1e-15, RIGHT)
 
 
-def test_a_wrong_small_element_is_found_beside_a_large_one() -> None:
+def test_a_wrong_small_element_is_found_next_to_a_large_one() -> None:
     right = torch.tensor([1.0, 1e-12], dtype=torch.float64)
     wrong = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert "zero where it should not be" in message(wrong, right)

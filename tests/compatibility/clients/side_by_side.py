@@ -34,7 +34,7 @@ def every_activation(features: int, classes: int) -> nn.Sequential:
 
 
 def twins(model: Any, **options: bool) -> tuple[Any, Any, ConversionReport]:
-    """The converted model, a copy of it as it was, and the report."""
+    """The converted model, a copy from before the conversion, and the report."""
     theirs = copy.deepcopy(model)
     report = convert(model, **options)
     return model, theirs, report

@@ -2,7 +2,7 @@ from experiments.benchmark.backward import autograd_passes, bare_passes
 from experiments.benchmark.problem import problem
 
 
-def test_forward_and_backward_are_contenders_of_their_own() -> None:
+def test_forward_and_backward_are_separate_contenders() -> None:
     task = problem((8, 8, 8, 8), 3, "cpu")
     found = bare_passes(task) + autograd_passes(task)
     assert [contender.name for contender in found] == [

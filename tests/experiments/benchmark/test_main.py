@@ -187,7 +187,7 @@ def test_per_sample_compares_the_libraries_that_are_installed(
         assert (table[0]["time"], table[0]["memory"]) == ("1.000", "1.000")
 
 
-def test_the_precision_of_products_is_as_asked_and_then_as_it_was(
+def test_the_precision_of_products_is_set_and_then_restored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

@@ -152,7 +152,7 @@ def test_right_contenders_pass(sizes: tuple[int, ...]) -> None:
 
 
 def test_samples_that_cancel_do_not_make_a_contender_inexact() -> None:
-    """An error, such as between two orders of a sum, is small beside the terms, not the sum."""
+    """An error, as between two orders of a sum, is small relative to the terms, not the sum."""
     task = make()
     cancelled = task.right | {".grad": [1e-6 * g for g in task.right[".grad"]]}
     task = Samples(task.problem, task.max_norm, cancelled, task.scales)

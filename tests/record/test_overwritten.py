@@ -1,4 +1,4 @@
-"""z, a and inputs that are written over before their δ arrives, or after."""
+"""z, a and inputs that are overwritten before their δ arrives, or after."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.record.recording import (
 )
 
 
-def test_z_is_nan_if_it_and_its_input_were_written_over() -> None:
+def test_z_is_nan_if_it_and_its_input_were_overwritten() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -38,7 +38,7 @@ def test_z_is_nan_if_it_and_its_input_were_written_over() -> None:
 
     trace = recorded(Adapted(), torch.randn(9, 3))
     assert trace["fc"].calls[0].changed == {"a_prev"}
-    assert trace["fc"].z.isnan().all()  # both it and its input were written over
+    assert trace["fc"].z.isnan().all()  # both it and its input were overwritten
     assert trace.diagnostics()["fc"].dead_inputs is None
     assert_gradients_are_those_of_autograd(trace, rtol=1e-5)
     assert list(trace.per_sample_grads()) == ["inner.weight", "inner.bias"]
@@ -46,7 +46,9 @@ def test_z_is_nan_if_it_and_its_input_were_written_over() -> None:
         trace["fc"].pair  # noqa: B018
 
 
-def test_z_and_a_written_over_in_place_are_recorded_as_they_were(device: torch.device) -> None:
+def test_z_and_a_overwritten_in_place_are_recorded_with_their_old_values(
+    device: torch.device,
+) -> None:
     """By a ReLU in place, and then by += in place."""
 
     class Residual(nn.Module):
@@ -69,7 +71,9 @@ def test_z_and_a_written_over_in_place_are_recorded_as_they_were(device: torch.d
     assert_gradients_are_those_of_autograd(trace)
 
 
-def test_a_written_over_in_place_is_recorded_as_it_was(device: torch.device) -> None:
+def test_an_activation_overwritten_in_place_is_recorded_with_its_old_values(
+    device: torch.device,
+) -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -101,7 +105,7 @@ class TestZChangedInPlace:
         "does",
         [F.relu_, torch.sigmoid_, lambda z: z.add_(1), scale_a_part, lambda z: F.relu(z.mul_(-1))],
     )
-    def test_z_is_recorded_as_it_was_in_any_shape(
+    def test_z_is_recorded_with_its_old_values_in_any_shape(
         self, does: Any, kind: Any, bias: bool, shape: tuple[int, ...], device: torch.device
     ) -> None:
         options: Any = {"dtype": torch.float64, "device": device}
@@ -257,7 +261,7 @@ def test_parts_of_a_trace_notice_earlier_changes() -> None:
 
 
 @pytest.mark.parametrize("name", ["z", "a", "delta"])
-def test_diagnostics_refuse_what_was_written_over(name: str) -> None:
+def test_diagnostics_refuse_overwritten_tensors(name: str) -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
     trace = recorded(net, torch.randn(6, 4))
     getattr(trace["0"], name).zero_()
