@@ -150,7 +150,7 @@ def _run(config: Config, training: Training, path: Path) -> int:
         metrics, cost, observing = train(config, training, folder)
     except KeyboardInterrupt as stop:
         return stopped(stop, kept)
-    except BrokenPipeError:  # whoever read the output has left
+    except BrokenPipeError:  # the reader of the output has left
         raise
     except OSError as error:
         where = kept if folder.path.is_dir() else f"{folder.path} is no longer there"

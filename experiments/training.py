@@ -35,8 +35,8 @@ class Config:
             help_behavior_hint="(default: sigmoid)",  # which tyro would show as a list
         ),
     ] = "sigmoid"
-    """The activation of the hidden layers. With relu and the like, a learning rate of 1 is safer
-    than 3."""
+    """The activation of the hidden layers. With relu and similar ones, a learning rate of 1 is
+    safer than 3."""
     cost: Literal["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"] = "quadratic"
     """The cost, which determines the output: a sigmoid for the quadratic cost, no activation for
     the cross-entropies, which take z."""
@@ -61,7 +61,7 @@ class Config:
     run_folder: Path = Path("runs")
     """Where the folder of the run is created."""
     dry_run: bool = False
-    """Train for one epoch, show how well each layer learns by then, and write nothing."""
+    """Train for one epoch, show how well each layer learns, and write nothing."""
 
     def __post_init__(self) -> None:
         require_sizes(self.hidden)

@@ -34,7 +34,7 @@ class Contender:
 
     call: Does it.
     each: How many times one call does it.
-    wait: Returns when all calls so far are done; for contenders whose calls return earlier.
+    wait: Returns when all calls so far are done; for contenders with calls that return earlier.
     results: Makes the first call, and returns what it computed; nothing if there is no result.
     is_ours: Whether it is our own code.
     note: Why it dropped out, in a few words.

@@ -52,7 +52,7 @@ def _table(title: str, over: str, nets: Mapping[int, Net], conditions: Condition
 
 
 def _rows(over: str, contenders: Mapping[int, Contender]) -> list[Row]:
-    """The rows of one contender over all sizes, beside a straight line that is fitted to them."""
+    """The rows of one contender over all sizes, with a straight line fitted to them."""
     micros = {size: c.micros for size, c in contenders.items() if not c.note}
     x, y = list(micros), list(micros.values())
     slope, start = np.polyfit(x, y, 1) if len(micros) > 1 else (nan, nan)

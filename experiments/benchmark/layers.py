@@ -1,4 +1,4 @@
-"""What our layers cost beside PyTorch's: single calls, then forward and backward of networks."""
+"""What our layers cost, compared with PyTorch's: calls, then forward and backward of networks."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence

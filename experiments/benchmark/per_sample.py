@@ -57,6 +57,6 @@ def left_out(_: str) -> list[str]:
 def quiet() -> Iterator[None]:
     """A region without the warning that the hooks of Opacus and of BackPACK cause."""
     with warnings.catch_warnings():
-        # PyTorch warns of a first layer whose input needs no gradient; neither reads that gradient.
+        # PyTorch warns if the first layer's input needs no gradient; neither reads that gradient.
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
         yield

@@ -8,7 +8,7 @@ every library knows, under the same cost, a mean over samples. They are asked fo
     clipped    the mean over samples of gradients scaled down to a norm of at most max_norm
     gradients  every sample's own gradient, in memory
 
-each in the way that the library provides for it.
+each in the way that the library provides.
 """
 
 import copy
@@ -57,7 +57,7 @@ class Samples:
 
         call: Leaves nothing behind in its network, so that each call starts with the same memory.
         unit: What its answer has to be multiplied by to be in terms of dC_x/dw. Not part of the
-            call: each library answers in the unit that is cheapest for it.
+            call: each library answers in its cheapest unit.
         off: How far its answer is off by design, relative to the terms that it sums.
         """
         allowed = off + allowance(len(self.problem.w), self.problem.longest)
