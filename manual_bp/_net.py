@@ -78,7 +78,9 @@ def parse(net: nn.Sequential) -> tuple[list[Activation], list[Layer]]:
             activations.append(_activation(place, module))
         _refuse_hooks(place, module)
     if not layers:
-        raise ValueError(f"net must hold at least one linear layer; got {len(net)} others only")
+        raise ValueError(
+            f"net must hold at least one linear layer; got {len(net)} modules, none of them linear"
+        )
     return input_activations, layers
 
 

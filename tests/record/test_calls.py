@@ -226,7 +226,7 @@ class TestForwardsOfTheirOwn:
     def test_a_layer_whose_output_is_not_its_product_is_missed(self) -> None:
         trace = recorded(two(Doubled(4, 3)), samples())
         assert list(trace.missed) == ["0"]
-        assert "what came out was not its product w a + b" in trace.missed["0"]
+        assert "its output was not its product w a + b" in trace.missed["0"]
         assert trace.elsewhere == ("0.weight", "0.bias")
 
     @pytest.mark.parametrize("changes", [Tensor.relu_, lambda z: z.mul_(2), lambda z: z.add_(1)])
@@ -239,7 +239,7 @@ class TestForwardsOfTheirOwn:
 
         trace = recorded(two(Changed(4, 3)), samples())
         assert list(trace.missed) == ["0"]
-        assert "what came out was not its product w a + b" in trace.missed["0"]
+        assert "its output was not its product w a + b" in trace.missed["0"]
         assert trace.elsewhere == ("0.weight", "0.bias")
 
         net = two(nn.Linear(4, 3))
@@ -264,7 +264,7 @@ class TestForwardsOfTheirOwn:
         assert_same_traces(trace, expected)
 
     def test_the_error_says_why_no_layer_has_a_product(self) -> None:
-        with pytest.raises(RuntimeError, match=r"not its product w a \+ b: a hook, or a forward"):
+        with pytest.raises(RuntimeError, match=r"not its product w a \+ b: a hook, or a custom forward"):
             recorded(Doubled(4, 3).double(), samples())
         handle = nn.modules.module.register_module_forward_hook(lambda _, __, z: 3 * z)
         try:
