@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from manual_bp._function import as_callable, call_in_place, hand_over, is_nested
+from manual_bp.layers._formula import torch_base
 
 # In the order of their definitions. Look it up when it is needed: it may grow.
 ACTIVATIONS: "list[type[Activation]]" = []
@@ -26,6 +27,9 @@ class Activation(nn.Module):
     export know it. Its Function is called ELUFunction. It defines `forward`, which computes the
     functional form, and the methods and properties below that raise NotImplementedError;
     `require_options` and `require_slope_from_a` only if some options must be refused.
+
+    Raises:
+        TypeError: A subclass with a function has no class of torch.nn among its bases.
 
     Attributes:
         function: The functional form, `function(z, *options)`, and `inplace` if it has that. It has
@@ -47,6 +51,7 @@ class Activation(nn.Module):
     ) -> None:
         super().__init_subclass__(**arguments)
         if function is not None:
+            torch_base(cls)  # all who look it up would fail without one
             _, *names = signature(function).parameters
             cls.function = staticmethod(function)
             cls.options = tuple(name for name in names if name != "inplace")

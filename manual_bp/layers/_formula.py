@@ -7,8 +7,18 @@ from torch import nn
 
 
 def torch_base(ours: type[Any]) -> type[Any]:
-    """The class of torch.nn that a layer of ours is a subclass of."""
-    return next(base for base in ours.__bases__ if base.__module__.startswith("torch."))
+    """The class of torch.nn that a layer of ours is a subclass of.
+
+    Raises:
+        TypeError: There is none among its bases.
+    """
+    for base in ours.__bases__:
+        if base.__module__.startswith("torch.") and base is not nn.Module:
+            return base
+    bases = ", ".join(base.__name__ for base in ours.__bases__)
+    raise TypeError(
+        f"{ours.__name__} must have the torch.nn class that it replaces as a base; got {bases}"
+    )
 
 
 def is_equivalent(ours: type[Any], module: Any) -> bool:

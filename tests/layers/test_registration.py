@@ -1,0 +1,31 @@
+"""What registers an activation, and what is refused there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manual_bp import ReLU
+from manual_bp.layers._activation import ACTIVATIONS, Activation
+
+
+@pytest.fixture(autouse=True)
+def known() -> Iterator[list[Any]]:
+    """What is registered before the test, and again after it."""
+    known = list(ACTIVATIONS)
+    yield known
+    ACTIVATIONS[:] = known
+
+
+def elu(z: Tensor, alpha: float = 1.0) -> Tensor:
+    return F.elu(z, alpha)
+
+
+@pytest.mark.parametrize("base", [None, nn.Module, ReLU])
+def test_without_a_class_of_torch_nn_it_is_refused(base: Any, known: list[Any]) -> None:
+    bases = (Activation,) if base is None else (base,) if base is ReLU else (Activation, base)
+    with pytest.raises(TypeError, match=r"Mine must have the torch\.nn class that it replaces"):
+        type("Mine", bases, {}, function=elu)
+    assert known == ACTIVATIONS
