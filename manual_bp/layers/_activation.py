@@ -24,9 +24,11 @@ class Activation(nn.Module):
         class ELU(Activation, nn.ELU, function=elu): ...
 
     This registers it in `ACTIVATIONS`, and `backprop`, `record`, `TrainingStep`, `convert` and
-    export know it. Its Function is called ELUFunction. It defines `forward`, which computes the
-    functional form, and the methods and properties below that raise NotImplementedError;
-    `require_options` and `require_slope_from_a` only if some options must be refused.
+    export know it. It replaces an earlier class for the same class of torch.nn, such as
+    that of an earlier run of a notebook cell. Its Function is called
+    ELUFunction. It defines `forward`, which computes the functional form, and the methods and
+    properties below that raise NotImplementedError; `require_options` and `require_slope_from_a`
+    only if some options must be refused.
 
     Raises:
         TypeError: A subclass with a function has no class of torch.nn among its bases.
@@ -51,13 +53,14 @@ class Activation(nn.Module):
     ) -> None:
         super().__init_subclass__(**arguments)
         if function is not None:
-            torch_base(cls)  # all who look it up would fail without one
+            theirs = torch_base(cls)
             _, *names = signature(function).parameters
             cls.function = staticmethod(function)
             cls.options = tuple(name for name in names if name != "inplace")
             cls.functions = (function, *_torch_functions(function.__name__))
             camel_case = function.__name__.title().replace("_", "")
             cls.node_names = (f"{camel_case}Backward", f"{cls.__name__}FunctionBackward")
+            ACTIVATIONS[:] = [kind for kind in ACTIVATIONS if torch_base(kind) is not theirs]
             ACTIVATIONS.append(cls)
 
     @property

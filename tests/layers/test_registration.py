@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manual_bp import ReLU
+from manual_bp import ReLU, convert
 from manual_bp.layers._activation import ACTIVATIONS, Activation
+from tests.record.recording import Doing, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +31,22 @@ def test_without_a_class_of_torch_nn_it_is_refused(base: Any, known: list[Any]) 
     with pytest.raises(TypeError, match=r"Mine must have the torch\.nn class that it replaces"):
         type("Mine", bases, {}, function=elu)
     assert known == ACTIVATIONS
+
+
+def define() -> Any:
+    class ELU(Activation, nn.ELU, function=elu):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return elu(input, self.alpha)
+
+    return ELU
+
+
+def test_a_class_defined_again_takes_the_place_of_the_one_before(known: list[Any]) -> None:
+    define()
+    second = define()
+    assert [*known, second] == ACTIVATIONS
+    trace = recorded(Doing(nn.Linear(4, 3), nn.ELU()), torch.randn(5, 4))
+    assert [type(activation) for activation in trace["fc"].activations] == [second]
+    model = nn.Sequential(nn.ELU())
+    assert not convert(model).left
+    assert type(model[0]) is second
