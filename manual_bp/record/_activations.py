@@ -16,16 +16,16 @@ def functions_of_activations() -> dict[Callable[..., Any], type[Activation]]:
 def activation_of(kind: Any, options: Sequence[Any], named: Mapping[str, Any]) -> Activation | None:
     """The activation with these options, as a module of ours that does not work in place.
 
-    None for options that ours does not have, or that are not numbers.
+    None for options that ours does not have, or that are neither numbers nor strings.
     """
-    if all(isinstance(option, int | float) for option in (*options, *named.values())):
+    if all(isinstance(option, int | float | str) for option in (*options, *named.values())):
         return _module(kind, tuple(options), tuple(named.items()))
     return None
 
 
 @lru_cache
 def _module(
-    kind: Any, options: tuple[float, ...], named: tuple[tuple[str, float], ...]
+    kind: Any, options: tuple[float | str, ...], named: tuple[tuple[str, float | str], ...]
 ) -> Activation | None:
     # One for all calls: it has no state, and making a module takes longer than a call of it.
     try:

@@ -50,3 +50,17 @@ def test_a_class_defined_again_takes_the_place_of_the_one_before(known: list[Any
     model = nn.Sequential(nn.ELU())
     assert not convert(model).left
     assert type(model[0]) is second
+
+
+def gelu(z: Tensor, approximate: str = "none") -> Tensor:
+    return F.gelu(z, approximate=approximate)
+
+
+@pytest.mark.parametrize("does", [nn.GELU("tanh"), lambda z: F.gelu(z, approximate="tanh")])
+def test_record_sees_an_option_that_is_a_string(does: Any) -> None:
+    class GELU(Activation, nn.GELU, function=gelu):
+        pass
+
+    (found,) = recorded(Doing(nn.Linear(4, 3), does), torch.randn(5, 4))["fc"].activations
+    assert type(found) is GELU
+    assert found.approximate == "tanh"
