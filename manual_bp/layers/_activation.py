@@ -24,14 +24,15 @@ class Activation(nn.Module):
         class ELU(Activation, nn.ELU, function=elu): ...
 
     This registers it in `ACTIVATIONS`, and `backprop`, `record`, `TrainingStep`, `convert` and
-    export know it. It replaces an earlier class for the same class of torch.nn, such as
-    that of an earlier run of a notebook cell. Its Function is called
-    ELUFunction. It defines `forward`, which computes the functional form, and the methods and
-    properties below that raise NotImplementedError; `require_options` and `require_slope_from_a`
-    only if some options must be refused.
+    export know it. It replaces an earlier class for the same class of torch.nn, such as that of an
+    earlier run of a notebook cell. Its Function is called ELUFunction. It defines `forward`, which
+    computes the functional form, and the methods and properties below that raise
+    NotImplementedError; `require_options` and `require_slope_from_a` only if some options must be
+    refused.
 
     Raises:
         TypeError: A subclass with a function has no class of torch.nn among its bases.
+        ValueError: PyTorch has no function of the function's name.
 
     Attributes:
         function: The functional form, `function(z, *options)`, and `inplace` if it has that. It has
@@ -57,7 +58,7 @@ class Activation(nn.Module):
             _, *names = signature(function).parameters
             cls.function = staticmethod(function)
             cls.options = tuple(name for name in names if name != "inplace")
-            cls.functions = (function, *_torch_functions(function.__name__))
+            cls.functions = (function, *_torch_functions(cls.__name__, function.__name__))
             camel_case = function.__name__.title().replace("_", "")
             cls.node_names = (f"{camel_case}Backward", f"{cls.__name__}FunctionBackward")
             ACTIVATIONS[:] = [kind for kind in ACTIVATIONS if torch_base(kind) is not theirs]
@@ -141,7 +142,13 @@ def at_least_tiny(slope: Tensor) -> Tensor:
     return slope.clamp(min=torch.finfo(slope.dtype).tiny)
 
 
-def _torch_functions(name: str) -> list[Any]:
+def _torch_functions(kind: str, name: str) -> list[Any]:
     places: tuple[Any, ...] = (torch, F, Tensor)
     found = [getattr(place, form, None) for place in places for form in (name, f"{name}_")]
-    return [function for function in found if function is not None]
+    functions = [function for function in found if function is not None]
+    if not functions:  # record would not see PyTorch's
+        raise ValueError(
+            f"the function of {kind} must have the name of PyTorch's; got {name}, which none of "
+            f"torch, torch.nn.functional and torch.Tensor has"
+        )
+    return functions

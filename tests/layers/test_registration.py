@@ -33,6 +33,15 @@ def test_without_a_class_of_torch_nn_it_is_refused(base: Any, known: list[Any]) 
     assert known == ACTIVATIONS
 
 
+def test_without_a_function_of_the_same_name_in_pytorch_it_is_refused(known: list[Any]) -> None:
+    def my_elu(z: Tensor, alpha: float = 1.0) -> Tensor:
+        return F.elu(z, alpha)
+
+    with pytest.raises(ValueError, match=r"the function of ELU must have the name of PyTorch's"):
+        type("ELU", (Activation, nn.ELU), {}, function=my_elu)
+    assert known == ACTIVATIONS
+
+
 def define() -> Any:
     class ELU(Activation, nn.ELU, function=elu):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
