@@ -270,8 +270,9 @@ def _joined(ours: Class, kind: Class) -> Class:
     def reduce(self: Any, _: object) -> tuple[Any, ...]:
         return _blank, (ours, kind), self.__getstate__()
 
-    # Only forward is ours. What else ours defines is kept as the subclass has it.
-    names = vars(ours).keys() - {"__dict__", "__weakref__"}
+    # Only forward is ours. What else ours or its base defines is kept as the subclass has it.
+    names = {name for c in ours.__mro__ if c not in kind.__mro__ for name in vars(c)}
+    names -= {"__dict__", "__weakref__", "__init_subclass__"}
     body = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
     body |= {"forward": ours.forward, "__reduce_ex__": reduce}
     joined = type(kind.__name__, (ours, kind), body)

@@ -63,12 +63,17 @@ class Quantised(nn.Linear):
 
 
 class Named(nn.LeakyReLU):
+    """Has methods with names that ours has too: LeakyReLU itself, and its base Activation."""
+
     def __init__(self, name: str) -> None:
         super().__init__(0.25)
         self.name = name
 
-    def prime(self) -> str:
+    def sigma_prime(self) -> str:
         return f"{self.name}'"
+
+    def require_slope_from_a(self) -> str:
+        return f"{self.name} slope"
 
 
 class Frozen(nn.Linear):
@@ -468,7 +473,8 @@ def test_subclasses_keep_all_but_their_backward() -> None:
         assert torch.equal(module(x), expected)
     named: Any = Named("leaky")
     convert(named)
-    assert named.prime() == "leaky'"
+    assert named.sigma_prime() == "leaky'"
+    assert named.require_slope_from_a() == "leaky slope"
     assert type(named)("other").name == "other"
     assert torch.equal(named(x), nn.functional.leaky_relu(x, 0.25))
 
