@@ -259,7 +259,7 @@ def shape_before(node: object) -> Any:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether torch.compile or module.compile() made a module, whose own modules then do not show.
+    """Whether torch.compile or module.compile() made a module, which hides the modules in it.
 
     Without the names, no: hooks in such a model are not called, and `record` says so.
     """
@@ -267,34 +267,10 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return is_wrapper or getattr(module, "_compiled_call_impl", None) is not None
 
 
-_stash_object: Any = getattr(torch._C, "_stash_obj_in_tls", None)
-_is_stashed: Any = getattr(torch._C, "_is_key_in_tls", None)
-_stashed_object: Any = getattr(torch._C, "_get_obj_in_tls", None)
-_can_carry = None not in (_stash_object, _is_stashed, _stashed_object)
-_CARRIED = f"{__package__}.carried"
-
-
-def carried() -> tuple[object, ...]:
-    """What `carry` was given in this thread, or where the backward pass that runs here was called.
-
-    Autograd runs passes in threads of its own: on accelerators, and where many are nested.
-    """
-    return _stashed_object(_CARRIED) if _can_carry and _is_stashed(_CARRIED) else ()
-
-
-def carry(*objects: object) -> None:
-    """Have `carried` return these, in this thread and in every backward pass called from now on."""
-    if _can_carry:
-        _stash_object(_CARRIED, objects)
-
-
-def runs_within(token: object) -> bool:
-    """Whether a token is carried here.
-
-    Without the names, always: then what other threads bring meanwhile counts as well, which may
-    refuse results, but loses none.
-    """
-    return not _can_carry or token in carried()
+# The number of the backward pass that runs in this thread; -1 if none does. On accelerators, and if
+# many passes are nested, autograd runs them in threads of its own. Without it, all passes have one
+# number: `record` takes what other threads bring for its own, and may refuse results.
+running_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: 0)
 
 
 # --- Only for the verification kit.

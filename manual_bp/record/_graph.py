@@ -20,6 +20,7 @@ _PASSING_ON = {
 class Graph:
     """What autograd's graph shows of how a cost was computed.
 
+    roots: The nodes of what is differentiated.
     users: From each of its nodes to those that use its output.
     ends: The node that adds to the `.grad` of each leaf, by the leaf's id.
     foreign: The nodes whose backward is Python code from outside this package.
@@ -32,6 +33,7 @@ class Graph:
         self.ends: dict[int, Any] = {}
         self.foreign: list[Any] = []
         self.users: dict[Any, list[Any]] = {r.grad_fn: [] for r in roots if r.grad_fn is not None}
+        self.roots = list(self.users)
         queue = list(self.users)
         for node in queue:
             leaf = leaf_of(node)

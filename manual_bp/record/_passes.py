@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manual_bp._torch import carried, carry, runs_within, transforms_are_active
+from manual_bp._torch import running_pass, transforms_are_active
 from manual_bp.record._calls import SeenCalls
 from manual_bp.record._fill import Filling, Pass
 from manual_bp.record._graph import Arrivals, Graph
@@ -67,13 +67,13 @@ class Backward(NamedTuple):
         ]
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
-    def run(self, graph: Graph) -> Any:
+    def run(self, graph: Graph, begin: Callable[..., None]) -> Any:
         """Make the call, with the mode active while foreign code runs, which may call layers.
 
         Hooks enter it there, since a mode is left while it handles a call, such as backward(). If
         that code fails, autograd itself restores the modes that were active before.
         """
-        handles = []
+        handles = [root.register_prehook(begin) for root in graph.roots]
         for node in graph.foreign:
             handles += [node.register_prehook(self.enter), node.register_hook(self.leave)]
         try:
@@ -99,13 +99,14 @@ class Passes:
         self.thread: int | None = None  # that of the block, once it is entered
         self._purpose = OTHER  # of the pass that filled the trace
         self._graphs: list[Graph] = []  # of the pass that runs, and of those within it
+        self._numbers: set[int] = set()  # PyTorch's, of the same passes
 
     def is_of_block(self) -> bool:
         """Whether what runs now belongs to the block, and not to another thread with the model.
 
         Autograd may run a pass of the block in threads of its own.
         """
-        return threading.get_ident() == self.thread or (bool(self._graphs) and runs_within(self))
+        return threading.get_ident() == self.thread or running_pass() in self._numbers
 
     def run(self, request: Backward) -> Any:
         """Run a pass, and watch what it brings."""
@@ -158,31 +159,34 @@ class Passes:
             if p.requires_grad and p.is_leaf
         }
         graphs = self._graphs = [graph]
-        before = carried()
-        carry(*before, self)
         self._calls.begin_pass()
         try:
-            result = request.run(graph)
+            result = request.run(graph, self._note_number)
         finally:
-            carry(*before)
             self._calls.end_pass()
             for arrival in arrivals.values():
                 arrival.stop()
-            self._graphs = []
+            self._graphs, self._numbers = [], set()
         return result, graphs, arrivals
+
+    def _note_number(self, _: object) -> None:
+        self._numbers.add(running_pass())
 
     def _run_within(self, request: Backward, graph: Graph) -> Any:
         """Run a pass that backward runs within itself, as a reentrant checkpoint does."""
         if request.assigns:
             self._graphs.append(graph)
-            return request.run(graph)
+            return request.run(graph, self._note_number)
         # It adds nothing to `.grad`, but what it returns may be written there by hand.
         inputs = request.inputs() or ()
         self._filling.add_elsewhere([t for t in inputs if isinstance(t, Tensor)])
         # Gradients that it brings to layers do not belong to the pass.
         before = [(call, call.gradient) for call in self._calls.all]
+        handles = [root.register_prehook(self._note_number) for root in graph.roots]
         try:
             return request()
         finally:
+            for handle in handles:
+                handle.remove()
             for call, gradient in before:
                 call.gradient = gradient

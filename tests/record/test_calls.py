@@ -264,7 +264,9 @@ class TestForwardsOfTheirOwn:
         assert_same_traces(trace, expected)
 
     def test_the_error_says_why_no_layer_has_a_product(self) -> None:
-        with pytest.raises(RuntimeError, match=r"not its product w a \+ b: a hook, or a custom forward"):
+        with pytest.raises(
+            RuntimeError, match=r"not its product w a \+ b: a hook, or a custom forward"
+        ):
             recorded(Doubled(4, 3).double(), samples())
         handle = nn.modules.module.register_module_forward_hook(lambda _, __, z: 3 * z)
         try:
