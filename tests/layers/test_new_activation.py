@@ -117,8 +117,9 @@ def test_facts_are_derived_from_the_functional_form(new: Any) -> None:
     assert set(new.functions) == {elu, F.elu, F.elu_}
     z = torch.ones(2, requires_grad=True)
     for function in (elu, F.elu):
-        name = function(z).grad_fn.name()  # type: ignore[union-attr]
-        assert name.startswith(new.node_names)
+        a = function(z)  # held, because PyTorch 2.11 drops the node of a Function with its output
+        assert a.grad_fn is not None
+        assert a.grad_fn.name().startswith(new.node_names)
 
 
 def test_verification_kit_passes_the_function() -> None:
