@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._right import Product
 from manual_bp.verify.mutants._samples import elementwise, scale
 
 
@@ -92,19 +93,8 @@ class _ScaleGradient(Function):
     supports=("vmap", "per_sample_gradients"),
     in_dims=(0, None),
 )
-class SharedWeightGradient(Function):
+class SharedWeightGradient(Product):
     """Under vmap every sample gets the weight gradient of the whole batch."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, w: Tensor) -> Any:
-        return a * w
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
-        del output
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, delta: Any) -> Any:

@@ -10,16 +10,8 @@ from manual_bp.verify.mutants._right import Linear
 from manual_bp.verify.mutants._samples import linear
 
 
-@mutant("requires_grad_subsets", linear, F.linear)
-class CrossedSaves(Linear):
-    """`a` is saved if ∂C/∂a is needed and `w` if ∂C/∂w is, but each needs the other."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
-        del output
-        a, w, _ = inputs
-        needs_a, needs_w, _ = ctx.needs_input_grad
-        ctx.save_for_backward(a if needs_a else None, w if needs_w else None)
+class _NeededGradients(Linear):
+    """Only the needed gradients are computed, as is right."""
 
     @staticmethod
     def backward(ctx: Any, delta: Any) -> Any:
@@ -30,6 +22,18 @@ class CrossedSaves(Linear):
             delta.mT @ a if needs_w else None,
             delta.sum(0) if needs_b else None,
         )
+
+
+@mutant("requires_grad_subsets", linear, F.linear)
+class CrossedSaves(_NeededGradients):
+    """`a` is saved if ∂C/∂a is needed and `w` if ∂C/∂w is, but each needs the other."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
+        del output
+        a, w, _ = inputs
+        needs_a, needs_w, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if needs_a else None, w if needs_w else None)
 
 
 @mutant("requires_grad_subsets", linear, F.linear)
@@ -53,15 +57,5 @@ class IgnoresNeeds(Linear):
 
 
 @mutant("frugal", linear, F.linear, supports=("frugal",))
-class SavesForFrozen(Linear):
+class SavesForFrozen(_NeededGradients):
     """`a` is saved although w is frozen."""
-
-    @staticmethod
-    def backward(ctx: Any, delta: Any) -> Any:
-        a, w = ctx.saved_tensors
-        needs_a, needs_w, needs_b = ctx.needs_input_grad
-        return (
-            delta @ w if needs_a else None,
-            delta.mT @ a if needs_w else None,
-            delta.sum(0) if needs_b else None,
-        )

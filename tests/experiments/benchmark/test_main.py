@@ -238,10 +238,12 @@ def raises(contender: Contender) -> None:
 INEXACT = re.compile(r"inexact: off by \d\.\de-\d\d, \d\.\de-\d\d allowed")
 RAISES = re.compile("RuntimeError: not supported on this device")
 
-
-@pytest.mark.parametrize(
+every_fault = pytest.mark.parametrize(
     ("fault", "note"), [(is_inexact, INEXACT), (raises, RAISES)], ids=["inexact", "raises"]
 )
+
+
+@every_fault
 @pytest.mark.parametrize(
     ("module", "question", "name", "column"),
     [
@@ -274,9 +276,7 @@ def test_a_peer_that_fails_gets_a_note_and_the_others_go_on(
                 assert all(cell for head, cell in row.items() if head != "note")
 
 
-@pytest.mark.parametrize(
-    ("fault", "note"), [(is_inexact, INEXACT), (raises, RAISES)], ids=["inexact", "raises"]
-)
+@every_fault
 @pytest.mark.parametrize(
     ("module", "question", "name", "ratio"),
     [
