@@ -1,9 +1,10 @@
 """Arguments that require gradients, the gradients themselves, and the graph between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -70,6 +71,22 @@ def gradients_of(
         outputs, [arguments[i] for i in wanted], given, allow_unused=True, **options
     )
     return dict(zip(wanted, found, strict=True))
+
+
+def tangents_of(
+    call: Call, sample: Sample, tangents: Mapping[int, Tensor | None]
+) -> list[Tensor | None]:
+    """The tangent of each differentiable output, by forward mode."""
+    with fwAD.dual_level():
+        result = call(*with_tangents(sample, tangents))
+        return [fwAD.unpack_dual(t).tangent for t in outputs_of(result)]
+
+
+def with_tangents(sample: Sample, tangents: Mapping[int, Tensor | None]) -> Sample:
+    """The arguments, as dual numbers where they have a tangent."""
+    return tuple(
+        fwAD.make_dual(t, tangents[i]) if i in tangents else t for i, t in enumerate(sample)
+    )
 
 
 def custom_nodes(result: Any) -> list[Any]:

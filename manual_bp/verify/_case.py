@@ -11,6 +11,8 @@ Call = Callable[..., Any]
 Sample = tuple[Any, ...]
 Draw = Callable[[torch.Generator], Sequence[Sample]]
 Samples = Sequence[Sample] | Draw
+# The dtype of all floating arguments, or one for each argument; None leaves it as it is.
+Dtypes = torch.dtype | tuple[torch.dtype | None, ...]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Case:
     reference: The same function in ordinary differentiable PyTorch; None if not given.
     supports: Capabilities that must work. Others may be refused, but never silently wrong.
     in_dims: As for `torch.vmap`: the sample dimension of each argument.
+    dtypes: In which dtypes the call works. The widest comes first.
+    rtol, atol: A tolerance in addition to the allowance for rounding.
+    varying: As in_dims, for each group of other dimensions that may have any size.
     labels: Names of the arguments in messages.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
@@ -37,6 +42,10 @@ class Case:
     device: torch.device
     seed: int
     expected_failures: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[Dtypes, ...] = (torch.float64,)
+    rtol: float = 0.0
+    atol: float = 0.0
+    varying: tuple[tuple[int | None, ...], ...] = ()
     labels: tuple[str, ...] = ()
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
@@ -50,3 +59,10 @@ class Case:
 def is_differentiable(value: object) -> bool:
     """Whether it can have a gradient."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def as_dtype(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that an argument gets: this one, or the complex one of the same precision."""
+    if dtype is None or not is_differentiable(value):
+        return value.dtype
+    return dtype.to_complex() if value.is_complex() else dtype

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from manual_bp.verify._autograd import (
     outputs_of,
     tensors_of,
 )
-from manual_bp.verify._case import Call, Case, Sample, is_differentiable
+from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_budget
+from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
+from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
 
 
 class CheckContext:
@@ -27,12 +29,13 @@ class CheckContext:
     The random numbers depend on the check and the seed alone, not on what ran before.
 
     Attributes:
-        samples: All samples of the case, in float64 or complex128.
+        samples: All samples of the case, in each of the dtypes of the case.
         current: The sample that the check is looking at, which messages name.
         judged: The samples to which the check applied. Only they are evidence.
         comparisons: How many comparisons were made.
         slopes: For each argument, along how many directions a slope was compared.
         kinks: Along how many directions none was, since the slope jumps there.
+        notes: What the report says of a check that passed.
         calls_differ: Whether two calls with the same arguments gave different results.
     """
 
@@ -42,12 +45,14 @@ class CheckContext:
         seed = zlib.crc32(f"{check} {case.seed}".encode())
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        self.samples = self.draw()
+        self.samples = [s for dtypes in case.dtypes for s in self.draw(dtypes)]
+        self._losses: dict[int, Loss] = {}
         self.current: Sample | None = None
         self.judged: list[Sample] = []
         self.comparisons = 0
         self.slopes: Counter[str] = Counter()
         self.kinks = 0
+        self.notes: list[str] = []
         self.calls_differ = False
 
     @property
@@ -71,18 +76,25 @@ class CheckContext:
             raise NotApplicable("the sample has no rows")
         return in_dims
 
-    def draw(self) -> list[Sample]:
-        """Samples from the next random numbers."""
-        drawn = self.case.draw(self.generator)
-        return [tuple(self._converted(t) for t in sample) for sample in drawn]
+    def draw(self, dtypes: Dtypes | None = None) -> list[Sample]:
+        """Samples from the next random numbers; by default in the first dtype of the case."""
+        dtypes = dtypes or self.case.dtypes[0]
+        return [self._converted(sample, dtypes) for sample in self.case.draw(self.generator)]
 
-    def _converted(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if not is_differentiable(value):
-            return value.to(self.case.device)
-        dtype = torch.complex128 if value.is_complex() else torch.float64
-        return value.detach().to(self.case.device, dtype, copy=True)
+    def dtypes_of(self, sample: Sample) -> Dtypes:
+        """The dtypes, of those of the case, in which a sample is."""
+        place = next(i for i, other in enumerate(self.samples) if other is sample)
+        return self.case.dtypes[place * len(self.case.dtypes) // len(self.samples)]
+
+    def _converted(self, sample: Sample, dtypes: Dtypes) -> Sample:
+        """A sample on the device of the case, with its floating tensors in these dtypes."""
+        each = dtypes if isinstance(dtypes, tuple) else (dtypes,) * len(sample)
+        return tuple(
+            t
+            if not isinstance(t, Tensor)
+            else t.detach().to(self.case.device, as_dtype(t, dtype), copy=True)
+            for t, dtype in zip(sample, each, strict=True)
+        )
 
     def random_like(self, value: Tensor) -> Tensor:
         """Normal random numbers with the shape, dtype and device of a tensor."""
@@ -106,9 +118,11 @@ class CheckContext:
         if self.current is None or len(self.samples) == 1:
             return message
         number = 1 + next(i for i, sample in enumerate(self.samples) if sample is self.current)
+        low = narrowest(self.current)
         shapes = [str(tuple(t.shape)) for t in tensors_of(self.current)]
         noun = "shape" if len(shapes) == 1 else "shapes"
-        return f"sample {number} of {len(self.samples)}, {noun} {', '.join(shapes)}: {message}"
+        where = f"{noun} {', '.join(shapes)}" + (f", {low}" if low else "")
+        return f"sample {number} of {len(self.samples)}, {where}: {message}"
 
     def most_informative(self) -> Sample:
         """The sample with the most gradients that are finite and not zero."""
@@ -136,26 +150,68 @@ class CheckContext:
 
     def _trusted_gradients(self, sample: Sample) -> dict[int, Tensor]:
         """The gradients of the reference (or of the call), without those that are None."""
-        upstream = self.upstream(self.trusted, sample)
-        _, found = gradients(self.trusted, leaves(sample), upstream)
+        upstream = self.upstream(self.call, sample)
+        if self.case.reference is None:
+            _, found = gradients(self.call, leaves(sample), upstream)
+        else:
+            _, found = exact(self.case.reference, sample, upstream)
         return {i: gradient for i, gradient in found.items() if gradient is not None}
+
+    def loss(
+        self,
+        sample: Sample,
+        upstreams: Sequence[Sequence[Tensor]] = (),
+        reference: Call | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> Loss:
+        """What the reference, or a change of it, loses in the dtype of a sample."""
+        if self.case.reference is None or narrowest(sample) is None:
+            return Loss(is_low=narrowest(sample) is not None)
+        reference = reference or self.case.reference
+        given = list(upstreams) or [self.upstream(self.call, sample)]
+        more = [[self.random_like(u) for u in given[0]] for _ in range(3)]
+        return loss(reference, sample, [*given, *more], wanted)
+
+    def _budget(self, expected: Tensor, i: int | None, usual: Tensor | None = None) -> Budget:
+        """The budget for two results of the call: outputs, or gradients of argument i."""
+        if expected.dtype in WIDE:
+            return exact_budget(expected, usual)
+        if self.current is None:
+            noise = Loss().noise(i, expected.dtype)
+        else:
+            if id(self.current) not in self._losses:
+                self._losses[id(self.current)] = self.loss(self.current)
+            noise = self._losses[id(self.current)].noise(i, expected.dtype)
+        return rounding_budget(expected.dtype, largest(expected, usual), noise)
 
     def compare(
         self, what: str, got: Tensor | None, expected: Tensor | None, **options: Any
     ) -> None:
         """Count a comparison, and raise a Mismatch if it fails."""
         self.comparisons += 1
+        like = got if expected is None else expected
+        if like is not None and is_differentiable(like):
+            budget = options.get("budget") or self._budget(like, None)
+            options["budget"] = budget.widened_by(self.case.rtol, self.case.atol, like)
         compare(what, got, expected, **options)
 
-    def compare_outputs(self, got: Any, expected: Any, where: str = "") -> None:
-        """Compare all outputs of two calls."""
+    def compare_outputs(
+        self,
+        got: Any,
+        expected: Any,
+        where: str = "",
+        *,
+        budgets: Mapping[int, Budget] | None = None,
+    ) -> None:
+        """Compare all outputs of two calls; without budgets, as of one candidate."""
         ours, theirs = tensors_of(got), tensors_of(expected)
         if len(ours) != len(theirs):
             raise Mismatch(f"number of outputs{where}: expected {len(theirs)}, got {len(ours)}")
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             name = "output" if len(ours) == 1 else f"output {i}"
             if is_differentiable(one) or is_differentiable(other):
-                self.compare(name + where, one.detach(), other.detach())
+                budget = (budgets or {}).get(i)
+                self.compare(name + where, one.detach(), other.detach(), budget=budget)
                 continue
             self.comparisons += 1
             if not torch.equal(one, other):
@@ -171,6 +227,7 @@ class CheckContext:
         clues: Mapping[str, Gradients] | None = None,
         diagnosis: str = "",
         scales: Gradients | None = None,
+        budgets: Mapping[int, Budget] | None = None,
         is_large: bool = False,
     ) -> None:
         """Compare the gradients of all arguments.
@@ -183,17 +240,22 @@ class CheckContext:
             clues: The gradients that known mistakes would give.
             diagnosis: The diagnosis, if it is already known.
             scales: Gradients of the usual size, where the expected ones may cancel to zero.
+            budgets: How far they may differ; by default as two results of one candidate.
             is_large: Whether the arguments are so large that a threshold may have been passed.
         """
-        for i in expected:
+        for i, right in expected.items():
+            like = got.get(i) if right is None else right
+            budget = (budgets or {}).get(i)
+            if budget is None and like is not None:
+                budget = self._budget(like, i, (scales or {}).get(i))
             try:
                 self.compare(
                     f"gradient of {self.label(i)}{where}",
                     got.get(i),
-                    expected[i],
+                    right,
                     clues={k: v for k, g in (clues or {}).items() if (v := g.get(i)) is not None},
                     sizes=_sizes(sample),
-                    scale=(scales or {}).get(i),
+                    budget=budget,
                 )
             except Mismatch as mismatch:
                 known = diagnosis or (is_large and _threshold(sample[i], got.get(i), expected[i]))

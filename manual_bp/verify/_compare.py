@@ -1,9 +1,12 @@
 """Compares two tensors and, where they differ, guesses the mistake."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from manual_bp.verify._budget import Budget, exact_budget, ulps
 
 
 class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not the check)
@@ -25,12 +28,9 @@ def compare(
     *,
     clues: Mapping[str, Tensor] | None = None,
     sizes: Sequence[int] = (),
-    scale: Tensor | None = None,
+    budget: Budget | None = None,
 ) -> None:
-    """Raise a Mismatch unless two tensors agree, element by element.
-
-    Each element may differ by 1e-8 of its size, plus an allowance for rounding: 100 times the
-    dtype's eps, relative to the largest element.
+    """Raise a Mismatch unless two tensors agree, element by element and as a whole.
 
     Args:
         what: What is compared, for the message.
@@ -38,7 +38,7 @@ def compare(
         expected: What is right; None counts as zero.
         clues: The values that known mistakes would give. If `got` is one, its key is the diagnosis.
         sizes: Numbers that, as a constant ratio, point to a mean in place of a sum.
-        scale: A tensor of the usual size of `expected`, where that may cancel to zero.
+        budget: How far they may differ; by default `exact_budget`.
     """
     if got is None:
         if expected is not None and expected.count_nonzero():
@@ -49,18 +49,27 @@ def compare(
     if got.shape != expected.shape:
         shapes = f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
         raise Mismatch(f"{what}: {shapes}" + _line(_shape_diagnosis(got, expected)))
-    if got.dtype != expected.dtype:
+    budget = exact_budget(expected) if budget is None else budget
+    if budget.dtype is None and got.dtype != expected.dtype:
         dtypes = f"expected {expected.dtype}, got {got.dtype}"
         raise Mismatch(f"{what}: {dtypes}" + _line("dtype demoted"))
-    wrong = _wrong(got, expected, 1e-8, scale)
+    if budget.dtype is not None:
+        got = got.to(expected.dtype)
+    wrong = budget.wrong(got, expected)
     if wrong.any():
-        index = tuple(_worst(got, expected, wrong))
-        right, found = expected[index].item(), got[index].item()
-        ratio = f", ratio {found / right:.6g}" if right else ""
         raise Mismatch(
-            f"{what}, at index {index}: expected {right:.10g}, got {found:.10g}{ratio}; "
+            f"{what}, {_worst(got, expected, wrong, budget)}; "
             f"{int(wrong.sum())} of {wrong.numel()} elements differ"
-            + _line(diagnose(got, expected, wrong, clues or {}, sizes))
+            + _line(diagnose(got, expected, wrong, clues or {}, sizes, budget))
+        )
+    error = float(torch.where(expected.isfinite(), got - expected, 0.0).abs().double().norm())
+    if error > budget.norm:
+        share = error / max(float(expected.abs().nan_to_num(0, 0, 0).double().norm()), 1e-300)
+        raise Mismatch(
+            f"{what}: expected a difference whose norm is at most {budget.norm:.3g}, which is what "
+            f"the reference loses in {budget.dtype} and an allowance for rounding; got "
+            f"{error:.3g}, {100 * share:.2g} % of the whole"
+            + _line(diagnose(got, expected, wrong, clues or {}, sizes, budget))
         )
 
 
@@ -70,32 +79,40 @@ def diagnose(
     wrong: Tensor,
     clues: Mapping[str, Tensor],
     sizes: Sequence[int],
+    budget: Budget,
 ) -> str:
     """The known mistake that the difference looks like; empty if there is none."""
+    loose = budget.loosened()
+
+    def is_like(value: Tensor) -> bool:
+        return value.shape == got.shape and not loose.wrong(got, value.to(got.dtype)).any()
+
+    if not wrong.any():
+        return "larger rounding errors than the reference's: a sum in a low precision?"
     for mistake, value in clues.items():
-        if value.shape == got.shape and not _wrong(got, value, 1e-6).any():
+        if is_like(value):
             return mistake
-    if expected.is_complex() and not _wrong(got, expected.conj().resolve_conj(), 1e-8).any():
+    if expected.is_complex() and is_like(expected.conj().resolve_conj()):
         return "equal to the complex conjugate"
-    ratio = _constant_ratio(got, expected)
-    if ratio is not None and abs(ratio - 1) > 1e-5:
-        return _ratio_diagnosis(ratio, sizes)
-    if got.ndim == 2 and got.shape[0] == got.shape[1] and not _wrong(got, expected.mT, 1e-8).any():
+    ratio = _constant_ratio(got, expected, loose)
+    if ratio is not None and abs(ratio - 1) > 10 * loose.rtol:
+        return _ratio_diagnosis(ratio, sizes, loose.rtol)
+    if got.ndim == 2 and got.shape[0] == got.shape[1] and is_like(expected.mT):
         return "equal to the transpose"
-    if not _wrong(got, expected, 1e-5).any():
+    if budget.dtype is None and not replace(budget, rtol=1e-5).wrong(got, expected).any():
         return "right to float32 precision only: dtype demoted on the way"
     if not got[wrong].count_nonzero():
         return "zero where it should not be"
     return ""
 
 
-def _ratio_diagnosis(ratio: float, sizes: Sequence[int]) -> str:
-    if abs(ratio + 1) < 1e-6:
+def _ratio_diagnosis(ratio: float, sizes: Sequence[int], rtol: float) -> str:
+    if abs(ratio + 1) < rtol:
         return "-1 times the right one: a sign error"
     for size in sorted(set(sizes)):
-        if size > 1 and abs(ratio * size - 1) < 1e-6:
+        if size > 1 and abs(ratio * size - 1) < rtol:
             return f"1/{size} of the right one: a mean over {size} where a sum belongs"
-        if size > 1 and abs(ratio / size - 1) < 1e-6:
+        if size > 1 and abs(ratio / size - 1) < rtol:
             return (
                 f"{size} times the right one: a factor, or a sum over {size} where a mean belongs"
             )
@@ -106,7 +123,8 @@ def _ratio_diagnosis(ratio: float, sizes: Sequence[int]) -> str:
 
 def _shape_diagnosis(got: Tensor, expected: Tensor) -> str:
     if got.ndim == expected.ndim == 2 and got.shape == expected.mT.shape:
-        is_equal = not _wrong(got, expected.mT, 1e-6).any()
+        loose = exact_budget(expected).loosened()
+        is_equal = not loose.wrong(got.to(expected.dtype), expected.mT).any()
         return "equal to the transpose" if is_equal else "the shape of the transpose"
     extra = got.ndim - expected.ndim
     if extra > 0 and got.shape[extra:] == expected.shape:
@@ -114,32 +132,33 @@ def _shape_diagnosis(got: Tensor, expected: Tensor) -> str:
     return ""
 
 
-def _constant_ratio(got: Tensor, expected: Tensor) -> float | None:
+def _constant_ratio(got: Tensor, expected: Tensor, budget: Budget) -> float | None:
     if got.is_complex() or not (got.isfinite().all() and expected.isfinite().all()):
         return None
     expected, got = expected.double().flatten(), got.double().flatten()
     if expected.numel() < 2 or not expected.count_nonzero():
         return None
     ratio = float((got @ expected) / (expected @ expected))
-    return None if _wrong(got, ratio * expected, 1e-6).any() else ratio
+    return None if budget.wrong(got, ratio * expected).any() else ratio
 
 
-def _wrong(got: Tensor, expected: Tensor, rtol: float, usual: Tensor | None = None) -> Tensor:
-    """Which elements differ by more than is allowed. Those not finite must be the same."""
-    finite = expected.isfinite() & got.isfinite()
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    scale = expected[finite].abs().max().item() if finite.any() else 0.0
-    if usual is not None and usual.numel():
-        scale = max(scale, usual.abs().nan_to_num(0, 0, 0).max().item())
-    eps = torch.finfo(expected.dtype).eps
-    allowed = rtol * expected.abs() + 100 * eps * scale
-    return torch.where(finite, (got - expected).abs() > allowed, ~same)
-
-
-def _worst(got: Tensor, expected: Tensor, wrong: Tensor) -> list[int]:
+def _worst(got: Tensor, expected: Tensor, wrong: Tensor, budget: Budget) -> str:
+    """The place of the largest difference, with both values."""
     difference = torch.where(wrong, (got - expected).abs().nan_to_num(torch.inf), -1.0)
     position = int(difference.argmax()) if difference.ndim else 0
-    return [int(i) for i in torch.unravel_index(torch.tensor(position), wrong.shape)]
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), wrong.shape))
+    right, found = expected[index].item(), got[index].item()
+    ratio = f", ratio {found / right:.6g}" if right else ""
+    if budget.dtype is None:
+        return f"at index {index}: expected {right:.10g}, got {found:.10g}{ratio}"
+    units, limit = (
+        ulps(float(d), abs(right), budget.dtype)
+        for d in (difference[index], budget.allowed(expected)[index])
+    )
+    return (
+        f"at index {index}: expected {right:.6g}, got {found:.6g}{ratio}, "
+        f"{units:.3g} ulps of {budget.dtype} where {limit:.2g} are allowed"
+    )
 
 
 def _line(diagnosis: str) -> str:

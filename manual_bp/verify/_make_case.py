@@ -10,7 +10,15 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from manual_bp._torch import tree_leaves
-from manual_bp.verify._case import Call, Case, Draw, Sample, Samples, is_differentiable
+from manual_bp.verify._case import (
+    Call,
+    Case,
+    Draw,
+    Dtypes,
+    Sample,
+    Samples,
+    is_differentiable,
+)
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
 
@@ -24,6 +32,10 @@ def function_case(
     name: str = "",
     supports: Iterable[str] = (),
     in_dims: tuple[int | None, ...] | None = None,
+    dtypes: Iterable[Dtypes] = (torch.float64,),
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    varying: Sequence[tuple[int | None, ...]] = (),
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -37,25 +49,39 @@ def function_case(
         name: The name of the case; by default that of fn.
         supports: Capabilities that must work.
         in_dims: As for `torch.vmap`: the sample dimension of each argument.
+        dtypes: In which dtypes fn works. The floating arguments are converted to each of them in
+            turn, complex ones to the complex dtype of the same precision. A tuple has one dtype for
+            each argument, or None for one that stays as it is. The reference runs in float64, from
+            the same rounded arguments.
+        rtol: A relative tolerance in addition to that for rounding, for solvers and the like.
+        atol: An absolute one, likewise.
+        varying: Other dimensions that may have any size: as in_dims, once for each group of
+            dimensions that have the same size.
         device: Where to run.
         seed: The seed of all random numbers.
         expected_failures: Names of checks that are known to fail, with the reason.
 
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
-        ValueError: A capability is unknown, or in_dims does not fit the samples.
+        ValueError: A capability is unknown, a tolerance is negative, or in_dims, dtypes or varying
+            do not fit the samples.
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
     if reference is not None:
         _callable("reference", reference)
+    draw, count = _as_draw(samples)
     return Case(
         name=name or getattr(fn, "__name__", type(fn).__name__),
         call=call,
-        draw=_as_draw(samples, in_dims),
+        draw=draw,
         reference=reference,
         supports=_known_capabilities(supports),
-        in_dims=in_dims,
+        in_dims=_per_argument("in_dims", in_dims, count),
+        dtypes=_known_dtypes(dtypes, count),
+        rtol=_tolerance("rtol", rtol),
+        atol=_tolerance("atol", atol),
+        varying=tuple(_per_argument("varying", group, count) for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -72,6 +98,10 @@ def module_case(
     name: str = "",
     supports: Iterable[str] = (),
     in_dims: tuple[int | None, ...] | None = None,
+    dtypes: Iterable[Dtypes] = (torch.float64,),
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    varying: Sequence[tuple[int | None, ...]] = (),
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -82,22 +112,30 @@ def module_case(
         factory: Makes the module.
         samples: Arguments of its forward.
         reference: Makes a module that is trusted, with the same parameter names.
+        dtypes: A tuple has one dtype for each input. Then the parameters stay as they are made.
 
     Raises:
         TypeError: factory or reference does not make modules, or samples are not tuples.
-        ValueError: A capability is unknown, or module and reference have different parameters.
+        ValueError: As for `function_case`, or module and reference have different parameters.
     """
     module = _built("factory", factory, seed, device)
     parameters = dict(module.named_parameters())
-    draw = _as_draw(samples, in_dims, need_floats=not parameters)
-    count = len(draw(torch.Generator().manual_seed(seed))[0])
+    draw, count = _as_draw(samples, need_floats=not parameters)
+    nones = (None,) * len(parameters)
     return Case(
         name=name or type(module).__name__,
         call=_lifted(module, list(parameters)),
         draw=_with_parameters(draw, list(parameters.values())),
         reference=_lifted_reference(reference, list(parameters), seed, device),
         supports=_known_capabilities(supports),
-        in_dims=None if in_dims is None else (*in_dims, *[None] * len(parameters)),
+        in_dims=None if in_dims is None else _per_argument("in_dims", in_dims, count) + nones,
+        dtypes=tuple(
+            entry + nones if isinstance(entry, tuple) else entry
+            for entry in _known_dtypes(dtypes, count)
+        ),
+        rtol=_tolerance("rtol", rtol),
+        atol=_tolerance("atol", atol),
+        varying=tuple(_per_argument("varying", group, count) + nones for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -152,6 +190,8 @@ def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:
     def draw_both(generator: torch.Generator) -> list[Sample]:
         values = tuple(
             p.detach() + 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            if is_differentiable(p)
+            else p.detach()
             for p in parameters
         )
         return [(*sample, *values) for sample in draw(generator)]
@@ -164,10 +204,11 @@ def _built(name: str, factory: Any, seed: int, device: torch.device | str | None
     module = _callable(name, factory)()
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must make an nn.Module; got {type(module).__name__}")
-    return module.to(device or "cpu").double()
+    return module.to(device or "cpu")
 
 
-def _as_draw(samples: Any, in_dims: Any, *, need_floats: bool = True) -> Draw:
+def _as_draw(samples: Any, *, need_floats: bool = True) -> tuple[Draw, int]:
+    """The samples as a function of a generator, and how many arguments each has."""
     drawn = samples(torch.Generator().manual_seed(0)) if callable(samples) else samples
     if not isinstance(drawn, Sequence) or not drawn:
         raise TypeError(f"samples must be a sequence of argument tuples; got {drawn!r:.80}")
@@ -175,10 +216,47 @@ def _as_draw(samples: Any, in_dims: Any, *, need_floats: bool = True) -> Draw:
         _require_arguments(sample)
     if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
         raise TypeError("samples must each hold a floating or complex tensor; got none")
-    counts = {len(sample) for sample in drawn}
-    if in_dims is not None and not (isinstance(in_dims, tuple) and {len(in_dims)} == counts):
-        raise ValueError(f"in_dims must be a tuple with an entry for each argument; got {in_dims}")
-    return samples if callable(samples) else lambda _: drawn
+    counts = sorted({len(sample) for sample in drawn})
+    if len(counts) > 1:
+        raise ValueError(f"samples must all have the same number of arguments; got {counts}")
+    return samples if callable(samples) else lambda _: drawn, counts[0]
+
+
+def _per_argument(name: str, dims: Any, count: int) -> Any:
+    """Dimensions as given, one (or None) for each argument."""
+    fits = isinstance(dims, tuple) and len(dims) == count
+    if dims is not None and not (fits and all(d is None or isinstance(d, int) for d in dims)):
+        raise ValueError(
+            f"{name} must have a dimension or None for each argument, in a tuple of {count}; "
+            f"got {dims}"
+        )
+    return dims
+
+
+def _known_dtypes(dtypes: Any, count: int) -> tuple[Dtypes, ...]:
+    """The entries of dtypes, the widest first."""
+
+    def eps(entry: Dtypes) -> float:
+        members = entry if isinstance(entry, tuple) else (entry,)
+        return min([torch.finfo(dtype).eps for dtype in members if dtype], default=0.0)
+
+    entries = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
+    for entry in entries or (dtypes,):
+        members = entry if isinstance(entry, tuple) and len(entry) == count else (entry,)
+        for dtype in members:
+            is_none = dtype is None and isinstance(entry, tuple)
+            if not is_none and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(
+                    f"dtypes must list floating dtypes, or tuples of {count} with a floating dtype "
+                    f"or None for each argument; got {dtypes}"
+                )
+    return tuple(sorted(entries, key=eps))
+
+
+def _tolerance(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a number that is not negative; got {value}")
+    return float(value)
 
 
 def _require_arguments(sample: Any) -> None:

@@ -24,12 +24,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all checks of a case."""
+    """The outcomes of all checks of a case, which was judged in these dtypes."""
 
     case: str
     seed: int
     device: str
     outcomes: tuple[Outcome, ...]
+    dtypes: tuple[str, ...] = ("float64",)
 
     @property
     def ran(self) -> int:
@@ -57,6 +58,7 @@ class Report:
             "case": self.case,
             "seed": self.seed,
             "device": self.device,
+            "dtypes": list(self.dtypes),
             "ok": self.ok,
             "ran": self.ran,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
@@ -64,7 +66,7 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(outcome.check) for outcome in self.outcomes), default=0)
-        lines = [f"{self.case} on {self.device}, seed {self.seed}"]
+        lines = [f"{self.case} on {self.device} in {', '.join(self.dtypes)}, seed {self.seed}"]
         for outcome in self.outcomes:
             first, *rest = outcome.message.splitlines() or [""]
             lines.append(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manual_bp.verify._case import Call, Case, Samples
+from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._make_case import function_case, module_case
@@ -45,7 +45,8 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
         chosen = [c for c in CHECKS if c.name in only]
     forked = [] if case.device.type == "cpu" else [case.device]
     with torch.random.fork_rng(forked, device_type=case.device.type if forked else "cuda"):
-        return Report(case.name, case.seed, str(case.device), tuple(_outcomes(case, chosen)))
+        outcomes = tuple(_outcomes(case, chosen))
+    return Report(case.name, case.seed, str(case.device), outcomes, _names(case.dtypes))
 
 
 def check_function(
@@ -65,7 +66,7 @@ def check_function(
         reference: The same function in ordinary differentiable PyTorch.
         only: Names of checks; by default all.
         slow: Whether to run the compiler checks.
-        options: name, supports, in_dims, device, seed and expected_failures of `function_case`.
+        options: The keyword arguments of `function_case`.
 
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
@@ -89,6 +90,11 @@ def check_module(
     are those of `check_function`, which raises the same errors.
     """
     return run(module_case(factory, samples, reference, **options), only, slow=slow)
+
+
+def _names(dtypes: Iterable[Dtypes]) -> tuple[str, ...]:
+    """The dtypes of a case for the report, such as "bfloat16" or "(bfloat16, float32)"."""
+    return tuple(str(dtype).replace("torch.", "").replace("None", "as given") for dtype in dtypes)
 
 
 def _require_device(device: torch.device) -> None:
@@ -132,8 +138,10 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
         message = ctx.located(f"raised {_description(error)}")
         return "failed", f"{message}\n{_reproduction(ctx.case, check)}"
     if ctx.kinks:
-        return "passed", f"{ctx.kinks} directions start at a kink, which at_zero judges"
-    return "passed", "" if declared else "not declared, but it works"
+        ctx.notes.append(f"{ctx.kinks} directions start at a kink, which at_zero judges")
+    if not declared:
+        ctx.notes.append("not declared, but it works")
+    return "passed", "; ".join(dict.fromkeys(ctx.notes))
 
 
 def _run_on_samples(ctx: CheckContext, check: Check) -> None:

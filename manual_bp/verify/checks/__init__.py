@@ -3,6 +3,7 @@
 from manual_bp.verify._check import Check
 from manual_bp.verify.checks import (
     batches,
+    bias,
     calls,
     compiler,
     cost,
@@ -28,6 +29,7 @@ _FILES = (
     orders,
     batches,
     precision,
+    bias,
     compiler,
     edges,
     modules,

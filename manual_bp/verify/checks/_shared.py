@@ -1,7 +1,8 @@
 """What several checks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,17 +10,23 @@ from torch import Tensor
 
 from manual_bp._torch import expected_gradient
 from manual_bp.verify._autograd import (
+    Gradients,
     custom_nodes,
-    gradients,
     gradients_of,
     leaves,
     node_name,
     outputs_of,
     positions,
+    tensors_of,
 )
+from manual_bp.verify._budget import Budget, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
+
+Derivatives = list[Tensor | None]
+Change = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
@@ -35,26 +42,130 @@ def is_plain(value: Tensor) -> bool:
 
 
 def compare_with_reference(
-    ctx: CheckContext, arguments: Sample, where: str, *, is_large: bool = False
+    ctx: CheckContext,
+    arguments: Sample,
+    where: str = "",
+    *,
+    change: Callable[[Call], Call] = lambda call: call,
+    wanted: Sequence[int] | None = None,
+    same_dtype: bool = False,
+    is_large: bool = False,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
-    Where the reference's output is not finite (a logarithm below 0), the call may refuse them too.
+    The reference runs in float64, from the arguments as they are. In a lower precision the budget
+    is what the reference itself loses there. Where its output is not finite (a logarithm below
+    0), the call may refuse the arguments too.
+
+    Args:
+        ctx: The context.
+        arguments: A sample, or one like it.
+        where: Added to the names in messages.
+        change: What is done to the call and the reference alike.
+        wanted: The positions of the arguments that require gradients; by default all.
+        same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
+            wider.
+        is_large: Whether the arguments are so large that a threshold may have been passed.
     """
-    reference = ctx.reference
+    call, reference = change(ctx.call), change(ctx.reference)
     try:
-        upstream = ctx.upstream(reference, arguments)
+        right = reference(*leaves(widened(arguments), ()))
     except Exception:
         return
-    expected_result, expected = gradients(reference, leaves(arguments), upstream)
+    variables = leaves(arguments, wanted)
     try:
-        result, found = gradients(ctx.call, leaves(arguments), upstream)
+        result = call(*variables)
+        upstream = [ctx.random_like(t) for t in outputs_of(result)]
+        found = gradients_of(result, variables, upstream)
     except Exception:
-        if all(t.isfinite().all() for t in outputs_of(expected_result)):
+        if all(t.isfinite().all() for t in outputs_of(right)):
             raise
         return
-    ctx.compare_outputs(result, expected_result, where)
-    ctx.compare_gradients(arguments, found, expected, where, is_large=is_large)
+    lost = ctx.loss(arguments, [upstream], reference, wanted)
+    compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
+    _, expected = exact(reference, arguments, upstream, wanted)
+    compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
+
+
+def compare_values(
+    ctx: CheckContext,
+    got: Any,
+    right: Any,
+    lost: Loss,
+    where: str = "",
+    *,
+    same_dtype: bool = False,
+) -> None:
+    """Compare the outputs of a call with the exact ones."""
+    ours = list(tensors_of(got))
+    for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
+        if is_differentiable(one) and one.shape == expected.shape:
+            _require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
+            ours[j] = judged(one, peer, expected)
+    ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
+
+
+def compare_slopes(
+    ctx: CheckContext,
+    arguments: Sample,
+    got: Gradients,
+    expected: Gradients,
+    lost: Loss,
+    where: str = "",
+    **options: Any,
+) -> None:
+    """Compare the gradients of a call with the exact ones."""
+    ours = dict(got)
+    for i, pairs in lost.gradients.items():
+        one, right = got.get(i), expected.get(i)
+        if one is not None and right is not None:
+            ours[i] = judged(one, pairs[0][0], right)
+    budgets = lost.gradient_budgets(got, expected)
+    ctx.compare_gradients(arguments, ours, expected, where, budgets=budgets, **options)
+
+
+def against_reference(
+    ctx: CheckContext, sample: Sample, run: Callable[[Call, Change], Derivatives]
+) -> tuple[Derivatives, Derivatives, list[Budget | None]]:
+    """What a computation gives for the call and, in float64, for the reference, with budgets.
+
+    Args:
+        ctx: The context.
+        sample: The arguments.
+        run: The computation, of a call and what widens its tensors (or leaves them as they are).
+    """
+    expected = run(ctx.reference, widened)
+    found = run(ctx.call, tuple)
+    if narrowest(sample) is None:
+        return found, expected, [None] * len(expected)
+    try:
+        peers = run(ctx.reference, tuple)
+    except Exception:
+        peers = []
+    terms = max(t.numel() for t in sample if isinstance(t, Tensor))
+    budgets: list[Budget | None] = []
+    for one, peer, right in zip_longest(found, peers, expected):
+        if one is None or right is None:
+            budgets.append(None)
+            continue
+        pairs = [] if peer is None else [(peer, right)]
+        budgets.append(reference_budget(one.dtype, pairs, right, terms, order=2))
+    return found, expected, budgets
+
+
+def changed(values: Mapping[int, Tensor | None], change: Change) -> Gradients:
+    """The values of a dictionary, changed."""
+    return dict(zip(values, change(list(values.values())), strict=True))
+
+
+def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
+    """The dtype of the reference's output; or a wider one, up to float32."""
+    is_wider = peer.itemsize < got.itemsize <= 4
+    if got != peer and (same_dtype or not is_wider):
+        demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
+        raise Mismatch(
+            f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+        )
 
 
 def require_custom_nodes(result: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Several calls, several backwards, and one tensor as two arguments."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import NotApplicable
-from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
+from manual_bp.verify.checks._shared import compare_with_reference, pairs_of_one_shape, tied
 
 
 @check()
@@ -72,12 +73,10 @@ def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     if not pairs:
         raise NotApplicable("no two arguments have the same shape")
     for i, j in pairs:
-        upstream = ctx.upstream(ctx.call, sample)
         wanted = [place for place in positions(sample) if place != j]
-        _, found = gradients(tied(ctx.call, i, j), leaves(sample, wanted), upstream)
-        _, expected = gradients(tied(ctx.reference, i, j), leaves(sample, wanted), upstream)
-        where = f" which is also {ctx.label(j)}"
-        ctx.compare_gradients(sample, {i: found[i]}, {i: expected[i]}, where)
+        once = partial(tied, i=i, j=j)
+        where = f" where {ctx.label(j)} is the same tensor as {ctx.label(i)}"
+        compare_with_reference(ctx, sample, where, change=once, wanted=wanted)
 
 
 def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
@@ -85,9 +84,9 @@ def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
 
     The first has the shapes of this one, the second those of the next one.
     """
-    drawn = ctx.draw()
+    drawn = ctx.draw(ctx.dtypes_of(sample))
     place = next(i for i, other in enumerate(ctx.samples) if other is sample)
-    others = [drawn[i % len(drawn)] for i in {place, (place + 1) % len(ctx.samples)}]
+    others = [drawn[i % len(drawn)] for i in {place % len(drawn), (place + 1) % len(drawn)}]
     return others + [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
 
 

@@ -1,5 +1,6 @@
 """The value, and the first derivative."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,12 @@ from manual_bp.verify._autograd import (
     positions,
     subsets,
 )
+from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
-from manual_bp.verify.checks._shared import LAYOUTS, is_plain
+from manual_bp.verify._precision import exact, narrowest, widen, widened
+from manual_bp.verify.checks._shared import LAYOUTS, compare_slopes, compare_values, is_plain
 
 _NO_GRADIENT = (
     "\ndiagnosis: no gradient at all; close over an argument that never has one, "
@@ -27,8 +30,8 @@ _NO_GRADIENT = (
 @check()
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
-    expected = ctx.reference(*leaves(sample, ()))
-    ctx.compare_outputs(ctx.call(*leaves(sample, ())), expected)
+    right = ctx.reference(*leaves(widened(sample), ()))
+    compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
 
 
 @check()
@@ -59,25 +62,30 @@ def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
 
 @check(after_all=_require_a_slope_for_every_argument)
 def finite_differences(ctx: CheckContext, sample: Sample) -> None:
-    """The gradient is the slope: in random directions, and along every axis of small arguments."""
+    """The gradient is the slope: in random directions, and along every axis of small arguments.
+
+    In a lower precision than float64 it is the slope of the reference in float64, if there is one.
+    """
     upstream = ctx.upstream(ctx.call, sample)
     result, found = gradients(ctx.call, leaves(sample), upstream)
     upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
+    differ = _Differences(ctx, sample, upstream)
     for i in positions(sample):
         before = ctx.comparisons
-        for direction in _directions(ctx, sample[i]):
-            _compare_slope(ctx, sample, i, direction, upstream, found[i])
+        for direction in _directions(ctx, differ.sample[i]):
+            differ.compare(i, direction, found[i])
         ctx.slopes[ctx.label(i)] += ctx.comparisons - before
 
 
 @check()
 def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     """The gradients equal those that autograd finds through the reference."""
-    upstream = ctx.upstream(ctx.reference, sample)
+    upstream = ctx.upstream(ctx.call, sample)
+    _, expected = exact(ctx.reference, sample, upstream)
     _, found = gradients(ctx.call, leaves(sample), upstream)
-    _, expected = gradients(ctx.reference, leaves(sample), upstream)
     clues = _clues(ctx.reference, sample, upstream, expected)
-    ctx.compare_gradients(sample, found, expected, clues=clues)
+    lost = ctx.loss(sample, [upstream])
+    compare_slopes(ctx, sample, found, expected, lost, clues=clues)
 
 
 @check()
@@ -125,51 +133,72 @@ def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
     return directions
 
 
-def _compare_slope(
-    ctx: CheckContext,
-    sample: Sample,
-    i: int,
-    direction: Tensor,
-    upstream: Sequence[Tensor],
-    gradient: Tensor | None,
-) -> None:
-    """Compare <gradient, direction> with the difference quotient, unless the slope jumps there."""
-    largest = sample[i].abs().max().item() if sample[i].numel() else 0.0
-    step = 1e-6 * max(1.0, largest)
+class _Differences:
+    """Difference quotients of a call at a sample, weighted by upstream gradients.
 
-    def value(shift: float) -> Tensor:
-        arguments = tuple(t + shift * direction if j == i else t for j, t in enumerate(sample))
+    In a low precision they are the reference's, in float64. Without a reference they are those of
+    the call, with a step that balances rounding, eps / step, and curvature, step².
+    """
+
+    def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
+        low, reference = narrowest(sample), ctx.case.reference
+        uses_reference = low is not None and reference is not None
+        self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
+        self.sample = widened(sample) if uses_reference else sample
+        self.upstream = widened(upstream)
+        self.is_low = narrowest(self.sample) is not None
+        self.eps = torch.finfo(narrowest(self.sample) or torch.float64).eps
+        self.step = self.eps ** (1 / 3) if self.is_low else 1e-6
+        self.noise = 0.0 if low is None else torch.finfo(low).eps
+
+    def value(self, i: int, argument: Tensor) -> tuple[Tensor, float]:
+        """The weighted sum of the outputs, and its rounding error."""
+        arguments = tuple(argument if j == i else t for j, t in enumerate(self.sample))
         with torch.no_grad():
-            results = outputs_of(ctx.call(*arguments))
-        weighted = [(u.conj() * t).real.sum() for u, t in zip(upstream, results, strict=True)]
-        return torch.stack(weighted).sum()
+            results = outputs_of(self.call(*arguments))
+        terms = [(u.conj() * widen(t)).real for u, t in zip(self.upstream, results, strict=True)]
+        rounding = self.eps * math.hypot(*(float(t.norm()) for t in terms))
+        return torch.stack([t.sum() for t in terms]).sum(), rounding
 
-    here, ahead, behind = value(0.0), value(step), value(-step)
-    right, left = (ahead - here) / step, (here - behind) / step
-    numeric = (ahead - behind) / (2 * step)
-    slope = (
-        torch.zeros_like(direction.real) if gradient is None else (gradient.conj() * direction).real
-    )
-    size = slope.abs().sum() + numeric.abs()
-    rounding = 1e-9 * here.abs() + 1e-9
-    if (right - left).abs() > 1e-3 * size + 1e3 * rounding:
-        ctx.kinks += 1
-        return
-    ctx.comparisons += 1
-    if (slope.sum() - numeric).abs() > 1e-6 * size + rounding:
-        ratio = (slope.sum() / numeric).item()
-        raise Mismatch(
-            f"slope along a direction of {ctx.label(i)}: expected {numeric.item():.10g} by "
-            f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
-            + ("" if gradient is not None else _NO_GRADIENT)
-        )
+    def compare(self, i: int, direction: Tensor, gradient: Tensor | None) -> None:
+        """Compare <gradient, direction> with the quotient, unless the slope jumps there."""
+        ctx, start = self.ctx, self.sample[i]
+        step = self.step * max(1.0, largest(start))
+        moved = [(start + shift * direction).to(start.dtype) for shift in (-step, step)]
+        (here, rounding), (behind, _), (ahead, _) = (self.value(i, t) for t in (start, *moved))
+        right, left = (ahead - here) / step, (here - behind) / step
+        numeric = (ahead - behind) / (2 * step)
+        # The arguments were rounded, so the step was not exactly along the direction.
+        along = (widen(moved[1]) - widen(moved[0])) / (2 * step) if self.is_low else direction
+        slope = torch.zeros_like(along.real)
+        if gradient is not None:
+            slope = (widen(gradient).conj() * along).real
+        size = slope.abs().sum() + numeric.abs()
+        kink, rtol = (2 * self.step, 3 * self.step**2) if self.is_low else (1e-3, 1e-6)
+        rounding = max(1e-9 * float(here.abs()) + 1e-9, 4 * rounding / step)
+        if (right - left).abs() > kink * size + 1e3 * rounding:
+            ctx.kinks += 1
+            return
+        ctx.comparisons += 1
+        allowed = (rtol + ctx.case.rtol) * size + rounding + ctx.case.atol
+        if self.is_low:
+            allowed += (right - left).abs() / 2
+        if gradient is not None:
+            allowed += 8 * self.noise * largest(gradient) * float(along.abs().norm())
+        if (slope.sum() - numeric).abs() > allowed:
+            ratio = (slope.sum() / numeric).item()
+            raise Mismatch(
+                f"slope along a direction of {ctx.label(i)}: expected {numeric.item():.10g} by "
+                f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
+                + ("" if gradient is not None else _NO_GRADIENT)
+            )
 
 
 def _clues(
     reference: Call, sample: Sample, upstream: Sequence[Tensor], expected: Gradients
 ) -> dict[str, Gradients]:
     """The gradients that known mistakes would give."""
-    scale = upstream[0].flatten()[0] if upstream[0].numel() else 1.0
+    scale = upstream[0].flatten()[0].item() if upstream[0].numel() else 1.0
     clues: dict[str, Gradients] = {
         "everything is scaled by the first element of the upstream gradient": {
             i: None if g is None else g * scale for i, g in expected.items()
@@ -177,6 +206,6 @@ def _clues(
     }
     if upstream[0].ndim and upstream[0].shape[0] > 1:
         first = [u if not u.ndim else torch.cat([u[:1], torch.zeros_like(u[1:])]) for u in upstream]
-        _, only_first = gradients(reference, leaves(sample), first)
+        _, only_first = exact(reference, sample, first)
         clues["only the first row of the batch counts: missing a sum over the batch"] = only_first
     return clues

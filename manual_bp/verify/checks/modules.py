@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from manual_bp.verify._autograd import leaves, outputs_of
-from manual_bp.verify._case import Sample
+from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._precision import narrowest
 from manual_bp.verify.checks._shared import cast
 
 
@@ -71,6 +72,8 @@ def deepcopy(ctx: CheckContext, sample: Sample) -> None:
 @check(for_modules=True, best_sample=True)
 def to_dtype(ctx: CheckContext, sample: Sample) -> None:
     """After .to(dtype), parameters and outputs have that dtype, in float32 and in bfloat16."""
+    if narrowest(sample) is not None:
+        raise NotApplicable("the case names its dtypes, and the module is made in them")
     for dtype in (torch.float32, torch.bfloat16):
         module, inputs = _module(ctx, sample)
         outputs = outputs_of(module.to(dtype)(*cast(inputs, dtype)))
@@ -130,7 +133,7 @@ def train_eval(ctx: CheckContext, sample: Sample) -> None:
     if ctx.case.reference_factory is None:
         raise NotApplicable("no reference was given")
     module, inputs = _module(ctx, sample)
-    reference = ctx.case.reference_factory().to(ctx.case.device).double()
+    reference = _like(sample, ctx.case.reference_factory().to(ctx.case.device))
     reference.load_state_dict(module.state_dict(), strict=False)
     for mode in (True, False):
         torch.manual_seed(ctx.case.seed)
@@ -148,6 +151,12 @@ def _factory(ctx: CheckContext) -> Callable[[], nn.Module]:
 def _module(ctx: CheckContext, sample: Sample, seed: int | None = None) -> tuple[nn.Module, Sample]:
     """The module, made with this seed or the case's, and its inputs in a sample."""
     torch.manual_seed(ctx.case.seed if seed is None else seed)
-    module = _factory(ctx)().to(ctx.case.device).double()
+    module = _factory(ctx)().to(ctx.case.device)
     count = len(sample) - sum(1 for _ in module.named_parameters())
-    return module, sample[:count]
+    return _like(sample, module), sample[:count]
+
+
+def _like(sample: Sample, module: nn.Module) -> nn.Module:
+    """The module in the dtype of the sample, if that has only one."""
+    dtypes = {t.dtype for t in sample if is_differentiable(t) and not t.is_complex()}
+    return module.to(dtypes.pop()) if len(dtypes) == 1 else module

@@ -1,15 +1,25 @@
 """Higher derivatives, and forward mode."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
+from manual_bp.verify._autograd import (
+    Gradients,
+    gradients,
+    leaves,
+    outputs_of,
+    positions,
+    tangents_of,
+    with_tangents,
+)
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify.checks._shared import Change, Derivatives, against_reference, changed
 
 
 @check(capability=True)
@@ -29,42 +39,60 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives, by all arguments and by each alone, match the reference."""
     places = positions(sample)
     for moved in [places, *([i] for i in places if len(places) > 1)]:
-        tangents = {i: ctx.random_like(sample[i]) for i in moved}
-        found = _tangents(ctx.call, sample, tangents)
-        expected = _tangents(ctx.reference, sample, tangents)
+        tangents: Gradients = {i: ctx.random_like(sample[i]) for i in moved}
+
+        def run(call: Call, change: Change, tangents: Gradients = tangents) -> Derivatives:
+            return tangents_of(call, change(sample), changed(tangents, change))
+
+        found, expected, budgets = against_reference(ctx, sample, run)
         names = ", ".join(map(ctx.label, moved))
-        for one, other in zip(found, expected, strict=True):
-            ctx.compare(f"tangent of the output along {names}", one, other)
+        for one, other, budget in zip(found, expected, budgets, strict=True):
+            ctx.compare(f"tangent of the output along {names}", one, other, budget=budget)
 
 
 @check(capability=True)
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     """The forward-mode derivative of the gradient matches the reference."""
-    upstream = ctx.upstream(ctx.reference, sample)
-    tangents = {i: ctx.random_like(sample[i]) for i in positions(sample)}
-    found = _tangents_of_gradients(ctx.call, sample, tangents, upstream)
-    expected = _tangents_of_gradients(ctx.reference, sample, tangents, upstream)
+    upstream = ctx.upstream(ctx.call, sample)
+    places = positions(sample)
+    tangents: Gradients = {i: ctx.random_like(sample[i]) for i in places}
+
+    def run(call: Call, change: Change) -> Derivatives:
+        along = changed(tangents, change)
+        found = _tangents_of_gradients(call, change(sample), along, change(upstream))
+        return [found.get(i) for i in places]
+
+    found, expected, budgets = against_reference(ctx, sample, run)
     diagnosis = "second-order term missing"
-    ctx.compare_gradients(sample, found, expected, ", its tangent", diagnosis=diagnosis)
+    ctx.compare_gradients(
+        sample,
+        dict(zip(places, found, strict=True)),
+        dict(zip(places, expected, strict=True)),
+        ", its tangent",
+        diagnosis=diagnosis,
+        budgets={i: b for i, b in zip(places, budgets, strict=True) if b is not None},
+    )
 
 
 def _compare_order(ctx: CheckContext, sample: Sample, order: int) -> None:
-    upstream = ctx.upstream(ctx.reference, sample)
+    upstream = ctx.upstream(ctx.call, sample)
     weights = [
         [ctx.random_like(t) for t in (*outputs_of(sample), *upstream)] for _ in range(order - 1)
     ]
-    found = _higher(ctx.call, sample, upstream, weights)
-    expected = _higher(ctx.reference, sample, upstream, weights)
+
+    def run(call: Call, change: Change) -> Derivatives:
+        random = [change(weight) for weight in weights]
+        return _higher(call, change(sample), change(upstream), random)
+
+    found, expected, budgets = against_reference(ctx, sample, run)
     # Constant slopes need no graph: all further derivatives are 0.
-    if found is None and any(t is not None and t.any() for t in expected or ()):
+    if not found and any(t is not None and t.any() for t in expected):
         raise RuntimeError("a derivative does not require a gradient: it has no graph")
-    found = found or [None] * len(expected or ())
-    expected = expected or [None] * len(found)
     names = [ctx.label(i) for i in positions(sample)] + ["the upstream gradient"]
-    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+    for i, (one, other, budget) in enumerate(zip_longest(found, expected, budgets)):
         name = names[min(i, len(names) - 1)]
         try:
-            ctx.compare(f"derivative of order {order} by {name}", one, other)
+            ctx.compare(f"derivative of order {order} by {name}", one, other, budget=budget)
         except Mismatch as mismatch:
             if "diagnosis" in str(mismatch):
                 raise
@@ -77,10 +105,10 @@ def _compare_order(ctx: CheckContext, sample: Sample, order: int) -> None:
 
 def _higher(
     call: Call, sample: Sample, upstream: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]
-) -> list[Tensor | None] | None:
+) -> Derivatives:
     """Differentiate repeatedly, by arguments and upstream gradient, with random weights.
 
-    None if some derivative on the way depends on nothing that it could be differentiated by.
+    Empty if some derivative on the way depends on nothing that it could be differentiated by.
     """
     arguments = leaves(sample)
     leaf_upstream = [u.detach().clone().requires_grad_() for u in upstream]
@@ -99,27 +127,15 @@ def _higher(
                 values.append(value)
                 given.append(random)
         if not values:
-            return None
+            return []
     return list(torch.autograd.grad(values, by, given, allow_unused=True))
 
 
-def _dual(arguments: Sample, tangents: dict[int, Tensor]) -> Sample:
-    return tuple(
-        fwAD.make_dual(t, tangents[i]) if i in tangents else t for i, t in enumerate(arguments)
-    )
-
-
-def _tangents(call: Call, sample: Sample, tangents: dict[int, Tensor]) -> list[Tensor | None]:
-    with fwAD.dual_level():
-        result = call(*_dual(sample, tangents))
-        return [fwAD.unpack_dual(t).tangent for t in outputs_of(result)]
-
-
 def _tangents_of_gradients(
-    call: Call, sample: Sample, tangents: dict[int, Tensor], upstream: Sequence[Tensor]
+    call: Call, sample: Sample, tangents: Gradients, upstream: Sequence[Tensor]
 ) -> Gradients:
     with fwAD.dual_level():
-        arguments = _dual(leaves(sample), tangents)
+        arguments = with_tangents(leaves(sample), tangents)
         _, found = gradients(call, arguments, upstream, create_graph=True)
         unpacked: Gradients = {}
         for i, gradient in found.items():

@@ -1,9 +1,13 @@
 """What must hold for the other checks to mean anything."""
 
-from manual_bp.verify._autograd import gradients, leaves
+from typing import Any
+
+from manual_bp.verify._autograd import gradients, leaves, outputs_of
+from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._precision import widen
 
 
 def _require_no_blind_spot(ctx: CheckContext) -> None:
@@ -19,7 +23,7 @@ def informative_samples(ctx: CheckContext, sample: Sample) -> None:  # noqa: ARG
 
 @check()
 def deterministic(ctx: CheckContext, sample: Sample) -> None:
-    """Two calls with the same arguments agree."""
+    """Two calls with the same arguments agree, but for rounding."""
     upstream = ctx.upstream(ctx.call, sample)
     kept = [u.clone() for u in upstream]  # writes_nothing finds a backward that changes it
     first, expected = gradients(ctx.call, leaves(sample), kept)
@@ -33,3 +37,20 @@ def deterministic(ctx: CheckContext, sample: Sample) -> None:
             "random, or it remembers earlier calls: draw random numbers outside the call and pass "
             "them as an argument, or seed them inside it"
         ) from None
+    apart = max(
+        _furthest(second, first), _furthest(tuple(found.values()), tuple(expected.values()))
+    )
+    if apart:
+        ctx.notes.append(
+            f"two calls differ by up to {apart:.2g} of the largest element, as sums in another "
+            f"order do"
+        )
+
+
+def _furthest(got: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest element of the same tensor."""
+    shares = [0.0]
+    for one, other in zip(outputs_of(got), outputs_of(expected), strict=True):
+        difference = (widen(one) - widen(other)).abs()
+        shares.append(largest(difference) / (largest(other) or 1.0))
+    return max(shares)

@@ -1,6 +1,9 @@
 """Batches of no rows, of one, without a batch dimension, and with two."""
 
+import time
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +12,11 @@ from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import compare_with_reference, first_line
+
+# Around the sizes of blocks, which are powers of two, so that a wrong remainder shows.
+_SIZES = (17, 127, 129, 1025)
+_SECONDS = 10
+_ELEMENTS = 2**24
 
 
 @check(capability=True)
@@ -35,6 +43,41 @@ def three_dimensional(ctx: CheckContext, sample: Sample) -> None:
     """Two batch dimensions give what the reference gives."""
     where = " with two batch dimensions"
     _compare_batch(ctx, sample, lambda t, d: torch.stack([t, t.flip(d)], d), where)
+
+
+@check(capability=True)
+def sizes(ctx: CheckContext, sample: Sample) -> None:
+    """17, 127, 129 and 1025 rows give what the reference gives, as do such sizes in `varying`."""
+    if ctx.case.in_dims is None and not ctx.case.varying:
+        raise NotApplicable("neither in_dims nor varying was given")
+    groups = [dims for dims in (ctx.case.in_dims, *ctx.case.varying) if dims is not None]
+    started = time.monotonic()
+    for dims, size in product(groups, _SIZES):
+        if time.monotonic() - started > _SECONDS:
+            ctx.notes.append(f"sizes from {size} on were left out: {_SECONDS} s are over")
+            return
+        changed = tuple(_tiled(t, d, size) for t, d in zip(sample, dims, strict=True))
+        if any(t is None and d is not None for t, d in zip(changed, dims, strict=True)):
+            raise NotApplicable("the sample has no rows")
+        if sum(t.numel() for t in changed if isinstance(t, Tensor)) > _ELEMENTS:
+            ctx.notes.append(f"size {size} was left out: more than {_ELEMENTS} elements")
+            continue
+        compare_with_reference(
+            ctx,
+            changed,
+            f" with {size} rows"
+            if dims is ctx.case.in_dims
+            else f" with size {size} along dimensions {dims}",
+        )
+
+
+def _tiled(value: Any, dim: int | None, size: int) -> Any:
+    """An argument repeated along a dimension, and cut to a size; None if there are no rows."""
+    if dim is None or not isinstance(value, Tensor):
+        return value
+    count = value.shape[dim]
+    rows = torch.arange(size, device=value.device) % max(count, 1)
+    return value.index_select(dim, rows) if count else None
 
 
 def _compare_batch(
