@@ -151,10 +151,10 @@ def _worst(got: Tensor, expected: Tensor, wrong: Tensor, budget: Budget) -> str:
     ratio = f", ratio {found / right:.6g}" if right else ""
     if budget.dtype is None:
         return f"at index {index}: expected {right:.10g}, got {found:.10g}{ratio}"
-    units, limit = (
-        ulps(float(d), abs(right), budget.dtype)
-        for d in (difference[index], budget.allowed(expected)[index])
-    )
+    off, limit = float(difference[index]), float(budget.allowed(expected)[index])
+    if abs(right) < torch.finfo(budget.dtype).smallest_normal:
+        return f"at index {index}: expected {right:.6g} ± {limit:.2g}, got {found:.6g}"
+    units, limit = (ulps(d, abs(right), budget.dtype) for d in (off, limit))
     return (
         f"at index {index}: expected {right:.6g}, got {found:.6g}{ratio}, "
         f"{units:.3g} ulps of {budget.dtype} where {limit:.2g} are allowed"

@@ -241,7 +241,7 @@ def _known_dtypes(dtypes: Any, count: int) -> tuple[Dtypes, ...]:
         return min([torch.finfo(dtype).eps for dtype in members if dtype], default=0.0)
 
     entries = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
-    for entry in entries or (dtypes,):
+    for entry in entries or (None,):
         members = entry if isinstance(entry, tuple) and len(entry) == count else (entry,)
         for dtype in members:
             is_none = dtype is None and isinstance(entry, tuple)

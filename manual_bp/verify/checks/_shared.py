@@ -49,7 +49,7 @@ def compare_with_reference(
     change: Callable[[Call], Call] = lambda call: call,
     wanted: Sequence[int] | None = None,
     same_dtype: bool = False,
-    is_large: bool = False,
+    factor: float = 1.0,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
@@ -65,7 +65,8 @@ def compare_with_reference(
         wanted: The positions of the arguments that require gradients; by default all.
         same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
             wider.
-        is_large: Whether the arguments are so large that a threshold may have been passed.
+        factor: How many times the sample an argument is. Large ones may pass a threshold, and what
+            cancels is as much larger.
     """
     call, reference = change(ctx.call), change(ctx.reference)
     try:
@@ -82,6 +83,8 @@ def compare_with_reference(
             raise
         return
     lost = ctx.loss(arguments, [upstream], reference, wanted)
+    is_large = factor > 1
+    lost.usual, lost.factor, lost.slack = ctx.usual_loss(), factor, 4.0 if is_large else 1.0
     compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
     _, expected = exact(reference, arguments, upstream, wanted)
     compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
@@ -149,7 +152,7 @@ def against_reference(
             budgets.append(None)
             continue
         pairs = [] if peer is None else [(peer, right)]
-        budgets.append(reference_budget(one.dtype, pairs, right, terms, order=2))
+        budgets.append(reference_budget(one.dtype, pairs, right, terms, slack=4))
     return found, expected, budgets
 
 

@@ -28,7 +28,7 @@ def large_values(ctx: CheckContext, sample: Sample) -> None:
         for i in positions(sample):
             scaled = tuple(factor * t if j == i else t for j, t in enumerate(sample))
             where = f" at {factor:g} times the sample"
-            compare_with_reference(ctx, scaled, where, is_large=True)
+            compare_with_reference(ctx, scaled, where, factor=factor)
 
 
 @check(capability=True, only_if_declared=True)

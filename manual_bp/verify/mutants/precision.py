@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from manual_bp.verify.mutants._mutant import mutant
-from manual_bp.verify.mutants._right import Linear, Sigmoid
-from manual_bp.verify.mutants._samples import elementwise, far, linear, uneven
+from manual_bp.verify.mutants._right import Linear, Product, Sigmoid
+from manual_bp.verify.mutants._samples import elementwise, far, linear, scale, uneven
 
 
 @mutant("float32", elementwise, torch.sigmoid, supports=("float32",))
@@ -53,6 +53,42 @@ class AddsRowByRow(Function):
     @staticmethod
     def backward(ctx: Any, delta: Any) -> Any:
         return delta.expand(ctx.shape)
+
+
+@mutant("unbiased", elementwise, torch.tanh, dtypes=(torch.bfloat16,))
+class OnePercentInBfloat16(Function):
+    """The gradient is 1 % too large, as much as the rounding of bfloat16."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Any:
+        return torch.tanh(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        del inputs
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (a,) = ctx.saved_tensors
+        return grad_a * (1.01 - 1.01 * a.float().square()).to(a.dtype)
+
+
+@mutant(
+    "sizes", scale, lambda x, s: x * s, in_dims=(0, None), dtypes=(torch.float32, torch.bfloat16)
+)
+class SumInBfloat16(Product):
+    """The gradient of a factor sums rows one by one in bfloat16, where small ones are lost."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        total = torch.zeros_like(y)
+        for row in delta * x:
+            total = total + row
+        return delta * y, total
 
 
 @mutant("float16", far, lambda x: x.square().mean(), supports=("float32", "float16"))
