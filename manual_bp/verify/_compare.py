@@ -16,6 +16,11 @@ class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not
         """The same mismatch with another diagnosis."""
         return Mismatch(str(self).split("\ndiagnosis: ")[0] + _line(diagnosis))
 
+    def with_evidence(self, evidence: str) -> "Mismatch":
+        """The same mismatch with something more that was found."""
+        first, *rest = str(self).split("\n")
+        return Mismatch("\n".join([f"{first}; {evidence}", *rest]))
+
 
 class NotApplicable(Exception):  # noqa: N818 (it is not an error)
     """A check has nothing to compare. The message says why."""

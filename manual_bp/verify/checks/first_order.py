@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,22 @@ from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._shared import LAYOUTS, compare_slopes, compare_values, is_plain
+from manual_bp.verify.checks._shared import (
+    LAYOUTS,
+    Change,
+    changed,
+    compare_slopes,
+    compare_values,
+    is_plain,
+)
+from manual_bp.verify.checks._slopes import (
+    Slope,
+    fault_of_reference,
+    inner,
+    slope,
+    step_for,
+    supported,
+)
 
 _NO_GRADIENT = (
     "\ndiagnosis: no gradient at all; close over an argument that never has one, "
@@ -85,7 +101,12 @@ def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     _, found = gradients(ctx.call, leaves(sample), upstream)
     clues = _clues(ctx.reference, sample, upstream, expected)
     lost = ctx.loss(sample, [upstream])
-    compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    try:
+        compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    except Mismatch as mismatch:
+        if fault := _fault_of_reference(ctx, sample, upstream, found, expected):
+            raise mismatch.diagnosed(fault) from None
+        raise
 
 
 @check()
@@ -192,6 +213,35 @@ class _Differences:
                 f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
                 + ("" if gradient is not None else _NO_GRADIENT)
             )
+
+
+def _fault_of_reference(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    found: Gradients,
+    expected: Gradients,
+) -> str:
+    """What finite differences say of the reference, if they support the call; else empty."""
+    directions = {i: ctx.random_like(sample[i]) for i in found}
+
+    def slopes(call: Call, change: Change, gradient: Gradients) -> list[Slope]:
+        start, given = change(sample), change(upstream)
+
+        def terms(i: int, along: Tensor, shift: float) -> Tensor:
+            results = outputs_of(call(*start[:i], start[i] + shift * along, *start[i + 1 :]))
+            return torch.cat([inner(t, u) for t, u in zip(results, given, strict=True)])
+
+        return [
+            slope(ctx.label(i), partial(terms, i, v), [inner(gradient[i], v)], step_for([start[i]]))
+            for i, v in changed(directions, change).items()
+            if v is not None
+        ]
+
+    ours = None if narrowest(sample) else slopes(ctx.call, tuple, found)
+    theirs = slopes(ctx.reference, widened, expected)
+    is_theirs = supported(ours, theirs) == "call"
+    return fault_of_reference("gradient", theirs) if is_theirs else ""
 
 
 def _clues(
