@@ -50,10 +50,13 @@ def autocast(ctx: CheckContext, sample: Sample) -> None:
         arguments = leaves(low)
         with torch.autocast(ctx.case.device.type, torch.bfloat16):
             result = call(*arguments)
-        ones = [torch.ones_like(t) for t in outputs_of(result)]
+        outputs = outputs_of(result)
         if call is ctx.call:
             compare_raw(ctx, arguments, result)
-        results.append((outputs_of(result), gradients_of(result, arguments, ones)))
+            # Random, since a gradient for ones may cancel to zero.
+            upstream = [ctx.random_like(t) for t in outputs]
+        given = [u.to(t.dtype) for u, t in zip(upstream, outputs, strict=True)]
+        results.append((outputs, gradients_of(result, arguments, given)))
     (outputs, found), (expected_outputs, expected) = results
     for got, right in zip(outputs, expected_outputs, strict=True):
         _compare_close(ctx, "output under autocast", got, right)

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from manual_bp.verify._autograd import Gradients, gradients, gradients_of, leaves, outputs_of
+from manual_bp.verify._autograd import (
+    Gradients,
+    gradients,
+    gradients_of,
+    leaves,
+    outputs_of,
+    subsets,
+)
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
 
@@ -48,6 +56,30 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
             found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
             where = " for an undefined upstream gradient"
             ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
+
+
+@check()
+def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
+    """The gradient of some of the outputs is the same if the others are unused or undefined."""
+    upstream = ctx.upstream(ctx.call, sample)
+    results = outputs_of(ctx.call(*leaves(sample)))
+    places = [i for i, t in enumerate(results) if t.requires_grad]
+    if len(places) < 2:
+        raise NotApplicable("fewer than two outputs are differentiable")
+    for chosen in subsets(places):
+        others = [i for i in places if i not in chosen]
+        if not others:
+            continue
+        zeroed = [u if i in chosen else torch.zeros_like(u) for i, u in enumerate(upstream)]
+        _, expected = gradients(ctx.call, leaves(sample), zeroed)
+        names = ", ".join(map(str, others))
+        for how, used in (("unused", chosen), ("undefined", places)):
+            arguments = leaves(sample)
+            outputs = outputs_of(ctx.call(*arguments))
+            kept = tuple(outputs[i] if i in chosen else _Cut.apply(outputs[i]) for i in used)
+            found = gradients_of(kept, arguments, [upstream[i] for i in used])
+            where = f" with output {names} {how}"
+            ctx.compare_gradients(sample, found, expected, where)
 
 
 @check()
