@@ -1,7 +1,7 @@
 """Slopes by finite differences: of values, and of derivatives."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ class Slope:
     claimed: The slope according to the derivative.
     measured: The difference quotient.
     allowed: How far they may differ.
-    jumps: Whether the slopes on the two sides differ, so that there is none at the point.
+    jumps: Whether there is no slope, since those on the two sides differ, or since the value jumps.
     """
 
     what: str
@@ -61,14 +61,24 @@ def slope(
         step: The largest shift.
     """
     here = terms(0.0)
-    # A sum of the differences loses fewer digits than the difference of the sums.
-    right, left = (terms(step) - here).sum().item(), (here - terms(-step)).sum().item()
-    measured, jump = (right + left) / (2 * step), (right - left) / step
     parts = torch.cat(list(claimed))
-    size = parts.abs().sum().item() + abs(measured)
-    rounding = 1e-9 * here.abs().sum().item() + 1e-9
-    jumps = abs(jump) > 1e-3 * size + 1e3 * rounding
-    return Slope(what, parts.sum().item(), measured, 1e-6 * size + rounding, jumps)
+
+    def measure(step: float) -> Slope:
+        # A sum of the differences loses fewer digits than the difference of the sums.
+        right, left = (terms(step) - here).sum().item(), (here - terms(-step)).sum().item()
+        measured, jump = (right + left) / (2 * step), (right - left) / step
+        size = parts.abs().sum().item() + abs(measured)
+        rounding = 1e-9 * here.abs().sum().item() + 1e-9
+        jumps = not abs(jump) <= 1e-3 * size + 1e3 * rounding
+        return Slope(what, parts.sum().item(), measured, 1e-6 * size + rounding, jumps)
+
+    first = measure(step)
+    if first.agrees or first.jumps:
+        return first
+    # Where the value jumps, the quotient depends on the step.
+    second = measure(8 * step)
+    is_steady = abs(first.measured - second.measured) <= 1e3 * max(first.allowed, second.allowed)
+    return first if is_steady else replace(first, jumps=True)
 
 
 def step_for(moved: Iterable[Tensor]) -> float:

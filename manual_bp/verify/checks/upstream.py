@@ -84,17 +84,17 @@ def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
 
 @check()
 def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
-    """Gradients are linear in the upstream gradient: for a sum, -1 times and 2^20 times it."""
+    """Gradients are linear in the upstream gradient: for a sum, and scaled up and down."""
 
     def gradients_for(upstream: Sequence[Tensor]) -> Gradients:
         # Copies, since writes_nothing finds a backward that changes them.
         return gradients(ctx.call, leaves(sample), [u.clone() for u in upstream])[1]
 
     one, other = ctx.upstream(ctx.call, sample), ctx.upstream(ctx.call, sample)
-    # Powers of two scale without rounding; float16 overflows at 2^16.
-    large = 2.0**6 if any(u.dtype is torch.float16 for u in one) else 2.0**20
+    # Powers of two scale without rounding. float16 overflows at 2^16, and underflows at 2^-14.
+    powers = (6, -3) if any(u.dtype is torch.float16 for u in one) else (20, -20, -80)
     of_one, of_other = gradients_for(one), gradients_for(other)
-    for factor, added in ((2.0, 1.0), (-1.0, 0.0), (large, 0.0)):
+    for factor, added in ((2.0, 1.0), (-1.0, 0.0), *((2.0**k, 0.0) for k in powers)):
         of_mixed = gradients_for([factor * u + added * v for u, v in zip(one, other, strict=True)])
         expected: Gradients = {
             i: factor * g + (added * h if added else 0)
@@ -105,7 +105,7 @@ def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
             sample,
             _where_finite(of_mixed, expected),
             _where_finite(expected, expected),
-            f" for {factor:g} times an upstream gradient",
+            f" for {factor:.3g} times an upstream gradient",
             diagnosis="not linear in the upstream gradient",
         )
 

@@ -183,5 +183,6 @@ def _layer_norm(x: Tensor) -> Tensor:
 @twin("third_order", elementwise, _layer_norm, supports=("double_backward", "third_order"))
 def normalizes_rows(x: Tensor) -> Tensor:
     """Layer normalization, whose third derivative is right where that of PyTorch's is wrong."""
-    centered = x - x.mean(-1, keepdim=True)
-    return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = wide - wide.mean(-1, keepdim=True)
+    return (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(x.dtype)

@@ -136,13 +136,13 @@ class DropsSmallUpstream(Linear):
 
 @twin("linear_in_upstream", linear, F.linear)
 class ScalesUpstream(Linear):
-    """The upstream gradient is scaled by its largest element, and the gradients scaled back."""
+    """The upstream gradient is scaled by a power of two to about 1, and the gradients back."""
 
     @staticmethod
     def backward(ctx: Any, delta: Any) -> Any:
         a, w = ctx.saved_tensors
-        largest = delta.abs().amax() if delta.numel() else delta.sum()
-        scale = torch.where(largest > 0, largest, 1)
+        largest = delta.detach().abs().amax() if delta.numel() else delta.detach().sum()
+        scale = torch.where(largest > 0, 2.0 ** torch.frexp(largest).exponent, 1).to(delta.dtype)
         delta = delta / scale
         return scale * (delta @ w), scale * (delta.mT @ a), scale * delta.sum(0)
 
