@@ -12,6 +12,11 @@ from manual_bp.verify._budget import Budget, exact_budget, ulps
 class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not the check)
     """A check failed. The message says where, what was expected, what was found, and why."""
 
+    @property
+    def diagnosis(self) -> str:
+        """What the mistake looks like; empty if it is not known."""
+        return str(self).partition("\ndiagnosis: ")[2]
+
     def diagnosed(self, diagnosis: str) -> "Mismatch":
         """The same mismatch with another diagnosis."""
         return Mismatch(str(self).split("\ndiagnosis: ")[0] + _line(diagnosis))

@@ -50,8 +50,9 @@ def at_zero(ctx: CheckContext, sample: Sample) -> None:
     # A single zero equals no other element, so the slope must be the reference's.
     for i in positions(sample):
         if sample[i].numel():
-            single = sample[i].clone()
-            single.view(-1)[torch.randint(single.numel(), ())] = 0
+            places = torch.arange(sample[i].numel(), device=sample[i].device)
+            chosen = places == torch.randint(len(places), (), device=places.device)
+            single = torch.where(chosen.view(sample[i].shape), 0.0, sample[i])
             compare_with_reference(ctx, (*sample[:i], single, *sample[i + 1 :]), where)
 
 

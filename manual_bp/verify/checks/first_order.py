@@ -20,6 +20,7 @@ from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._precision import exact, narrowest, widen, widened
+from manual_bp.verify.checks._digits import diagnosis_of_digits, results_of
 from manual_bp.verify.checks._shared import (
     LAYOUTS,
     Change,
@@ -47,7 +48,11 @@ _NO_GRADIENT = (
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
     right = ctx.reference(*leaves(widened(sample), ()))
-    compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
+    found = ctx.call(*leaves(sample, ()))
+    try:
+        compare_values(ctx, found, right, ctx.loss(sample))
+    except Mismatch as mismatch:
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 @check()
@@ -106,7 +111,7 @@ def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     except Mismatch as mismatch:
         if fault := _fault_of_reference(ctx, sample, upstream, found, expected):
             raise mismatch.diagnosed(fault) from None
-        raise
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 @check()
@@ -213,6 +218,16 @@ class _Differences:
                 f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
                 + ("" if gradient is not None else _NO_GRADIENT)
             )
+
+
+def _lost_digits(ctx: CheckContext, sample: Sample) -> str:
+    """Why results are right to about seven digits only; empty if they are not."""
+    if narrowest(sample) is not None:
+        return ""
+    upstream = ctx.upstream(ctx.call, sample)
+    got = results_of(ctx, ctx.call, sample, upstream)
+    expected = results_of(ctx, ctx.reference, sample, upstream)
+    return diagnosis_of_digits(ctx, sample, upstream, got, expected)
 
 
 def _fault_of_reference(

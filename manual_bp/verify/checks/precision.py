@@ -14,12 +14,33 @@ from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import narrowest
+from manual_bp.verify.checks._digits import noise_of_float32
 from manual_bp.verify.checks._shared import (
     cast,
     compare_raw,
     compare_with_reference,
     require_real,
 )
+
+
+@check()
+def full_precision(ctx: CheckContext, sample: Sample) -> None:
+    """Nothing is rounded to float32 on the way: neighboring arguments give neighboring results."""
+    if narrowest(sample) is not None:
+        raise NotApplicable("the sample is not in float64")
+    upstream = ctx.upstream(ctx.call, sample)
+    noise = noise_of_float32(ctx, ctx.call, sample, upstream)
+    ctx.comparisons += 1
+    if noise and ctx.case.reference is not None:
+        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream)
+        noise = {name: share for name, share in noise.items() if name not in theirs}
+    if noise:
+        name, share = next(iter(noise.items()))
+        raise Mismatch(
+            f"{name}: expected a change in proportion to that of the arguments, got jumps of "
+            f"{share:.1e} of the largest element\n"
+            f"diagnosis: right to float32 precision only: dtype demoted on the way"
+        )
 
 
 @check(capability=True)
