@@ -42,18 +42,14 @@ def no_nan(ctx: CheckContext, sample: Sample) -> None:
 def at_zero(ctx: CheckContext, sample: Sample) -> None:
     """At 0, value and gradient match the reference, or the slope is between the one-sided ones."""
     where = " at zero, where slopes may jump"
-    judge = judge_slopes if ctx.case.reference is None else compare_except_at_kinks
-    for share in (0.5, 1.0):
-        judge(ctx, _mixed(sample, torch.zeros_like, share), where)
-    if ctx.case.reference is None:
-        return
     # A single zero equals no other element, so the slope must be the reference's.
-    for i in positions(sample):
-        if sample[i].numel():
-            places = torch.arange(sample[i].numel(), device=sample[i].device)
-            chosen = places == torch.randint(len(places), (), device=places.device)
-            single = torch.where(chosen.view(sample[i].shape), 0.0, sample[i])
-            compare_with_reference(ctx, (*sample[:i], single, *sample[i + 1 :]), where)
+    for i, k, arguments in _single_zeros(sample):
+        if ctx.case.reference is None:
+            judge_slopes(ctx, arguments, where, [(i, k)])
+        else:
+            compare_with_reference(ctx, arguments, where)
+    for share in (0.5, 1.0) if ctx.case.reference is not None else ():
+        compare_except_at_kinks(ctx, _mixed(sample, torch.zeros_like, share), where)
 
 
 @check()
@@ -132,6 +128,15 @@ def _mixed(sample: Sample, value: Callable[[Tensor], Tensor], share: float) -> S
         torch.where(torch.rand_like(t.real) < share, value(t), t) if is_differentiable(t) else t
         for t in sample
     )
+
+
+def _single_zeros(sample: Sample) -> Iterator[tuple[int, int, Sample]]:
+    """Samples with a zero in a random element of one argument: its position, and the element's."""
+    for i in positions(sample):
+        for k in torch.randperm(sample[i].numel())[:2].tolist():
+            is_chosen = torch.arange(sample[i].numel(), device=sample[i].device) == k
+            changed = torch.where(is_chosen.view(sample[i].shape), 0.0, sample[i])
+            yield i, k, (*sample[:i], changed, *sample[i + 1 :])
 
 
 def _tied_along_dims(sample: Sample) -> Iterator[Sample]:
