@@ -88,7 +88,7 @@ def _compare_with_reverse_mode(
     usual = torch.stack([ours.abs().sum(), theirs.abs().sum()])
     budget, low = exact_budget(theirs.sum(), usual), narrowest(sample)
     if low is not None:
-        budget = rounding_budget(low, largest(usual), 8 * torch.finfo(low).eps)
+        budget = rounding_budget(low, largest(usual), 8 * torch.finfo(low).eps, 0.0)
     what = f"slope along {names}, by forward mode as by reverse mode"
     ctx.compare(what, ours.sum(), theirs.sum(), budget=budget)
 
