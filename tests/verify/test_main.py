@@ -39,10 +39,10 @@ def test_the_exit_code_tells_right_from_wrong(
     module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([f"{module}:GOOD", "--no-compiler"]) == 0
-    assert "tanh on cpu, seed 0" in capsys.readouterr().out
+    assert "tanh on cpu in float64, seed 0" in capsys.readouterr().out
     assert main([f"{module}:BAD", "--check", "gradients_match_reference", "--seed", "5"]) == 1
     printed = capsys.readouterr().out
-    assert "wrong on cpu, seed 5" in printed
+    assert "wrong on cpu in float64, seed 5" in printed
     assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in printed
 
 
