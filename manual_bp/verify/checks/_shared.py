@@ -103,7 +103,7 @@ def compare_values(
     ours = list(tensors_of(got))
     for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
         if is_differentiable(one) and one.shape == expected.shape:
-            _require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
+            require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
             ours[j] = judged(one, peer, expected)
     ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
 
@@ -161,13 +161,14 @@ def changed(values: Mapping[int, Tensor | None], change: Change) -> Gradients:
     return dict(zip(values, change(list(values.values())), strict=True))
 
 
-def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
-    """The dtype of the reference's output; or a wider one, up to float32."""
-    is_wider = peer.itemsize < got.itemsize <= 4
-    if got != peer and (same_dtype or not is_wider):
-        demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
+def require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
+    """Raise a Mismatch unless a result has the dtype of the reference's, or one up to float32."""
+    more = got.itemsize - peer.itemsize
+    if got != peer and (same_dtype or not 0 < more <= 4 - peer.itemsize):
+        diagnosis = "dtype demoted" if more < 0 else "promoted by a wider dtype"
         raise Mismatch(
-            f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+            f"{what}: expected {peer}, as the reference, got {got}\n"
+            f"diagnosis: {diagnosis if more else 'wrong dtype'}"
         )
 
 

@@ -9,6 +9,8 @@ from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of,
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._precision import loss
+from manual_bp.verify.checks._digits import results_of
 from manual_bp.verify.checks._kinks import compare_except_at_kinks, judge_slopes
 from manual_bp.verify.checks._shared import (
     cast,
@@ -26,10 +28,7 @@ def no_nan(ctx: CheckContext, sample: Sample) -> None:
     if not all(t.isfinite().all() for t in outputs_of(sample)):
         raise NotApplicable("an argument is not finite")
     upstream = ctx.upstream(ctx.call, sample)
-    result, found = gradients(ctx.call, leaves(sample), upstream)
-    named = {f"output {i}": t for i, t in enumerate(outputs_of(result))}
-    named |= {f"gradient of {ctx.label(i)}": g for i, g in found.items() if g is not None}
-    for name, value in named.items():
+    for name, value in results_of(ctx, ctx.call, sample, upstream).items():
         ctx.comparisons += 1
         if count := int(value.isnan().sum()):
             raise Mismatch(
@@ -161,11 +160,12 @@ def _loses_digits(ctx: CheckContext, arguments: Sample) -> bool:
     """Whether the reference is ill-conditioned: float32 gives it fewer than four digits."""
     low = cast(arguments, torch.float32)
     try:
-        upstream = ctx.upstream(ctx.reference, low)
-        result, found = gradients(ctx.reference, leaves(low), upstream)
-        wide = leaves(cast(low, torch.float64))
-        right, expected = gradients(ctx.reference, wide, [u.double() for u in upstream])
+        lost = loss(ctx.reference, low, [ctx.upstream(ctx.reference, low)])
     except Exception:
         return False
-    pairs = zip(outputs_of((result, found)), outputs_of((right, expected)), strict=True)
-    return any(bool(((a - b).abs() > 1e-4 * b.abs().max()).any()) for a, b in pairs if b.numel())
+    pairs = [*lost.outputs, *(pair for pairs in lost.gradients.values() for pair in pairs)]
+    return any(
+        bool(((a - b).abs() > 1e-4 * b.abs().max()).any())
+        for a, b in pairs
+        if is_differentiable(b) and b.numel()
+    )

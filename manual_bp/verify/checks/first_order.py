@@ -167,10 +167,10 @@ class _Differences:
     """
 
     def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
-        low, reference = narrowest(sample), ctx.case.reference
-        uses_reference = low is not None and reference is not None
-        self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
-        self.sample = widened(sample) if uses_reference else sample
+        low = narrowest(sample)
+        reference = None if low is None else ctx.case.reference
+        self.ctx, self.call = ctx, reference or ctx.call
+        self.sample = widened(sample) if reference else sample
         self.upstream = widened(upstream)
         self.is_low = narrowest(self.sample) is not None
         self.eps = torch.finfo(narrowest(self.sample) or torch.float64).eps

@@ -19,6 +19,7 @@ from manual_bp.verify.checks._shared import (
     cast,
     compare_raw,
     compare_with_reference,
+    require_dtype,
     require_real,
 )
 
@@ -104,15 +105,7 @@ def _compare_in(ctx: CheckContext, sample: Sample, dtype: torch.dtype) -> None:
 def _compare_close(ctx: CheckContext, what: str, got: Tensor, expected: Tensor) -> None:
     ctx.comparisons += 1
     if "autocast" in ctx.case.supports:
-        _require_dtype(what, got, expected)
+        require_dtype(what, got.dtype, expected.dtype, same_dtype=True)
     got, expected = got.detach().double(), expected.detach().double()
     if (got - expected).norm() > 2e-2 * expected.norm() + 1e-6:
         raise Mismatch(f"{what}: further from the reference than bfloat16 explains")
-
-
-def _require_dtype(what: str, got: Tensor, expected: Tensor) -> None:
-    if got.dtype is not expected.dtype:
-        raise Mismatch(
-            f"{what}: expected {expected.dtype}, as the reference, got {got.dtype}\n"
-            f"diagnosis: wrong dtype"
-        )
