@@ -48,7 +48,7 @@ def compare_with_reference(
     *,
     change: Callable[[Call], Call] = lambda call: call,
     wanted: Sequence[int] | None = None,
-    same_dtype: bool = False,
+    is_cast: bool = False,
     factor: float = 1.0,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
@@ -63,8 +63,8 @@ def compare_with_reference(
         where: Added to the names in messages.
         change: What is done to the call and the reference alike.
         wanted: The positions of the arguments that require gradients; by default all.
-        same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
-            wider.
+        is_cast: Whether the check chose the dtype, not the case. Then outputs must have the dtype
+            of the reference's, and four times the rounding is allowed for.
         factor: How many times the sample an argument is. Large ones may pass a threshold, and what
             cancels is as much larger.
     """
@@ -84,8 +84,9 @@ def compare_with_reference(
         return
     lost = ctx.loss(arguments, [upstream], reference, wanted)
     is_large = factor > 1
-    lost.usual, lost.factor, lost.slack = ctx.usual_loss(), factor, 4.0 if is_large else 1.0
-    compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
+    lost.usual, lost.factor = ctx.usual_loss(), factor
+    lost.slack = 4.0 if is_large or is_cast else 1.0
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
     _, expected = exact(reference, arguments, upstream, wanted)
     compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
 
