@@ -1,10 +1,12 @@
 """What a check is, and what it works with."""
 
 import math
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_diff
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
 from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
 
+# How long a failed check looks at the other samples, and elsewhere.
+_SECONDS = 2
+
 
 class CheckContext:
     """A case as one check sees it.
@@ -31,7 +36,9 @@ class CheckContext:
     Attributes:
         samples: All samples of the case, in each of the dtypes of the case.
         current: The sample that the check is looking at, which messages name.
-        judged: The samples to which the check applied. Only they are evidence.
+        judged: The samples to which the check applied, and at which it passed. Only they are
+            evidence.
+        failed: The samples at which it failed, each with what it raised.
         comparisons: How many comparisons were made.
         slopes: For each argument, along how many directions a slope was compared.
         kinks: Along how many directions none was, since the slope jumps there.
@@ -49,11 +56,17 @@ class CheckContext:
         self._losses: dict[int, Loss] = {}
         self.current: Sample | None = None
         self.judged: list[Sample] = []
+        self.failed: list[tuple[Sample, Exception]] = []
         self.comparisons = 0
         self.slopes: Counter[str] = Counter()
         self.kinks = 0
         self.notes: list[str] = []
         self.calls_differ = False
+        self._started = time.monotonic()
+
+    def is_quick(self) -> bool:
+        """Whether a failed check may go on, to find out where it fails."""
+        return time.monotonic() - self._started < _SECONDS
 
     @property
     def reference(self) -> Call:
@@ -214,8 +227,13 @@ class CheckContext:
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             name = "output" if len(ours) == 1 else f"output {i}"
             if is_differentiable(one) or is_differentiable(other):
-                budget = (budgets or {}).get(i)
-                self.compare(name + where, one.detach(), other.detach(), budget=budget)
+                self.compare(
+                    name + where,
+                    one.detach(),
+                    other.detach(),
+                    sizes=_sizes(self.current or ()),
+                    budget=(budgets or {}).get(i),
+                )
                 continue
             self.comparisons += 1
             if not torch.equal(one, other):
@@ -228,7 +246,7 @@ class CheckContext:
         expected: Gradients,
         where: str = "",
         *,
-        clues: Mapping[str, Gradients] | None = None,
+        clues: Callable[[], Iterable[tuple[str, Gradients]]] = tuple,
         diagnosis: str = "",
         scales: Gradients | None = None,
         budgets: Mapping[int, Budget] | None = None,
@@ -241,7 +259,8 @@ class CheckContext:
             got: Their gradients.
             expected: The right gradients.
             where: Added to the name of the gradient in messages.
-            clues: The gradients that known mistakes would give.
+            clues: Gives diagnoses with the gradients that those mistakes would give. It is called
+                only if a gradient is wrong.
             diagnosis: The diagnosis, if it is already known.
             scales: Gradients of the usual size, where the expected ones may cancel to zero.
             budgets: How far they may differ; by default as two results of one candidate.
@@ -257,7 +276,7 @@ class CheckContext:
                     f"gradient of {self.label(i)}{where}",
                     got.get(i),
                     right,
-                    clues={k: v for k, g in (clues or {}).items() if (v := g.get(i)) is not None},
+                    clues=partial(_clues_for, i, clues),
                     sizes=_sizes(sample),
                     budget=budget,
                 )
@@ -269,6 +288,12 @@ class CheckContext:
 
 
 Run = Callable[[CheckContext, Sample], None]
+
+# What a check of derivatives builds on, first causes first.
+VALUE = ("writes_nothing", "deterministic", "forward_matches_reference")
+SLOPE = (*VALUE, "gradients_match_reference", "finite_differences")
+# What a check that calls a backward twice builds on.
+STATE = ("interleaved_calls", "repeatable_backward")
 
 
 @dataclass(frozen=True)
@@ -287,6 +312,8 @@ class Check:
     for_modules: It applies to modules only.
     best_sample: It runs on one sample, the one with the most gradients that can show a mistake.
     after_all: Runs once after all samples.
+    builds_on: Names of other checks. If one of them fails, a failure of this one follows from that.
+        All must be named, those on which a named one builds too, first causes first.
     """
 
     run: Run
@@ -296,6 +323,7 @@ class Check:
     for_modules: bool = False
     best_sample: bool = False
     after_all: Callable[[CheckContext], None] | None = None
+    builds_on: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -306,6 +334,16 @@ class Check:
 def check(**flags: Any) -> Callable[[Run], Check]:
     """Turn a function into a `Check` with these flags."""
     return lambda run: Check(run, **flags)
+
+
+def _clues_for(
+    i: int, clues: Callable[[], Iterable[tuple[str, Gradients]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The clues to the gradient of argument i."""
+    for mistake, found in clues():
+        value = found.get(i)
+        if value is not None:
+            yield mistake, value
 
 
 def _blindness(gradient: Tensor) -> str:

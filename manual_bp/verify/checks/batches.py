@@ -7,10 +7,10 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
 
 
-@check(capability=True)
+@check(capability=True, builds_on=VALUE)
 def vmap(ctx: CheckContext, sample: Sample) -> None:
     """`vmap` gives the same as a loop over the samples."""
     in_dims = ctx.in_dims(sample)
@@ -20,7 +20,7 @@ def vmap(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_outputs(batched, looped, " under vmap")
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "vmap"))
 def per_sample_gradients(ctx: CheckContext, sample: Sample) -> None:
     """`vmap(grad)` gives the same gradient of every sample as a loop."""
     in_dims, places = ctx.in_dims(sample), positions(sample)

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import compare_with_reference, first_line
 
 
-@check()
+@check(builds_on=SLOPE)
 def at_zero(ctx: CheckContext, sample: Sample) -> None:
     """At 0, where slopes may jump, value and gradient match the reference."""
     for share in (0.5, 1.0):
@@ -21,7 +21,7 @@ def at_zero(ctx: CheckContext, sample: Sample) -> None:
         compare_with_reference(ctx, arguments, " at zero, where slopes may jump")
 
 
-@check()
+@check(builds_on=SLOPE)
 def large_values(ctx: CheckContext, sample: Sample) -> None:
     """At large values, where functions saturate, value and gradient match the reference."""
     for factor in (30.0, 1e4):
@@ -31,7 +31,7 @@ def large_values(ctx: CheckContext, sample: Sample) -> None:
             compare_with_reference(ctx, scaled, where, factor=factor)
 
 
-@check(capability=True, only_if_declared=True)
+@check(capability=True, only_if_declared=True, builds_on=(*SLOPE, "large_values"))
 def infinite_values(ctx: CheckContext, sample: Sample) -> None:
     """For inf, -inf and nan, value and gradient match the reference."""
     i = positions(sample)[0]
@@ -44,7 +44,7 @@ def infinite_values(ctx: CheckContext, sample: Sample) -> None:
         compare_with_reference(ctx, arguments, f" with {value} in {ctx.label(i)}")
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def device_parity(ctx: CheckContext, sample: Sample) -> None:
     """An accelerator gives the same numbers as the CPU."""
     if ctx.case.device.type == "cpu":

@@ -17,24 +17,24 @@ from manual_bp.verify._autograd import (
     with_tangents,
 )
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify.checks._shared import Change, Derivatives, against_reference, changed
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def double_backward(ctx: CheckContext, sample: Sample) -> None:
     """Second derivatives, by the arguments and by the upstream gradient, match the reference."""
     _compare_order(ctx, sample, 2)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "double_backward"))
 def third_order(ctx: CheckContext, sample: Sample) -> None:
     """Third derivatives match the reference."""
     _compare_order(ctx, sample, 3)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=VALUE)
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives, by all arguments and by each alone, match the reference."""
     places = positions(sample)
@@ -50,7 +50,7 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare(f"tangent of the output along {names}", one, other, budget=budget)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "double_backward", "forward_ad"))
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     """The forward-mode derivative of the gradient matches the reference."""
     upstream = ctx.upstream(ctx.call, sample)

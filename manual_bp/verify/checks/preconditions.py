@@ -15,7 +15,7 @@ def _require_no_blind_spot(ctx: CheckContext) -> None:
         raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: unsuitable samples")
 
 
-@check(after_all=_require_no_blind_spot)
+@check(after_all=_require_no_blind_spot, builds_on=("finite_differences",))
 def informative_samples(ctx: CheckContext, sample: Sample) -> None:  # noqa: ARG001
     """No gradient is zero, empty or of one element at all samples: a mistake would show."""
     ctx.comparisons += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import compare_with_reference, first_line
 
@@ -19,33 +19,33 @@ _SECONDS = 10
 _ELEMENTS = 2**24
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def no_rows(ctx: CheckContext, sample: Sample) -> None:
     """An empty batch gives what the reference gives."""
     _compare_batch(ctx, sample, lambda t, d: t.narrow(d, 0, 0), " of no rows")
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def one_row(ctx: CheckContext, sample: Sample) -> None:
     """A batch of one sample gives what the reference gives."""
     _compare_batch(ctx, sample, lambda t, d: t.narrow(d, 0, 1), " of one row")
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def one_dimensional(ctx: CheckContext, sample: Sample) -> None:
     """One sample without a batch dimension gives what the reference gives."""
     where = " of one sample without a batch dimension"
     _compare_batch(ctx, sample, lambda t, d: t.select(d, 0), where)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def three_dimensional(ctx: CheckContext, sample: Sample) -> None:
     """Two batch dimensions give what the reference gives."""
     where = " with two batch dimensions"
     _compare_batch(ctx, sample, lambda t, d: torch.stack([t, t.flip(d)], d), where)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def sizes(ctx: CheckContext, sample: Sample) -> None:
     """17, 127, 129 and 1025 rows give what the reference gives, as do such sizes in `varying`."""
     if ctx.case.in_dims is None and not ctx.case.varying:

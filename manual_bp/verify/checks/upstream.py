@@ -9,11 +9,11 @@ from torch.autograd import Function
 
 from manual_bp.verify._autograd import Gradients, gradients, gradients_of, leaves, outputs_of
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
 
-@check()
+@check(builds_on=SLOPE)
 def upstream_layouts(ctx: CheckContext, sample: Sample) -> None:
     """The strides of the upstream gradient do not matter, nor whether it is expanded or zero."""
     random = ctx.upstream(ctx.call, sample)
@@ -38,7 +38,7 @@ def upstream_layouts(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_gradients(sample, _where_finite(found, usual), dict.fromkeys(found), where)
 
 
-@check()
+@check(builds_on=SLOPE)
 def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
     """An undefined upstream gradient counts as zero, and breaks nothing."""
     arguments = leaves(sample)
@@ -50,7 +50,7 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
 
 
-@check()
+@check(builds_on=(*SLOPE, *STATE))
 def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
     """Gradients are linear in the upstream gradient: for a sum, -1 times and 2^20 times it."""
 
