@@ -44,6 +44,7 @@ class CheckContext:
         kinks: Along how many directions none was, since the slope jumps there.
         notes: What the report says of a check that passed.
         calls_differ: Whether two calls with the same arguments gave different results.
+        is_cause: Whether a failure would be new, and not follow from one that is known.
     """
 
     def __init__(self, case: Case, check: str) -> None:
@@ -62,11 +63,12 @@ class CheckContext:
         self.kinks = 0
         self.notes: list[str] = []
         self.calls_differ = False
+        self.is_cause = True
         self._started = time.monotonic()
 
-    def is_quick(self) -> bool:
+    def may_go_on(self) -> bool:
         """Whether a failed check may go on, to find out where it fails."""
-        return time.monotonic() - self._started < _SECONDS
+        return self.is_cause and time.monotonic() - self._started < _SECONDS
 
     @property
     def reference(self) -> Call:

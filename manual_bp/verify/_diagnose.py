@@ -44,9 +44,7 @@ def diagnose(
         found.ratio(sizes)
         or found.first_like(_rearranged(expected))
         or found.zero()
-        or found.rows()
-        or found.first_like(_corrected(got, expected, wrong))
-        or found.precision()
+        or ("" if budget.dtype is not None else found.in_float64())
     )
 
 
@@ -126,6 +124,14 @@ class _Difference:
             return "not zero where it should be: a mask or a threshold is missed"
         return self._region("wrong")
 
+    def in_float64(self) -> str:
+        """What rounding would blur in a lower precision."""
+        return (
+            self.first_like(_corrected(self.got, self.expected, self.wrong))
+            or self.rows()
+            or self.precision()
+        )
+
     def rows(self) -> str:
         """For a factor or an offset that is the same along a dimension."""
         for dim, size in enumerate(self.got.shape):
@@ -150,9 +156,9 @@ class _Difference:
         return ""
 
     def precision(self) -> str:
-        """For small errors, in float64."""
+        """For small errors."""
         got, expected = self.got, self.expected
-        if self.budget.dtype is not None or got.is_complex() or not got.isfinite().all():
+        if got.is_complex() or not got.isfinite().all():
             return ""
         is_large = expected.abs() > 1e-3 * largest(expected)
         if not (self.wrong & is_large).any():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
-from manual_bp.verify._check import SLOPE, Check, CheckContext
+from manual_bp.verify._check import STATE, Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
@@ -121,6 +121,7 @@ def _names(dtypes: Iterable[Dtypes]) -> tuple[str, ...]:
 def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
     """The outcome of each check. If two calls differ, nothing else can be compared."""
     calls_differ = False
+    failed: set[str] = set()
     for check in checks:
         if calls_differ:
             message = "two calls with the same arguments differ: see deterministic"
@@ -128,7 +129,10 @@ def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
             continue
         started = time.perf_counter()
         ctx = CheckContext(case, check.name)
+        ctx.is_cause = failed.isdisjoint(check.builds_on)
         status, message = _as_declared(case, check, *_judge(ctx, check))
+        if status == "failed":
+            failed.add(check.name)
         calls_differ = ctx.calls_differ and status == "failed"
         seconds = time.perf_counter() - started
         notes = tuple(dict.fromkeys(ctx.notes))
@@ -161,7 +165,7 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
     """Run a check on the samples. It must compare something, and a mistake must be able to show."""
     reasons: dict[str, None] = {}
     for sample in ctx.each([ctx.most_informative()] if check.best_sample else ctx.samples):
-        if ctx.failed and not ctx.is_quick():
+        if ctx.failed and not ctx.may_go_on():
             break
         try:
             check.run(ctx, sample)
@@ -184,8 +188,9 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
 def _failure(ctx: CheckContext, check: Check, mismatch: Mismatch) -> str:
     """The whole message of a failed check: what was found, why, where, and how to run it again."""
     lines = [ctx.located(mismatch.finding)]
-    can_repeat = check.name in SLOPE and bool(ctx.failed) and ctx.is_quick()
-    is_flaky = can_repeat and passes(ctx.case, check)
+    can_repeat = "deterministic" in check.builds_on and bool(ctx.failed) and ctx.may_go_on()
+    # Checks of what one call does to another may well pass the second time.
+    is_flaky = can_repeat and check.name not in STATE and passes(ctx.case, check)
     if is_flaky:
         lines.append(f"diagnosis: {_FLAKY}")
     elif mismatch.diagnosis:
