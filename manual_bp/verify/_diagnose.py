@@ -79,7 +79,8 @@ class _Difference:
             return False
         value = value.to(self.got.dtype)
         larger = max(1.0, largest(value) / (largest(self.expected) or 1.0))
-        loose = replace(self.budget.loosened(), atol=self.budget.atol * larger)
+        usual = self.budget
+        loose = replace(usual.loosened(), atol=usual.atol * larger, extra=usual.extra * larger)
         if loose.wrong(self.got, value).any():
             return False
         return _distance(self.got, value) <= _UNEXPLAINED * _distance(self.got, self.expected)
