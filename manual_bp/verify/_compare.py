@@ -18,6 +18,10 @@ class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not
         """The same mismatch with another diagnosis."""
         return Mismatch(str(self).split("\ndiagnosis: ")[0] + _line(diagnosis))
 
+    def with_evidence(self, evidence: str) -> "Mismatch":
+        """The same mismatch with something more that was found."""
+        return Mismatch(f"{self.finding}; {evidence}" + _line(self.diagnosis))
+
     @property
     def finding(self) -> str:
         """What was found, without the diagnosis."""

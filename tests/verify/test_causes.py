@@ -182,3 +182,22 @@ def test_an_unexpected_pass_leads_too() -> None:
     known = replace(case, expected_failures={"deterministic": "known"})
     report = run(known, only=["deterministic"])
     assert report.verdict == "NOT OK: deterministic: expected to fail: known"
+
+
+def test_sizes_says_which_sizes_are_wrong() -> None:
+    wrong = wrong_if(lambda x: len(x) in (127, 129))
+    report = check_function(wrong, SAMPLES, square, in_dims=(0,), only=["sizes"])
+    (failure,) = report.failures
+    assert "wrong with 127 rows, 129 rows, right with 17 rows, 1025 rows" in failure.message
+
+
+def test_a_wrong_remainder_names_the_block() -> None:
+    def remainder(_: int, x: Tensor, g: Tensor) -> Tensor:
+        slope = 2 * x * g
+        slope[len(x) // 128 * 128 :] *= 1 if len(x) < 128 else 0
+        return slope
+
+    report = check_function(squares(remainder), SAMPLES, square, in_dims=(0,), slow=False)
+    (cause,) = report.causes
+    assert cause.check == "sizes"
+    assert "the rows from 128 on do not count: the remainder of a block of" in report.verdict
