@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import (
     Gradients,
+    blindness,
     gradients,
     leaves,
     outputs_of,
@@ -21,7 +22,9 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
+from manual_bp.verify._clues import clues_for
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
+from manual_bp.verify._diagnose import threshold
 from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
 
 # How long a failed check looks at the other samples, and elsewhere.
@@ -143,7 +146,7 @@ class CheckContext:
         """The sample with the most gradients that are finite and not zero."""
         return max(
             self.samples,
-            key=lambda s: sum(not _blindness(g) for g in self._trusted_gradients(s).values()),
+            key=lambda s: sum(not blindness(g) for g in self._trusted_gradients(s).values()),
         )
 
     def blind_spot(self) -> str:
@@ -154,7 +157,7 @@ class CheckContext:
             return "no output depends on an argument that can have a gradient"
         blind = []
         for i in sorted({i for of_sample in found for i in of_sample}):
-            reasons = {_blindness(of_sample[i]): None for of_sample in found if i in of_sample}
+            reasons = {blindness(of_sample[i]): None for of_sample in found if i in of_sample}
             if "" not in reasons:
                 blind.append(f"the gradient of {self.label(i)} {' or '.join(reasons)}")
         if blind:
@@ -278,12 +281,12 @@ class CheckContext:
                     f"gradient of {self.label(i)}{where}",
                     got.get(i),
                     right,
-                    clues=partial(_clues_for, i, clues),
+                    clues=partial(clues_for, i, clues),
                     sizes=_sizes(sample),
                     budget=budget,
                 )
             except Mismatch as mismatch:
-                known = diagnosis or (is_large and _threshold(sample[i], got.get(i), expected[i]))
+                known = diagnosis or (is_large and threshold(sample[i], got.get(i), expected[i]))
                 if not known:
                     raise
                 raise mismatch.diagnosed(known) from None
@@ -338,40 +341,6 @@ def check(**flags: Any) -> Callable[[Run], Check]:
     return lambda run: Check(run, **flags)
 
 
-def _clues_for(
-    i: int, clues: Callable[[], Iterable[tuple[str, Gradients]]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The clues to the gradient of argument i."""
-    for mistake, found in clues():
-        value = found.get(i)
-        if value is not None:
-            yield mistake, value
-
-
-def _blindness(gradient: Tensor) -> str:
-    """Why a wrong gradient could look like this one; empty if it could not."""
-    if not gradient.numel():
-        return "has no elements"
-    finite = gradient.isfinite()
-    if not finite.any():
-        return "is not finite"
-    return "" if (finite & (gradient != 0)).any() else "is zero"
-
-
 def _sizes(sample: Sample) -> list[int]:
     shapes = [t.shape for t in sample if isinstance(t, Tensor)]
     return [size for shape in shapes for size in (*shape, math.prod(shape))]
-
-
-def _threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
-    """The diagnosis if a gradient is wrong exactly where the argument is large."""
-    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
-        return ""
-    wrong = (got - expected).abs() > 1e-6 * expected.abs()
-    right = ~wrong & (expected != 0)
-    if right.sum() < 2 or wrong.sum() < 2:
-        return ""
-    limit = value.abs()[wrong].min()
-    if limit > value.abs()[right].max():
-        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
-    return ""

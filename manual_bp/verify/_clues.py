@@ -1,6 +1,6 @@
 """The gradients that known mistakes would give."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -63,6 +63,16 @@ def is_linear(call: Call, sample: Sample, upstream: Sequence[Tensor], found: Gra
             if difference > 1e-2 * float(gradient.abs().double().norm()):
                 return False
     return True
+
+
+def clues_for(
+    i: int, clues: Callable[[], Iterable[tuple[str, Gradients]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The clues to the gradient of argument i."""
+    for mistake, found in clues():
+        value = found.get(i)
+        if value is not None:
+            yield mistake, value
 
 
 def _attempt(mistake: str, compute: Callable[[], Gradients]) -> Iterator[Clue]:

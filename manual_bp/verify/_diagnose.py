@@ -64,6 +64,20 @@ def diagnose_shape(got: Tensor, expected: Tensor) -> str:
     return ""
 
 
+def threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
+    """The diagnosis if a gradient is wrong exactly where the argument is large."""
+    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
+        return ""
+    wrong = (got - expected).abs() > 1e-6 * expected.abs()
+    right = ~wrong & (expected != 0)
+    if right.sum() < 2 or wrong.sum() < 2:
+        return ""
+    limit = value.abs()[wrong].min()
+    if limit > value.abs()[right].max():
+        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
+    return ""
+
+
 @dataclass(frozen=True)
 class _Difference:
     """What was found and what is right, and where they differ by more than the budget."""

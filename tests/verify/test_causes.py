@@ -34,7 +34,8 @@ def squares(backward: Callable[[int, Tensor, Tensor], Tensor]) -> type[Function]
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             Squares.calls += 1
-            return backward(Squares.calls, *ctx.saved_tensors, grad)
+            (x,) = ctx.saved_tensors
+            return backward(Squares.calls, x, grad)
 
     return Squares
 
@@ -98,7 +99,7 @@ def test_a_wrong_gradient_of_a_wrong_value_is_a_mistake_of_its_own() -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
+            x: Tensor = ctx.saved_tensors[0]
             return 3 * grad * x
 
     report = check_function(Both, SAMPLES, square, slow=False)
