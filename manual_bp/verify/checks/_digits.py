@@ -46,14 +46,14 @@ def noise_of_float32(
     return {name: n for name, n in near.items() if n > _NOISE and far[name] < 3 * n}
 
 
-def diagnosis_of_digits(
+def is_demoted(
     ctx: CheckContext,
     sample: Sample,
     upstream: Sequence[Tensor],
     got: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-) -> str:
-    """Why results are right to about seven digits only; empty if they are not, or for no reason."""
+) -> bool:
+    """Whether results are right to about seven digits, and have the noise of float32."""
     errors = {
         name: largest(got[name] - right) / largest(right)
         for name, right in expected.items()
@@ -61,13 +61,8 @@ def diagnosis_of_digits(
     }
     name = max(errors, key=lambda name: errors[name], default="")
     if not name or not _NOISE / 10 < errors[name] < 1e-5:
-        return ""
-    if name in noise_of_float32(ctx, ctx.call, sample, upstream):
-        return "right to float32 precision only: dtype demoted on the way"
-    return (
-        f"off by {errors[name]:.1e} of the largest element, and smooth: a wrong digit in a "
-        f"constant, or an approximation"
-    )
+        return False
+    return name in noise_of_float32(ctx, ctx.call, sample, upstream)
 
 
 def _second_differences(behind: Named, here: Named, ahead: Named) -> dict[str, float]:

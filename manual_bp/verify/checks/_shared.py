@@ -1,6 +1,6 @@
 """What several checks share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -22,6 +22,7 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._budget import Budget, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._clues import Clue, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
 
@@ -88,7 +89,24 @@ def compare_with_reference(
     lost.slack = 4.0 if is_large or is_cast else 1.0
     compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
     _, expected = exact(reference, arguments, upstream, wanted)
-    compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
+    clues = clues_from(ctx, reference, arguments, upstream, expected)
+    compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
+
+
+def clues_from(
+    ctx: CheckContext,
+    reference: Call,
+    arguments: Sample,
+    upstream: Sequence[Tensor],
+    expected: Gradients,
+) -> Callable[[], Iterator[Clue]]:
+    """The gradients that known mistakes would give, computed with the reference when asked for."""
+
+    def right(changed: Sample, other: Sequence[Tensor]) -> Gradients:
+        return exact(reference, changed, other)[1]
+
+    wide = widened(arguments)
+    return partial(known_mistakes, wide, widened(upstream), expected, right, ctx.label)
 
 
 def compare_values(

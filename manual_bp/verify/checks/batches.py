@@ -8,12 +8,12 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Call, Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
 
 Dims = tuple[int | None, ...]
 
 
-@check(capability=True)
+@check(capability=True, builds_on=VALUE)
 def vmap(ctx: CheckContext, sample: Sample) -> None:
     """`vmap` gives the same as a loop, for any batch dimension, any argument alone, and nested."""
     in_dims = ctx.in_dims(sample)
@@ -29,7 +29,7 @@ def vmap(ctx: CheckContext, sample: Sample) -> None:
     _compare_nested(ctx, sample, in_dims)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "vmap"))
 def per_sample_gradients(ctx: CheckContext, sample: Sample) -> None:
     """`vmap(grad)` gives the same gradient of every sample as a loop, for any batch dimension."""
     in_dims, places = ctx.in_dims(sample), positions(sample)

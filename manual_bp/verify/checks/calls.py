@@ -15,12 +15,12 @@ from manual_bp.verify._autograd import (
     positions,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import compare_with_reference, pairs_of_one_shape, tied
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "interleaved_calls"))
 def repeatable_backward(ctx: CheckContext, sample: Sample) -> None:
     """Two backwards through one graph give the same gradients, and `.grad` adds up."""
     arguments = leaves(sample)
@@ -43,7 +43,7 @@ def repeatable_backward(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_gradients(sample, added, twice, " added up in .grad by two backwards")
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
     """A call between another call's forward and backward changes nothing for either of them."""
     upstream = ctx.upstream(ctx.call, sample)
@@ -66,7 +66,7 @@ def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_gradients(other, other_found, other_expected, where, diagnosis=diagnosis)
 
 
-@check()
+@check(builds_on=SLOPE)
 def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     """One tensor given as two arguments gets the sum of both gradients."""
     pairs = pairs_of_one_shape(sample)

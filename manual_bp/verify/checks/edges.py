@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import loss
 from manual_bp.verify.checks._digits import results_of
@@ -20,7 +20,7 @@ from manual_bp.verify.checks._shared import (
 )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def no_nan(ctx: CheckContext, sample: Sample) -> None:
     """Without a reference: where the arguments are finite, value and gradient are not nan."""
     if ctx.case.reference is not None:
@@ -37,7 +37,7 @@ def no_nan(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check()
+@check(builds_on=SLOPE)
 def at_zero(ctx: CheckContext, sample: Sample) -> None:
     """At 0, value and gradient match the reference, or the slope is between the one-sided ones."""
     where = " at zero, where slopes may jump"
@@ -51,7 +51,7 @@ def at_zero(ctx: CheckContext, sample: Sample) -> None:
         compare_except_at_kinks(ctx, _mixed(sample, torch.zeros_like, share), where)
 
 
-@check()
+@check(builds_on=SLOPE)
 def at_ties(ctx: CheckContext, sample: Sample) -> None:
     """Where elements are equal, the slope is the reference's, or between the one-sided ones."""
     judge = judge_slopes if ctx.case.reference is None else compare_except_at_kinks
@@ -59,7 +59,7 @@ def at_ties(ctx: CheckContext, sample: Sample) -> None:
         judge(ctx, arguments, " where elements are equal")
 
 
-@check()
+@check(builds_on=SLOPE)
 def small_values(ctx: CheckContext, sample: Sample) -> None:
     """At small values, -0, 1 and powers of 2, value and gradient match the reference."""
     special: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,7 +80,7 @@ def small_values(ctx: CheckContext, sample: Sample) -> None:
                 raise
 
 
-@check()
+@check(builds_on=SLOPE)
 def large_values(ctx: CheckContext, sample: Sample) -> None:
     """At large values, where functions saturate, value and gradient match the reference."""
     for factor in (30.0, 1e4):
@@ -90,7 +90,7 @@ def large_values(ctx: CheckContext, sample: Sample) -> None:
             compare_with_reference(ctx, scaled, where, factor=factor)
 
 
-@check(capability=True, only_if_declared=True)
+@check(capability=True, only_if_declared=True, builds_on=(*SLOPE, "large_values"))
 def infinite_values(ctx: CheckContext, sample: Sample) -> None:
     """For inf, -inf and nan, value and gradient match the reference."""
     i = positions(sample)[0]
@@ -103,7 +103,7 @@ def infinite_values(ctx: CheckContext, sample: Sample) -> None:
         compare_with_reference(ctx, arguments, f" with {value} in {ctx.label(i)}")
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def device_parity(ctx: CheckContext, sample: Sample) -> None:
     """An accelerator gives the same numbers as the CPU."""
     if ctx.case.device.type == "cpu":

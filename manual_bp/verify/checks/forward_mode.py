@@ -18,7 +18,7 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify._precision import narrowest
 from manual_bp.verify.checks._shared import Change, Derivatives, against_reference, changed
@@ -27,7 +27,7 @@ from manual_bp.verify.checks._slopes import inner, slope, step_for
 Tangents = dict[int, Tensor]
 
 
-@check(capability=True)
+@check(capability=True, builds_on=VALUE)
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives match the reference or reverse mode, by all arguments and each."""
     places = positions(sample)
@@ -46,7 +46,7 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare(f"tangent of the output along {names}", one, other, budget=budget)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "double_backward", "forward_ad"))
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     """The forward-mode derivative of the gradient matches the reference, or the slope."""
     upstream = ctx.upstream(ctx.call, sample)

@@ -4,10 +4,10 @@ import torch
 
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def without_graph(ctx: CheckContext, sample: Sample) -> None:
     """The value is the same if no graph is recorded."""
     expected = ctx.call(*leaves(sample))
@@ -16,7 +16,7 @@ def without_graph(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_outputs(ctx.call(*leaves(sample)), expected, " under no_grad")
 
 
-@check()
+@check(builds_on=SLOPE)
 def create_graph(ctx: CheckContext, sample: Sample) -> None:
     """The gradient is the same under create_graph=True, unless that is refused."""
     upstream = ctx.upstream(ctx.call, sample)

@@ -10,7 +10,7 @@ from torch import nn
 
 from manual_bp.verify._autograd import leaves, outputs_of
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import VALUE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import narrowest
 from manual_bp.verify.checks._shared import cast
@@ -43,7 +43,7 @@ def pickle_(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_outputs(copied(*inputs), module(*inputs), " after pickling")
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("deterministic",))
 def deepcopy(ctx: CheckContext, sample: Sample) -> None:
     """A deepcopy computes the same, with its own parameters."""
     module, inputs = _module(ctx, sample)
@@ -99,7 +99,7 @@ def factory_kwargs(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("requires_grad_subsets",))
 def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
     """A frozen parameter stays frozen and gets no gradient; the others get theirs."""
     module, inputs = _module(ctx, sample)
@@ -127,7 +127,7 @@ def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
                 raise Mismatch(f"{name}: expected it to stay frozen, without a gradient")
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=VALUE)
 def train_eval(ctx: CheckContext, sample: Sample) -> None:
     """In training and in evaluation mode the output matches the reference."""
     if ctx.case.reference_factory is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, subsets
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import narrowest, widened
 from manual_bp.verify.checks._shared import Change, Derivatives, against_reference
@@ -27,14 +27,14 @@ from manual_bp.verify.checks._slopes import (
 Weights = Sequence[Sequence[Tensor]]
 
 
-@check(capability=True)
+@check(capability=True, builds_on=SLOPE)
 def double_backward(ctx: CheckContext, sample: Sample) -> None:
     """Second derivatives match the reference or the slopes, whichever arguments are frozen."""
     _judge_order(ctx, sample, 2)
     _compare_frozen(ctx, sample)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, "double_backward"))
 def third_order(ctx: CheckContext, sample: Sample) -> None:
     """Third derivatives match the reference, or the slopes where that is missing or wrong."""
     _judge_order(ctx, sample, 3)
@@ -170,7 +170,7 @@ def _compare(
     try:
         ctx.compare(what, one, other, **options)
     except Mismatch as mismatch:
-        if "diagnosis" in str(mismatch):
+        if mismatch.diagnosis:
             raise
         raise mismatch.diagnosed(
             f"a term of order {order} is missing: detached tensors are constants here, and so "

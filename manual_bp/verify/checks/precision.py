@@ -11,8 +11,9 @@ from manual_bp.verify._autograd import (
     outputs_of,
 )
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
 from manual_bp.verify.checks._digits import noise_of_float32
 from manual_bp.verify.checks._shared import (
@@ -24,7 +25,7 @@ from manual_bp.verify.checks._shared import (
 )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def full_precision(ctx: CheckContext, sample: Sample) -> None:
     """Nothing is rounded to float32 on the way: neighboring arguments give neighboring results."""
     if narrowest(sample) is not None:
@@ -40,29 +41,29 @@ def full_precision(ctx: CheckContext, sample: Sample) -> None:
         raise Mismatch(
             f"{name}: expected a change in proportion to that of the arguments, got jumps of "
             f"{share:.1e} of the largest element\n"
-            f"diagnosis: right to float32 precision only: dtype demoted on the way"
+            f"diagnosis: {DEMOTED}"
         )
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, *STATE, "raw_backward"))
 def float32(ctx: CheckContext, sample: Sample) -> None:
     """In float32 the error is that of the reference in float32, and rounding."""
     _compare_in(ctx, sample, torch.float32)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, *STATE, "raw_backward", "float32"))
 def bfloat16(ctx: CheckContext, sample: Sample) -> None:
     """In bfloat16 the error is that of the reference in bfloat16, and rounding."""
     _compare_in(ctx, sample, torch.bfloat16)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, *STATE, "raw_backward", "float32", "bfloat16"))
 def float16(ctx: CheckContext, sample: Sample) -> None:
     """In float16 the error is that of the reference in float16, and rounding."""
     _compare_in(ctx, sample, torch.float16)
 
 
-@check(capability=True)
+@check(capability=True, builds_on=(*SLOPE, *STATE, "raw_backward", "float32", "bfloat16"))
 def autocast(ctx: CheckContext, sample: Sample) -> None:
     """Under autocast the dtypes match the reference, and backward works outside the region."""
     require_real(sample)

@@ -16,12 +16,12 @@ from manual_bp.verify._autograd import (
     subsets,
 )
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import LAYOUTS, is_plain
 
 
-@check()
+@check(builds_on=SLOPE)
 def upstream_layouts(ctx: CheckContext, sample: Sample) -> None:
     """The strides of the upstream gradient do not matter, nor whether it is expanded or zero."""
     random = ctx.upstream(ctx.call, sample)
@@ -46,7 +46,7 @@ def upstream_layouts(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_gradients(sample, _where_finite(found, usual), dict.fromkeys(found), where)
 
 
-@check()
+@check(builds_on=SLOPE)
 def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
     """An undefined upstream gradient counts as zero, and breaks nothing."""
     arguments = leaves(sample)
@@ -58,7 +58,7 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
 
 
-@check()
+@check(builds_on=SLOPE)
 def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
     """The gradient of some of the outputs is the same if the others are unused or undefined."""
     upstream = ctx.upstream(ctx.call, sample)
@@ -82,7 +82,7 @@ def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare_gradients(sample, found, expected, where)
 
 
-@check()
+@check(builds_on=(*SLOPE, *STATE))
 def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
     """Gradients are linear in the upstream gradient: for a sum, and scaled up and down."""
 
