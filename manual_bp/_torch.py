@@ -6,7 +6,7 @@ either falls back to something slower that gives the same numbers, or raises an 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -219,6 +219,26 @@ def tree_leaves(tree: Any) -> list[Any]:
     """All leaves of nested tuples, lists, dicts and registered classes."""
     leaves: list[Any] = _need(_pytree, "tree_leaves", "look into nested containers")(tree)
     return leaves
+
+
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers, and the structure from which `unflatten_tree` makes more."""
+    flat: tuple[list[Any], Any] = _need(_pytree, "tree_flatten", "look into nested containers")(
+        tree
+    )
+    return flat
+
+
+def unflatten_tree(leaves: Iterable[Any], structure: Any) -> Any:
+    """Nested containers of this structure that hold these leaves."""
+    return _need(_pytree, "tree_unflatten", "nest arguments")(leaves, structure)
+
+
+def tree_paths(arguments: tuple[Any, ...]) -> list[tuple[int, str]]:
+    """For every leaf, the position of its argument, and the path from there, such as `['h'][0]`."""
+    pairs = _need(_pytree, "tree_flatten_with_path", "name nested arguments")(arguments)[0]
+    text = _need(_pytree, "keystr", "name nested arguments")
+    return [(path[0].idx, text(path[1:])) for path, _ in pairs]
 
 
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """Arguments that require gradients, the gradients themselves, and the graph between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,14 +9,32 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from manual_bp._torch import tree_leaves
+from manual_bp.verify._arguments import hides_tensors
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 Gradients = dict[int, Tensor | None]
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
-    """All tensors in a result, however they are nested."""
-    return tuple(t for t in tree_leaves(value) if isinstance(t, Tensor))
+    """All tensors in a result, however they are nested. Those of a dict are sorted by key.
+
+    Raises a TypeError if a class holds some that is not registered as a pytree.
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = [value[key] for key in sorted(value, key=str)]
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif (found := tree_leaves(value)) and found[0] is not value:
+        parts = found
+    elif name := hides_tensors(value):
+        raise TypeError(
+            f"the result must hold its tensors in lists, tuples, dicts or classes registered as "
+            f"pytrees; got some in a {name}"
+        )
+    return tuple(t for part in parts for t in tensors_of(part))
 
 
 def outputs_of(value: Any) -> tuple[Tensor, ...]:

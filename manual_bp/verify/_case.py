@@ -30,6 +30,7 @@ class Case:
     labels: Names of the arguments in messages.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
+    nested_inputs: Nests a module's inputs in a sample as its forward takes them.
     location: Where the command line found the case, as package.module:Name.
     """
 
@@ -49,6 +50,7 @@ class Case:
     labels: tuple[str, ...] = ()
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
+    nested_inputs: Callable[[Sample], Sample] = tuple
     location: str = ""
 
     def label(self, position: int) -> str:

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from manual_bp._torch import tree_leaves
+from manual_bp.verify._arguments import Structure, per_leaf, structure_of
 from manual_bp.verify._case import (
     Call,
     Case,
@@ -31,11 +32,11 @@ def function_case(
     *,
     name: str = "",
     supports: Iterable[str] = (),
-    in_dims: tuple[int | None, ...] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
     dtypes: Iterable[Dtypes] = (torch.float64,),
     rtol: float = 0.0,
     atol: float = 0.0,
-    varying: Sequence[tuple[int | None, ...]] = (),
+    varying: Sequence[tuple[Any, ...]] = (),
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -44,11 +45,13 @@ def function_case(
 
     Args:
         fn: What is judged.
-        samples: A list of argument tuples, or a function that makes one from a generator.
+        samples: A list of argument tuples, or a function that makes one from a generator. Arguments
+            may be nested in lists, tuples, dicts and registered classes, in all samples alike.
         reference: The same function in ordinary differentiable PyTorch.
         name: The name of the case; by default that of fn.
         supports: Capabilities that must work.
-        in_dims: As for `torch.vmap`: the sample dimension of each argument.
+        in_dims: As for `torch.vmap`: the sample dimension of each argument, nested as the argument
+            is, or one for all its tensors.
         dtypes: In which dtypes fn works. The floating arguments are converted to each of them in
             turn, complex ones to the complex dtype of the same precision. A tuple has one dtype for
             each argument, or None for one that stays as it is. The reference runs in float64, from
@@ -70,22 +73,23 @@ def function_case(
     call = _callable("fn", fn.apply if is_function else fn)
     if reference is not None:
         _callable("reference", reference)
-    draw, count = _as_draw(samples)
+    drawn = _drawn(samples)
+    structure = structure_of(drawn)
     return Case(
         name=name or getattr(fn, "__name__", type(fn).__name__),
-        call=call,
-        draw=draw,
-        reference=reference,
+        call=structure.call(call),
+        draw=_as_draw(samples, structure),
+        reference=None if reference is None else structure.call(reference),
         supports=_known_capabilities(supports),
-        in_dims=_per_argument("in_dims", in_dims, count),
-        dtypes=_known_dtypes(dtypes, count),
+        in_dims=_dims("in_dims", in_dims, drawn[0]),
+        dtypes=_known_dtypes(dtypes, drawn[0]),
         rtol=_tolerance("rtol", rtol),
         atol=_tolerance("atol", atol),
-        varying=tuple(_per_argument("varying", group, count) for group in varying),
+        varying=tuple(_dims("varying", group, drawn[0]) for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
-        labels=_argument_names(fn.forward if is_function else fn, is_function),
+        labels=structure.labels(_argument_names(fn.forward if is_function else fn, is_function)),
     )
 
 
@@ -97,11 +101,11 @@ def module_case(
     *,
     name: str = "",
     supports: Iterable[str] = (),
-    in_dims: tuple[int | None, ...] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
     dtypes: Iterable[Dtypes] = (torch.float64,),
     rtol: float = 0.0,
     atol: float = 0.0,
-    varying: Sequence[tuple[int | None, ...]] = (),
+    varying: Sequence[tuple[Any, ...]] = (),
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -120,26 +124,29 @@ def module_case(
     """
     module = _built("factory", factory, seed, device)
     parameters = dict(module.named_parameters())
-    draw, count = _as_draw(samples, need_floats=not parameters)
+    drawn = _drawn(samples, need_floats=not parameters)
+    structure = structure_of(drawn)
+    inputs = structure.labels([f"input {i}" for i in range(len(drawn[0]))])
     nones = (None,) * len(parameters)
     return Case(
         name=name or type(module).__name__,
-        call=_lifted(module, list(parameters)),
-        draw=_with_parameters(draw, list(parameters.values())),
-        reference=_lifted_reference(reference, list(parameters), seed, device),
+        call=_lifted(module, list(parameters), structure),
+        draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
+        reference=_lifted_reference(reference, list(parameters), structure, seed, device),
         supports=_known_capabilities(supports),
-        in_dims=None if in_dims is None else _per_argument("in_dims", in_dims, count) + nones,
+        in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn[0]) + nones,
         dtypes=tuple(
             entry + nones if isinstance(entry, tuple) else entry
-            for entry in _known_dtypes(dtypes, count)
+            for entry in _known_dtypes(dtypes, drawn[0])
         ),
         rtol=_tolerance("rtol", rtol),
         atol=_tolerance("atol", atol),
-        varying=tuple(_per_argument("varying", group, count) + nones for group in varying),
+        varying=tuple(_dims("varying", group, drawn[0]) + nones for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
-        labels=(*[f"input {i}" for i in range(count)], *parameters),
+        labels=(*inputs, *parameters),
+        nested_inputs=structure.unflatten,
         factory=factory,
         reference_factory=reference,
     )
@@ -155,7 +162,7 @@ def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
     return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
 
 
-def _lifted(module: nn.Module, names: list[str]) -> Call:
+def _lifted(module: nn.Module, names: list[str], structure: Structure) -> Call:
     """The module as a function of its inputs and the parameters of these names."""
 
     def call(*arguments: Any) -> Any:
@@ -167,12 +174,15 @@ def _lifted(module: nn.Module, names: list[str]) -> Call:
             for name, buffer in module.named_buffers()
         }
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return functional_call(module, values | copies, arguments[:count])
+        inputs = structure.unflatten(arguments[:count])
+        return functional_call(module, values | copies, inputs)
 
     return call
 
 
-def _lifted_reference(factory: Any, names: list[str], seed: int, device: Any) -> Call | None:
+def _lifted_reference(
+    factory: Any, names: list[str], structure: Structure, seed: int, device: Any
+) -> Call | None:
     if factory is None:
         return None
     module = _built("reference", factory, seed, device)
@@ -181,7 +191,7 @@ def _lifted_reference(factory: Any, names: list[str], seed: int, device: Any) ->
         raise ValueError(
             f"reference must have the parameters of the module, {sorted(names)}; got {found}"
         )
-    return _lifted(module, names)
+    return _lifted(module, names, structure)
 
 
 def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:
@@ -207,48 +217,58 @@ def _built(name: str, factory: Any, seed: int, device: torch.device | str | None
     return module.to(device or "cpu")
 
 
-def _as_draw(samples: Any, *, need_floats: bool = True) -> tuple[Draw, int]:
-    """The samples as a function of a generator, and how many arguments each has."""
+def _drawn(samples: Any, *, need_floats: bool = True) -> Sequence[Sample]:
+    """The first samples, which must be ones that can be judged."""
     drawn = samples(torch.Generator().manual_seed(0)) if callable(samples) else samples
     if not isinstance(drawn, Sequence) or not drawn:
         raise TypeError(f"samples must be a sequence of argument tuples; got {drawn!r:.80}")
     for sample in drawn:
-        _require_arguments(sample)
-    if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
+        if not isinstance(sample, tuple):
+            kind = type(sample).__name__
+            raise TypeError(f"samples must be a sequence of argument tuples; got a {kind}")
+    floats = [any(map(is_differentiable, tree_leaves(sample))) for sample in drawn]
+    if need_floats and not all(floats):
         raise TypeError("samples must each hold a floating or complex tensor; got none")
     counts = sorted({len(sample) for sample in drawn})
     if len(counts) > 1:
         raise ValueError(f"samples must all have the same number of arguments; got {counts}")
-    return samples if callable(samples) else lambda _: drawn, counts[0]
+    return drawn
 
 
-def _per_argument(name: str, dims: Any, count: int) -> Any:
-    """Dimensions as given, one (or None) for each argument."""
-    fits = isinstance(dims, tuple) and len(dims) == count
-    if dims is not None and not (fits and all(d is None or isinstance(d, int) for d in dims)):
-        raise ValueError(
-            f"{name} must have a dimension or None for each argument, in a tuple of {count}; "
-            f"got {dims}"
-        )
-    return dims
+def _as_draw(samples: Any, structure: Structure) -> Draw:
+    draw = samples if callable(samples) else lambda _: samples
+    return lambda generator: [structure.flatten(sample) for sample in draw(generator)]
 
 
-def _known_dtypes(dtypes: Any, count: int) -> tuple[Dtypes, ...]:
+def _dims(name: str, dims: Any, sample: Sample) -> Any:
+    """A dimension or None for each tensor in a sample."""
+    if dims is None:
+        return None
+    found = per_leaf(name, dims, sample)
+    if not all(d is None or isinstance(d, int) for d in found):
+        raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
+    leaves = zip(found, tree_leaves(sample), strict=True)
+    return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
+
+
+def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:
     """The entries of dtypes, the widest first."""
 
     def eps(entry: Dtypes) -> float:
         members = entry if isinstance(entry, tuple) else (entry,)
         return min([torch.finfo(dtype).eps for dtype in members if dtype], default=0.0)
 
-    entries = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
+    entries = tuple(
+        per_leaf("dtypes", entry, sample) if isinstance(entry, tuple) else entry
+        for entry in (dtypes if isinstance(dtypes, Iterable) else (dtypes,))
+    )
     for entry in entries or (dtypes,):
-        members = entry if isinstance(entry, tuple) and len(entry) == count else (entry,)
-        for dtype in members:
+        for dtype in entry if isinstance(entry, tuple) else (entry,):
             is_none = dtype is None and isinstance(entry, tuple)
             if not is_none and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ValueError(
-                    f"dtypes must list floating dtypes, or tuples of {count} with a floating dtype "
-                    f"or None for each argument; got {dtypes}"
+                    f"dtypes must list floating dtypes, or tuples with a floating dtype or None "
+                    f"for each argument; got {dtypes}"
                 )
     return tuple(sorted(entries, key=eps))
 
@@ -257,21 +277,6 @@ def _tolerance(name: str, value: float) -> float:
     if not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a number that is not negative; got {value}")
     return float(value)
-
-
-def _require_arguments(sample: Any) -> None:
-    if not isinstance(sample, tuple):
-        raise TypeError(
-            f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
-        )
-    for value in sample:
-        holds_one = any(map(is_differentiable, tree_leaves(value)))
-        if holds_one and not isinstance(value, Tensor):
-            raise TypeError(
-                f"samples must hold each floating or complex tensor as a separate argument, "
-                f"since only those are judged; got one in a {type(value).__name__}, which "
-                f"lambda *tensors: call(list(tensors)) would make"
-            )
 
 
 def _known_capabilities(supports: Iterable[str]) -> frozenset[str]:

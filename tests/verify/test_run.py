@@ -445,11 +445,6 @@ def test_the_capabilities_are_the_checks_that_are_declared_as_such() -> None:
         ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
         ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
         ({"samples": [torch.ones(2)]}, TypeError, "argument tuples; got a Tensor"),
-        (
-            {"samples": [(*SAMPLES[0], [torch.ones(2)])]},
-            TypeError,
-            "a separate argument, .* in a l",
-        ),
         ({"samples": [(1, 2)]}, TypeError, "samples must each hold a floating or complex tensor"),
         ({"supports": "vmap"}, TypeError, "supports must be names in a list or tuple; got 'vmap'"),
         ({"only": "vmap"}, TypeError, "only must be names in a list or tuple; got 'vmap'"),

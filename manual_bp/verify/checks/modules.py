@@ -3,17 +3,18 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from manual_bp.verify._autograd import leaves, outputs_of
+from manual_bp._torch import map_tensors
+from manual_bp.verify._autograd import outputs_of
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import narrowest
-from manual_bp.verify.checks._shared import cast
 
 
 @check(for_modules=True, best_sample=True)
@@ -58,15 +59,13 @@ def deepcopy(ctx: CheckContext, sample: Sample) -> None:
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.add_(1)
-    for was, now, of_copy in zip(
-        before, outputs_of(module(*inputs)), outputs_of(copied(*inputs)), strict=True
-    ):
+    for was, now in zip(before, outputs_of(module(*inputs)), strict=True):
         ctx.compare("output of the original after its copy was changed", now.detach(), was)
-        if expected and torch.equal(of_copy, was):
-            raise Mismatch(
-                "output of the copy: expected it to follow the copy's parameters, got the "
-                "original's output\ndiagnosis: the copy still computes with the original"
-            )
+    if expected and all(map(torch.equal, outputs_of(copied(*inputs)), before)):
+        raise Mismatch(
+            "output of the copy: expected it to follow the copy's parameters, got the "
+            "original's output\ndiagnosis: the copy still computes with the original"
+        )
 
 
 @check(for_modules=True, best_sample=True)
@@ -76,7 +75,9 @@ def to_dtype(ctx: CheckContext, sample: Sample) -> None:
         raise NotApplicable("the case names its dtypes, and the module is made in them")
     for dtype in (torch.float32, torch.bfloat16):
         module, inputs = _module(ctx, sample)
-        outputs = outputs_of(module.to(dtype)(*cast(inputs, dtype)))
+        outputs = outputs_of(
+            module.to(dtype)(*_changed(inputs, partial(torch.Tensor.to, dtype=dtype)))
+        )
         named = [(f"output {i}", t) for i, t in enumerate(outputs)]
         for name, tensor in (*module.named_parameters(), *named):
             ctx.comparisons += 1
@@ -107,13 +108,15 @@ def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
     if not learning:
         raise NotApplicable("the module has no parameters")
     upstream = ctx.upstream(module, inputs)
-    torch.autograd.backward(outputs_of(module(*inputs)), upstream)
+    for output, u in zip(outputs_of(module(*inputs)), upstream, strict=True):
+        if output.requires_grad:
+            output.backward(u, retain_graph=True)
     expected = {name: p.grad for name, p in learning.items()}
     for frozen in learning:
         for name, parameter in learning.items():
             parameter.grad = None
             parameter.requires_grad_(name != frozen)
-        outputs = outputs_of(module(*leaves(inputs)))
+        outputs = outputs_of(module(*_changed(inputs, lambda t: t.clone().requires_grad_())))
         for output, u in zip(outputs, upstream, strict=True):
             if output.requires_grad:
                 output.backward(u, retain_graph=True)
@@ -153,7 +156,13 @@ def _module(ctx: CheckContext, sample: Sample, seed: int | None = None) -> tuple
     torch.manual_seed(ctx.case.seed if seed is None else seed)
     module = _factory(ctx)().to(ctx.case.device)
     count = len(sample) - sum(1 for _ in module.named_parameters())
-    return _like(sample, module), sample[:count]
+    return _like(sample, module), ctx.case.nested_inputs(sample[:count])
+
+
+def _changed(inputs: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
+    """Nested inputs whose floating tensors are changed."""
+    changed: Sample = map_tensors(lambda t: change(t) if t.is_floating_point() else t, inputs)
+    return changed
 
 
 def _like(sample: Sample, module: nn.Module) -> nn.Module:
