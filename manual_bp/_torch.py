@@ -312,6 +312,15 @@ def seeing_operators(see: Callable[[str], object]) -> AbstractContextManager[Any
     return Seeing()
 
 
+def is_pytorchs_function(node: object) -> bool:
+    """Whether a node belongs to a Function that is part of PyTorch, such as that of checkpointing.
+
+    Without the private name, none does.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.split(".")[0] == "torch"
+
+
 def expected_gradient(node: object, slot: int) -> Any:
     """The shape, dtype and device that a node of autograd's graph wants its gradient to have.
 

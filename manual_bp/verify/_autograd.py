@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from manual_bp._torch import tree_leaves
+from manual_bp._torch import is_pytorchs_function, tree_leaves
 from manual_bp.verify._arguments import hides_tensors
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
@@ -108,7 +108,7 @@ def with_tangents(sample: Sample, tangents: Mapping[int, Tensor | None]) -> Samp
 
 
 def custom_nodes(result: Any) -> list[Any]:
-    """The nodes of hand-written Functions in the graph of a result."""
+    """The nodes of hand-written Functions in the graph of a result, without PyTorch's own."""
     seen: set[Any] = set()
     queue = [t.grad_fn for t in outputs_of(result) if t.grad_fn is not None]
     while queue:
@@ -116,7 +116,8 @@ def custom_nodes(result: Any) -> list[Any]:
         if node not in seen:
             seen.add(node)
             queue += [below for below, _ in node.next_functions if below is not None]
-    return [node for node in seen if isinstance(node, FunctionCtx)]
+    functions = [node for node in seen if isinstance(node, FunctionCtx)]
+    return [node for node in functions if not is_pytorchs_function(node)]
 
 
 def node_name(node: Any) -> str:

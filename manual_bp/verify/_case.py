@@ -31,6 +31,9 @@ class Case:
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
     nested_inputs: Nests a module's inputs in a sample as its forward takes them.
+    parameters: How many of the last arguments are parameters of a module.
+    module, reference_module: What call and reference run, with the parameters and buffers that
+        their last call left.
     location: Where the command line found the case, as package.module:Name.
     """
 
@@ -51,6 +54,9 @@ class Case:
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
     nested_inputs: Callable[[Sample], Sample] = tuple
+    parameters: int = 0
+    module: nn.Module | None = None
+    reference_module: nn.Module | None = None
     location: str = ""
 
     def label(self, position: int) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.func import functional_call
 
 from manual_bp._torch import tree_leaves
 from manual_bp.verify._arguments import Structure, per_leaf, structure_of
@@ -20,6 +19,7 @@ from manual_bp.verify._case import (
     Samples,
     is_differentiable,
 )
+from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
 
@@ -123,6 +123,8 @@ def module_case(
         ValueError: As for `function_case`, or module and reference have different parameters.
     """
     module = _built("factory", factory, seed, device)
+    trusted = None if reference is None else _built("reference", reference, seed, device)
+    _require_parameters(trusted, module)
     parameters = dict(module.named_parameters())
     drawn = _drawn(samples, need_floats=not parameters)
     structure = structure_of(drawn)
@@ -130,9 +132,9 @@ def module_case(
     nones = (None,) * len(parameters)
     return Case(
         name=name or type(module).__name__,
-        call=_lifted(module, list(parameters), structure),
+        call=lifted(module, list(parameters), structure),
         draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
-        reference=_lifted_reference(reference, list(parameters), structure, seed, device),
+        reference=None if trusted is None else lifted(trusted, list(parameters), structure),
         supports=_known_capabilities(supports),
         in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn[0]) + nones,
         dtypes=tuple(
@@ -147,6 +149,9 @@ def module_case(
         expected_failures=dict(expected_failures or {}),
         labels=(*inputs, *parameters),
         nested_inputs=structure.unflatten,
+        parameters=len(parameters),
+        module=module,
+        reference_module=trusted,
         factory=factory,
         reference_factory=reference,
     )
@@ -162,36 +167,10 @@ def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
     return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
 
 
-def _lifted(module: nn.Module, names: list[str], structure: Structure) -> Call:
-    """The module as a function of its inputs and the parameters of these names."""
-
-    def call(*arguments: Any) -> Any:
-        count = len(arguments) - len(names)
-        values = dict(zip(names, arguments[count:], strict=True))
-        floats = [t.dtype for t in arguments if is_differentiable(t) and not t.is_complex()]
-        buffers = {
-            name: buffer.to(floats[0] if buffer.is_floating_point() and floats else buffer.dtype)
-            for name, buffer in module.named_buffers()
-        }
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        inputs = structure.unflatten(arguments[:count])
-        return functional_call(module, values | copies, inputs)
-
-    return call
-
-
-def _lifted_reference(
-    factory: Any, names: list[str], structure: Structure, seed: int, device: Any
-) -> Call | None:
-    if factory is None:
-        return None
-    module = _built("reference", factory, seed, device)
-    found = sorted(name for name, _ in module.named_parameters())
-    if found != sorted(names):
-        raise ValueError(
-            f"reference must have the parameters of the module, {sorted(names)}; got {found}"
-        )
-    return _lifted(module, names, structure)
+def _require_parameters(reference: nn.Module | None, module: nn.Module) -> None:
+    wanted, found = (sorted(dict((m or module).named_parameters())) for m in (module, reference))
+    if found != wanted:
+        raise ValueError(f"reference must have the parameters of the module, {wanted}; got {found}")
 
 
 def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:

@@ -54,7 +54,8 @@ def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
             _, other_expected = gradients(ctx.call, leaves(other), other_upstream)
         except Exception:
             continue  # out of the domain
-        arguments, other_arguments = leaves(sample), leaves(other)
+        arguments = leaves(sample)
+        other_arguments = _with_parameters(ctx, leaves(other), arguments)
         result, other_result = ctx.call(*arguments), ctx.call(*other_arguments)
         # First in, first out: a stack would be right in the opposite order.
         found = gradients_of(result, arguments, upstream)
@@ -87,7 +88,14 @@ def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
     drawn = ctx.draw(ctx.dtypes_of(sample))
     place = next(i for i, other in enumerate(ctx.samples) if other is sample)
     others = [drawn[i % len(drawn)] for i in {place % len(drawn), (place + 1) % len(drawn)}]
-    return others + [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
+    others += [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
+    return [_with_parameters(ctx, other, sample) for other in others]
+
+
+def _with_parameters(ctx: CheckContext, other: Sample, sample: Sample) -> Sample:
+    """Other inputs of a module with the parameters of a sample: two calls of it share them."""
+    count = len(sample) - ctx.case.parameters
+    return (*other[: len(other) - ctx.case.parameters], *sample[count:])
 
 
 def _flipped(value: Tensor) -> Tensor:
