@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = find(options.case)
     if options.seed is not None:
         cases = [replace(case, seed=options.seed) for case in cases]
-    reports = [run(case, options.check, slow=not options.no_compiler) for case in cases]
+    try:
+        reports = [run(case, options.check, slow=not options.no_compiler) for case in cases]
+    except (TypeError, ValueError) as error:
+        refuse(str(error))
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
     else:

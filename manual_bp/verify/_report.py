@@ -24,13 +24,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all checks of a case, which was judged in these dtypes."""
+    """The outcomes of all checks of a case, the dtypes it was judged in, and how it was called."""
 
     case: str
     seed: int
     device: str
     outcomes: tuple[Outcome, ...]
     dtypes: tuple[str, ...] = ("float64",)
+    notes: tuple[str, ...] = ()
 
     @property
     def ran(self) -> int:
@@ -61,12 +62,14 @@ class Report:
             "dtypes": list(self.dtypes),
             "ok": self.ok,
             "ran": self.ran,
+            "notes": list(self.notes),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
 
     def __str__(self) -> str:
         width = max((len(outcome.check) for outcome in self.outcomes), default=0)
         lines = [f"{self.case} on {self.device} in {', '.join(self.dtypes)}, seed {self.seed}"]
+        lines += [f"  note: {note}" for note in self.notes]
         for outcome in self.outcomes:
             first, *rest = outcome.message.splitlines() or [""]
             lines.append(

@@ -11,6 +11,8 @@ from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._make_case import function_case, module_case
+from manual_bp.verify._prepare import prepared
+from manual_bp.verify._random import kept_random_state
 from manual_bp.verify._report import Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CHECKS
@@ -27,7 +29,7 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
         slow: Whether to run the compiler checks, if `only` is not given.
 
     Raises:
-        TypeError: only is a string.
+        TypeError: only is a string, or a result holds tensors that would not be judged.
         ValueError: A check is unknown, or PyTorch cannot use the device here.
     """
     if isinstance(only, str):
@@ -43,10 +45,11 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
         chosen = [c for c in CHECKS if (slow or not c.slow) and (is_module or not c.for_modules)]
     else:
         chosen = [c for c in CHECKS if c.name in only]
-    forked = [] if case.device.type == "cpu" else [case.device]
-    with torch.random.fork_rng(forked, device_type=case.device.type if forked else "cuda"):
+    dtypes = _names(case.dtypes)
+    with kept_random_state(case.device):
+        case, notes = prepared(case)
         outcomes = tuple(_outcomes(case, chosen))
-    return Report(case.name, case.seed, str(case.device), outcomes, _names(case.dtypes))
+    return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
 
 
 def check_function(

@@ -205,7 +205,9 @@ class _Differences:
         gradient = exact(self.ctx.reference, self.sample, self.upstream)[1][i]
         expected = 0.0 if gradient is None else (gradient.conj() * along).real.sum()
         if (slope - expected).abs() <= 1e-6 * slope.abs() + 8 * self.noise * slope.abs():
-            raise NotApplicable("the gradient is not the slope, nor is the reference's: it has state")
+            raise NotApplicable(
+                "the gradient is not the slope, nor is the reference's: it has state"
+            )
 
 
 def _clues(

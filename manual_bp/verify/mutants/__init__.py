@@ -1,6 +1,7 @@
 """Functions and modules that are wrong on purpose, by kind of mistake."""
 
 from manual_bp.verify.mutants import (
+    arguments,
     batches,
     calls,
     compiler,
@@ -35,6 +36,7 @@ _KINDS = (
     compiler,
     edges,
     modules,
+    arguments,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
