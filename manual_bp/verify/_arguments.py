@@ -54,6 +54,12 @@ class Structure:
             (names[i] if i < len(names) else f"argument {i}") + path for i, path in self.paths
         )
 
+    def owners(self, count: int) -> list[int]:
+        """The position of the argument in which each of the first tensors is."""
+        nested = [i for i, _ in self.paths]
+        following = nested[-1] + 1 if nested else 0
+        return nested + list(range(following, following + count - len(nested)))
+
 
 def structure_of(samples: Sequence[Sample]) -> Structure:
     """The structure that all samples have. Raises a TypeError for arguments in other classes."""

@@ -28,6 +28,7 @@ class Case:
     rtol, atol: A tolerance in addition to the allowance for rounding.
     varying: As in_dims, for each group of other dimensions that may have any size.
     labels: Names of the arguments in messages.
+    project: For positions of arguments, a function that maps a tensor into the domain.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
     nested_inputs: Nests a module's inputs in a sample as its forward takes them.
@@ -52,6 +53,7 @@ class Case:
     atol: float = 0.0
     varying: tuple[tuple[int | None, ...], ...] = ()
     labels: tuple[str, ...] = ()
+    project: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
     nested_inputs: Callable[[Sample], Sample] = tuple

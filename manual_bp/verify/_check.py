@@ -20,6 +20,7 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
+from manual_bp.verify._domain import projected
 from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
 
 
@@ -79,7 +80,15 @@ class CheckContext:
     def draw(self, dtypes: Dtypes | None = None) -> list[Sample]:
         """Samples from the next random numbers; by default in the first dtype of the case."""
         dtypes = dtypes or self.case.dtypes[0]
-        return [self._converted(sample, dtypes) for sample in self.case.draw(self.generator)]
+        drawn = self.case.draw(self.generator)
+        return [self.in_domain(self._converted(sample, dtypes)) for sample in drawn]
+
+    def in_domain(self, arguments: Sample) -> Sample:
+        """Arguments that a check has changed, mapped into the domains that the case declares.
+
+        One that is in its domain, or has none, is returned as it is.
+        """
+        return projected(self.case.project, arguments)
 
     def dtypes_of(self, sample: Sample) -> Dtypes:
         """The dtypes, of those of the case, in which a sample is."""

@@ -19,6 +19,7 @@ from manual_bp.verify._case import (
     Samples,
     is_differentiable,
 )
+from manual_bp.verify._domain import Project, by_position, require_domains
 from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
@@ -37,6 +38,7 @@ def function_case(
     rtol: float = 0.0,
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
+    project: Mapping[str | int, Project] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -60,14 +62,17 @@ def function_case(
         atol: An absolute one, likewise.
         varying: Other dimensions that may have any size: as in_dims, once for each group of
             dimensions that have the same size.
+        project: For arguments with a domain, by name or position: a function that maps a tensor
+            into the domain (positive, sorted, symmetric ...). Every check that moves a sample uses
+            it.
         device: Where to run.
         seed: The seed of all random numbers.
         expected_failures: Names of checks that are known to fail, with the reason.
 
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
-        ValueError: A capability is unknown, a tolerance is negative, or in_dims, dtypes or varying
-            do not fit the samples.
+        ValueError: A capability is unknown, a tolerance is negative, or in_dims, dtypes, varying or
+            project do not fit the samples.
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
@@ -75,6 +80,7 @@ def function_case(
         _callable("reference", reference)
     drawn = _drawn(samples)
     structure = structure_of(drawn)
+    labels = structure.labels(_argument_names(fn.forward if is_function else fn, is_function))
     return Case(
         name=name or getattr(fn, "__name__", type(fn).__name__),
         call=structure.call(call),
@@ -89,7 +95,8 @@ def function_case(
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
-        labels=structure.labels(_argument_names(fn.forward if is_function else fn, is_function)),
+        labels=labels,
+        project=_domains(project, labels, structure, drawn),
     )
 
 
@@ -106,6 +113,7 @@ def module_case(
     rtol: float = 0.0,
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
+    project: Mapping[str | int, Project] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -148,6 +156,7 @@ def module_case(
         seed=seed,
         expected_failures=dict(expected_failures or {}),
         labels=(*inputs, *parameters),
+        project=_domains(project, (*inputs, *parameters), structure, drawn, parameters.values()),
         nested_inputs=structure.unflatten,
         parameters=len(parameters),
         module=module,
@@ -228,6 +237,22 @@ def _dims(name: str, dims: Any, sample: Sample) -> Any:
         raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
     leaves = zip(found, tree_leaves(sample), strict=True)
     return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
+
+
+def _domains(
+    project: Any,
+    labels: Sequence[str],
+    structure: Structure,
+    drawn: Sequence[Sample],
+    parameters: Iterable[Tensor] = (),
+) -> dict[int, Project]:
+    """The projection of each tensor that has one. Parameters come after the inputs."""
+    samples = [(*structure.flatten(sample), *parameters) for sample in drawn]
+    count = len(samples[0])
+    names = [labels[i] if i < len(labels) else f"argument {i}" for i in range(count)]
+    found: dict[int, Project] = by_position("project", project, names, structure.owners(count))
+    require_domains(found, names, samples)
+    return found
 
 
 def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:

@@ -74,6 +74,8 @@ def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     if not pairs:
         raise NotApplicable("no two arguments have the same shape")
     for i, j in pairs:
+        if ctx.case.project.get(i) is not ctx.case.project.get(j):
+            continue  # one tensor may not be in both domains
         wanted = [place for place in positions(sample) if place != j]
         once = partial(tied, i=i, j=j)
         where = f" where {ctx.label(j)} is the same tensor as {ctx.label(i)}"
@@ -89,7 +91,7 @@ def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
     place = next(i for i, other in enumerate(ctx.samples) if other is sample)
     others = [drawn[i % len(drawn)] for i in {place % len(drawn), (place + 1) % len(drawn)}]
     others += [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
-    return [_with_parameters(ctx, other, sample) for other in others]
+    return [ctx.in_domain(_with_parameters(ctx, other, sample)) for other in others]
 
 
 def _with_parameters(ctx: CheckContext, other: Sample, sample: Sample) -> Sample:

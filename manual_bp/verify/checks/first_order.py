@@ -1,6 +1,7 @@
 """The value, and the first derivative."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,8 @@ def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
     for name, layout in LAYOUTS.items():
         for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
             arguments = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
-            if all(is_plain(arguments[i]) for i in chosen):
+            is_in_domain = all(map(operator.is_, ctx.in_domain(arguments), arguments))
+            if not is_in_domain or all(is_plain(arguments[i]) for i in chosen):
                 continue
             where = f" for {name} {', '.join(map(ctx.label, chosen))}"
             try:
@@ -160,16 +162,24 @@ class _Differences:
         rounding = self.eps * math.hypot(*(float(t.norm()) for t in terms))
         return torch.stack([t.sum() for t in terms]).sum(), rounding
 
+    def moved(self, i: int, step: Tensor) -> Tensor:
+        """An argument after a step, in its domain."""
+        arguments = list(self.sample)
+        arguments[i] = (arguments[i] + step).to(arguments[i].dtype)
+        moved: Tensor = self.ctx.in_domain(tuple(arguments))[i]
+        return moved
+
     def compare(self, i: int, direction: Tensor, gradient: Tensor | None) -> None:
         """Compare <gradient, direction> with the quotient, unless the slope jumps there."""
         ctx, start = self.ctx, self.sample[i]
         step = self.step * max(1.0, largest(start))
-        moved = [(start + shift * direction).to(start.dtype) for shift in (-step, step)]
+        moved = [self.moved(i, shift * direction) for shift in (-step, step)]
         (here, rounding), (behind, _), (ahead, _) = (self.value(i, t) for t in (start, *moved))
         right, left = (ahead - here) / step, (here - behind) / step
         numeric = (ahead - behind) / (2 * step)
-        # The arguments were rounded, so the step was not exactly along the direction.
-        along = (widen(moved[1]) - widen(moved[0])) / (2 * step) if self.is_low else direction
+        along = direction
+        if self.is_low or i in ctx.case.project:  # the step was not exactly along the direction
+            along = (widen(moved[1]) - widen(moved[0])) / (2 * step)
         slope = torch.zeros_like(along.real)
         if gradient is not None:
             slope = (widen(gradient).conj() * along).real

@@ -76,7 +76,8 @@ def stale_inputs_raise(ctx: CheckContext, sample: Sample) -> None:
         with set_checkpoint_early_stop(False):  # so that all of it is seen to run again
             result = ctx.call(*arguments)
         with torch.no_grad():
-            arguments[i].mul_(2).add_(1)
+            moved = ctx.in_domain(tuple(2 * t + 1 if t is arguments[i] else t for t in arguments))
+            arguments[i].copy_(moved[i])
         try:
             found, runs_again = _gradients_and_whether_it_runs_again(result, arguments, upstream)
         except RuntimeError:

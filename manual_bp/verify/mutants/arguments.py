@@ -2,17 +2,22 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd import Function
 
 from manual_bp.verify.mutants._mutant import mutant
 from manual_bp.verify.mutants._right import Product
-from manual_bp.verify.mutants._samples import Samples, elementwise, pair
+from manual_bp.verify.mutants._samples import Samples, elementwise, pair, scale
 
 
 def _in_a_list(g: Generator) -> Samples:
     return [(list(arguments),) for arguments in pair(g)]
+
+
+def _divisors(g: Generator) -> Samples:
+    return [(x, 0.5 + torch.rand(3, generator=g, dtype=p.dtype)) for x, p in scale(g)]
 
 
 class _ProductForFirst(Product):
@@ -43,3 +48,29 @@ class DropoutDrawsAgain(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Any) -> Any:  # noqa: ARG004
         return F.dropout(grad_y, 0.4)
+
+
+def _ratio(x: Tensor, p: Tensor) -> Tensor:
+    if not (p > 0).all():
+        raise ValueError("p must be positive")
+    return x / p
+
+
+@mutant("large_values", _divisors, _ratio, project={1: lambda p: p.abs().clamp(min=0.1)})
+class RatioForSmallDivisors(Function):
+    """The gradient of x / p, where p > 0, is cut off for p > 2."""
+
+    @staticmethod
+    def forward(x: Tensor, p: Tensor) -> Any:
+        return _ratio(x, p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Any) -> Any:
+        x, p = ctx.saved_tensors
+        grad_p = -(grad_y * x).sum(0) / p**2
+        return grad_y / p, grad_p.where(p < 2, 0)
