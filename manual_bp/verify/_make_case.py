@@ -39,6 +39,7 @@ def function_case(
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
     project: Mapping[str | int, Project] | None = None,
+    gradient_of: Call | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -65,19 +66,23 @@ def function_case(
         project: For arguments with a domain, by name or position: a function that maps a tensor
             into the domain (positive, sorted, symmetric ...). Every check that moves a sample uses
             it.
+        gradient_of: For a gradient that is not the derivative on purpose (straight-through,
+            surrogate): an ordinary PyTorch function that has the intended one. Its value does not
+            matter; that is the reference's.
         device: Where to run.
         seed: The seed of all random numbers.
         expected_failures: Names of checks that are known to fail, with the reason.
 
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
-        ValueError: A capability is unknown, a tolerance is negative, or in_dims, dtypes, varying or
-            project do not fit the samples.
+        ValueError: A capability is unknown, a tolerance is negative, in_dims, dtypes, varying or
+            project do not fit the samples, or gradient_of was given without a reference.
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
     if reference is not None:
         _callable("reference", reference)
+    _require_reference(gradient_of, reference)
     drawn = _drawn(samples)
     structure = structure_of(drawn)
     labels = structure.labels(_argument_names(fn.forward if is_function else fn, is_function))
@@ -97,6 +102,7 @@ def function_case(
         expected_failures=dict(expected_failures or {}),
         labels=labels,
         project=_domains(project, labels, structure, drawn),
+        gradient_of=None if gradient_of is None else structure.call(gradient_of),
     )
 
 
@@ -114,6 +120,7 @@ def module_case(
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
     project: Mapping[str | int, Project] | None = None,
+    gradient_of: Callable[[], nn.Module] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -124,6 +131,7 @@ def module_case(
         factory: Makes the module.
         samples: Arguments of its forward.
         reference: Makes a module that is trusted, with the same parameter names.
+        gradient_of: Makes a module that has the intended gradient, likewise.
         dtypes: A tuple has one dtype for each input. Then the parameters stay as they are made.
 
     Raises:
@@ -131,8 +139,9 @@ def module_case(
         ValueError: As for `function_case`, or module and reference have different parameters.
     """
     module = _built("factory", factory, seed, device)
-    trusted = None if reference is None else _built("reference", reference, seed, device)
-    _require_parameters(trusted, module)
+    trusted = _built_like("reference", reference, module, seed, device)
+    intended = _built_like("gradient_of", gradient_of, module, seed, device)
+    _require_reference(gradient_of, reference)
     parameters = dict(module.named_parameters())
     drawn = _drawn(samples, need_floats=not parameters)
     structure = structure_of(drawn)
@@ -142,7 +151,7 @@ def module_case(
         name=name or type(module).__name__,
         call=lifted(module, list(parameters), structure),
         draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
-        reference=None if trusted is None else lifted(trusted, list(parameters), structure),
+        reference=trusted and lifted(trusted, list(parameters), structure),
         supports=_known_capabilities(supports),
         in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn[0]) + nones,
         dtypes=tuple(
@@ -157,6 +166,7 @@ def module_case(
         expected_failures=dict(expected_failures or {}),
         labels=(*inputs, *parameters),
         project=_domains(project, (*inputs, *parameters), structure, drawn, parameters.values()),
+        gradient_of=intended and lifted(intended, list(parameters), structure),
         nested_inputs=structure.unflatten,
         parameters=len(parameters),
         module=module,
@@ -176,10 +186,24 @@ def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
     return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
 
 
-def _require_parameters(reference: nn.Module | None, module: nn.Module) -> None:
-    wanted, found = (sorted(dict((m or module).named_parameters())) for m in (module, reference))
+def _built_like(
+    name: str, factory: Any, module: nn.Module, seed: int, device: torch.device | str | None
+) -> nn.Module | None:
+    """A module with the same parameters; None if no factory was given."""
+    if factory is None:
+        return None
+    built = _built(name, factory, seed, device)
+    wanted, found = (sorted(dict(m.named_parameters())) for m in (module, built))
     if found != wanted:
-        raise ValueError(f"reference must have the parameters of the module, {wanted}; got {found}")
+        raise ValueError(f"{name} must have the parameters of the module, {wanted}; got {found}")
+    return built
+
+
+def _require_reference(gradient_of: Any, reference: Any) -> None:
+    if gradient_of is not None:
+        _callable("gradient_of", gradient_of)
+        if reference is None:
+            raise ValueError("gradient_of must come with a reference, which gives the value")
 
 
 def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:

@@ -10,6 +10,7 @@ from torch import Tensor
 from manual_bp.verify._autograd import gradients, leaves, outputs_of, tensors_of
 from manual_bp.verify._case import Call, Case, Sample
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._intended import intended
 from manual_bp.verify._random import reseed, reseeded
 
 
@@ -21,15 +22,16 @@ def prepared(case: Case) -> tuple[Case, tuple[str, ...]]:
     ctx = CheckContext(case, "prepare")
     _require_known_classes(ctx)
     notes = []
+    gradient_of, reference = case.gradient_of, case.reference
     if any(_answer(_is_random, ctx, sample) for sample in ctx.samples):
         notes.append("draws random numbers: the same seeds are set before each call")
-        case = replace(
-            case,
-            call=reseeded(case.call, case.seed),
-            reference=None if case.reference is None else reseeded(case.reference, case.seed),
-            is_random=True,
-        )
-    return case, tuple(notes)
+        reference = reference and reseeded(reference, case.seed)
+        gradient_of = gradient_of and reseeded(gradient_of, case.seed)
+        case = replace(case, call=reseeded(case.call, case.seed), is_random=True)
+    if gradient_of is not None and reference is not None:
+        notes.append("the right gradient is that of gradient_of, not the derivative")
+        reference = intended(reference, gradient_of)
+    return replace(case, reference=reference, gradient_of=gradient_of), tuple(notes)
 
 
 def _require_known_classes(ctx: CheckContext) -> None:

@@ -89,7 +89,8 @@ def compare_with_reference(
     _, expected = exact(reference, arguments, upstream, wanted)
     is_known = not _has_nan(tensors_of(right)) or _has_nan(arguments)
     if not _has_nan(arguments):
-        result = tuple(map(_where_known, tensors_of(result), tensors_of(right)))
+        rights = dict(enumerate(tensors_of(right)))
+        result = tuple(_where_known(t, rights.get(j)) for j, t in enumerate(tensors_of(result)))
         found = {i: _where_known(g, expected.get(i)) for i, g in found.items()}
     compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
     if is_known:

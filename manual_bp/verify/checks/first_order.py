@@ -138,13 +138,14 @@ def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
 class _Differences:
     """Difference quotients of a call at a sample, weighted by upstream gradients.
 
-    In a low precision they are the reference's, in float64. Without a reference they are those of
-    the call, with a step that balances rounding, eps / step, and curvature, step².
+    They are those of gradient_of, if the case has it; else in a low precision the reference's, in
+    float64. Without a reference they are those of the call, with a step that balances rounding,
+    eps / step, and curvature, step².
     """
 
     def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
-        low, reference = narrowest(sample), ctx.case.reference
-        uses_reference = low is not None and reference is not None
+        low, reference = narrowest(sample), ctx.case.gradient_of or ctx.case.reference
+        uses_reference = reference is not None and (low is not None or ctx.case.gradient_of)
         self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
         self.sample = widened(sample) if uses_reference else sample
         self.upstream = widened(upstream)
@@ -196,7 +197,7 @@ class _Differences:
         if gradient is not None:
             allowed += 8 * self.noise * largest(gradient) * float(along.abs().norm())
         if (slope.sum() - numeric).abs() > allowed:
-            self.excuse_state(i, along, slope.sum())
+            self.excuse(i, along, slope.sum())
             ratio = (slope.sum() / numeric).item()
             raise Mismatch(
                 f"slope along a direction of {ctx.label(i)}: expected {numeric.item():.10g} by "
@@ -204,20 +205,22 @@ class _Differences:
                 + ("" if gradient is not None else _NO_GRADIENT)
             )
 
-    def excuse_state(self, i: int, along: Tensor, slope: Tensor) -> None:
-        """Ask nothing of a module with buffers if its reference's gradient is the same.
+    def excuse(self, i: int, along: Tensor, slope: Tensor) -> None:
+        """Ask nothing if the reference's gradient is the same, and known not to be the slope.
 
-        A state that forward updates counts as a constant, as in `spectral_norm`: no slope there.
+        In a module with buffers, a state that forward updates counts as a constant, as in
+        `spectral_norm`. A gradient that is not the derivative on purpose may need detach().
         """
-        module = self.ctx.case.reference_module
-        if module is None or not any(True for _ in module.buffers()):
+        case = self.ctx.case
+        has_state = case.reference_module is not None and any(
+            True for _ in case.reference_module.buffers()
+        )
+        if not has_state and case.gradient_of is None:
             return
         gradient = exact(self.ctx.reference, self.sample, self.upstream)[1][i]
         expected = 0.0 if gradient is None else (gradient.conj() * along).real.sum()
-        if (slope - expected).abs() <= 1e-6 * slope.abs() + 8 * self.noise * slope.abs():
-            raise NotApplicable(
-                "the gradient is not the slope, nor is the reference's: it has state"
-            )
+        if (slope - expected).abs() <= (1e-6 + 8 * self.noise) * slope.abs():
+            raise NotApplicable("the gradient is not the slope, but nor is the reference's")
 
 
 def _clues(

@@ -16,6 +16,10 @@ def _in_a_list(g: Generator) -> Samples:
     return [(list(arguments),) for arguments in pair(g)]
 
 
+def _spread(g: Generator) -> Samples:
+    return [(3 * x,) for (x,) in elementwise(g)]
+
+
 def _divisors(g: Generator) -> Samples:
     return [(x, 0.5 + torch.rand(3, generator=g, dtype=p.dtype)) for x, p in scale(g)]
 
@@ -74,3 +78,20 @@ class RatioForSmallDivisors(Function):
         x, p = ctx.saved_tensors
         grad_p = -(grad_y * x).sum(0) / p**2
         return grad_y / p, grad_p.where(p < 2, 0)
+
+
+@mutant("gradients_match_reference", _spread, torch.sign, gradient_of=F.hardtanh)
+class SignWithoutLimit(Function):
+    """The gradient of a binary activation passes everywhere, not only where |x| ≤ 1."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Any:
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Any) -> Any:  # noqa: ARG004
+        return grad_y
