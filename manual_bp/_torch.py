@@ -315,10 +315,38 @@ def seeing_operators(see: Callable[[str], object]) -> AbstractContextManager[Any
 def is_pytorchs_function(node: object) -> bool:
     """Whether a node belongs to a Function that is part of PyTorch, such as that of checkpointing.
 
-    Without the private name, none does.
+    The backward of an operator made with torch.library is its author's. Without the private name,
+    none does.
     """
     function = getattr(type(node), "_forward_cls", None)
-    return function is not None and function.__module__.split(".")[0] == "torch"
+    is_pytorchs = function is not None and function.__module__.split(".")[0] == "torch"
+    return is_pytorchs and not is_of_operator(node)
+
+
+def is_of_operator(node: object) -> bool:
+    """Whether a node belongs to an operator made with torch.library.
+
+    Without the private name, none does: the kit blames operators for what PyTorch drops.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("torch._library.")
+
+
+def operator_of(fn: object) -> Any:
+    """The operator of torch.library that this is, as its default overload; None if it is none.
+
+    Without the names, None: the kit judges it as any other call.
+    """
+    overload = getattr(fn, "_opoverload", fn)
+    overload = getattr(overload, "default", overload)
+    kind = getattr(getattr(torch, "_ops", None), "OpOverload", None)
+    return overload if kind is not None and isinstance(overload, kind) else None
+
+
+def operator_arguments(operator: Any) -> list[str]:
+    """The names of an operator's arguments. Without the name, none is known."""
+    schema = getattr(operator, "_schema", None)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
 
 
 def expected_gradient(node: object, slot: int) -> Any:

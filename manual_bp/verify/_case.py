@@ -35,6 +35,7 @@ class Case:
     parameters: How many of the last arguments are parameters of a module.
     module, reference_module: What call and reference run, with the parameters and buffers that
         their last call left.
+    operator: The operator of `torch.library` that is judged, if the call is one.
     gradient_of: A function that has the intended gradient, if that is not the derivative.
     is_random: Whether it draws global random numbers, so the call and the reference set the seeds.
     location: Where the command line found the case, as package.module:Name.
@@ -61,6 +62,7 @@ class Case:
     parameters: int = 0
     module: nn.Module | None = None
     reference_module: nn.Module | None = None
+    operator: Any = None
     gradient_of: Call | None = None
     is_random: bool = False
     location: str = ""

@@ -289,7 +289,7 @@ class Check:
         not at fault; code that gives a wrong answer is.
     only_if_declared: A wrong answer, too, is a failure only if the capability was declared.
     slow: It uses the compiler.
-    for_modules: It applies to modules only.
+    for_modules, for_operators: It applies to modules, or to operators of torch.library, only.
     best_sample: It runs on one sample, the one with the most gradients that can show a mistake.
     after_all: Runs once after all samples.
     """
@@ -299,6 +299,7 @@ class Check:
     only_if_declared: bool = False
     slow: bool = False
     for_modules: bool = False
+    for_operators: bool = False
     best_sample: bool = False
     after_all: Callable[[CheckContext], None] | None = None
 

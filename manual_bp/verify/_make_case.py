@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from manual_bp._torch import tree_leaves
+from manual_bp._torch import operator_arguments, operator_of, tree_leaves
 from manual_bp.verify._arguments import Structure, per_leaf, structure_of
 from manual_bp.verify._case import (
     Call,
@@ -44,7 +44,7 @@ def function_case(
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
 ) -> Case:
-    """A case of a callable or of an `autograd.Function` class.
+    """A case of a callable, an `autograd.Function` class or an operator of `torch.library`.
 
     Args:
         fn: What is judged.
@@ -85,9 +85,14 @@ def function_case(
     _require_reference(gradient_of, reference)
     drawn = _drawn(samples)
     structure = structure_of(drawn)
-    labels = structure.labels(_argument_names(fn.forward if is_function else fn, is_function))
+    operator = operator_of(fn)
+    labels = structure.labels(
+        operator_arguments(operator)
+        or _argument_names(fn.forward if is_function else fn, is_function)
+    )
+    own_name = getattr(fn, "__name__", type(fn).__name__) if operator is None else operator.name()
     return Case(
-        name=name or getattr(fn, "__name__", type(fn).__name__),
+        name=name or own_name,
         call=structure.call(call),
         draw=_as_draw(samples, structure),
         reference=None if reference is None else structure.call(reference),
@@ -101,6 +106,7 @@ def function_case(
         seed=seed,
         expected_failures=dict(expected_failures or {}),
         labels=labels,
+        operator=operator,
         project=_domains(project, labels, structure, drawn),
         gradient_of=None if gradient_of is None else structure.call(gradient_of),
     )

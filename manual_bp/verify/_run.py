@@ -25,7 +25,7 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
 
     Args:
         case: What is judged.
-        only: Names of checks; by default all that apply to functions or to modules.
+        only: Names of checks; by default all that apply to functions, modules or operators.
         slow: Whether to run the compiler checks, if `only` is not given.
 
     Raises:
@@ -41,8 +41,7 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     if unknown:
         raise ValueError(f"only and expected_failures must name checks of {names}; got {unknown}")
     if only is None:
-        is_module = case.factory is not None
-        chosen = [c for c in CHECKS if (slow or not c.slow) and (is_module or not c.for_modules)]
+        chosen = [c for c in CHECKS if (slow or not c.slow) and _is_for(c, case)]
     else:
         chosen = [c for c in CHECKS if c.name in only]
     dtypes = _names(case.dtypes)
@@ -121,6 +120,12 @@ def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
         calls_differ = ctx.calls_differ and status == "failed"
         seconds = time.perf_counter() - started
         yield Outcome(check.name, status, ctx.comparisons, seconds, message)
+
+
+def _is_for(check: Check, case: Case) -> bool:
+    """Whether a check applies to a function, a module or an operator, as the case is one."""
+    is_module, is_operator = case.factory is not None, case.operator is not None
+    return (is_module or not check.for_modules) and (is_operator or not check.for_operators)
 
 
 def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:

@@ -10,6 +10,7 @@ from manual_bp.verify.checks import (
     edges,
     first_order,
     modules,
+    operators,
     orders,
     precision,
     preconditions,
@@ -33,6 +34,7 @@ _FILES = (
     compiler,
     edges,
     modules,
+    operators,
 )
 
 CHECKS: tuple[Check, ...] = tuple(

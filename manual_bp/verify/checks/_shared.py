@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp._torch import expected_gradient
+from manual_bp._torch import expected_gradient, is_of_operator
 from manual_bp.verify._autograd import (
     Gradients,
     custom_nodes,
@@ -186,6 +186,15 @@ def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype
         demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
         raise Mismatch(
             f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+        )
+
+
+def refuse_operators(ctx: CheckContext, sample: Sample) -> None:
+    """Refuse a call of operators of torch.library, for checks of forward mode."""
+    if any(map(is_of_operator, custom_nodes(ctx.call(*leaves(sample))))):
+        raise NotApplicable(
+            "PyTorch drops the tangents of operators made with torch.library, without a warning: "
+            "that is a fault of PyTorch, which offers no way to give an operator a forward mode"
         )
 
 

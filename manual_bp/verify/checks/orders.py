@@ -19,7 +19,13 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
-from manual_bp.verify.checks._shared import Change, Derivatives, against_reference, changed
+from manual_bp.verify.checks._shared import (
+    Change,
+    Derivatives,
+    against_reference,
+    changed,
+    refuse_operators,
+)
 
 
 @check(capability=True)
@@ -37,6 +43,7 @@ def third_order(ctx: CheckContext, sample: Sample) -> None:
 @check(capability=True)
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives, by all arguments and by each alone, match the reference."""
+    refuse_operators(ctx, sample)
     places = positions(sample)
     for moved in [places, *([i] for i in places if len(places) > 1)]:
         tangents: Gradients = {i: ctx.random_like(sample[i]) for i in moved}
@@ -53,6 +60,7 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
 @check(capability=True)
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     """The forward-mode derivative of the gradient matches the reference."""
+    refuse_operators(ctx, sample)
     upstream = ctx.upstream(ctx.call, sample)
     places = positions(sample)
     tangents: Gradients = {i: ctx.random_like(sample[i]) for i in places}

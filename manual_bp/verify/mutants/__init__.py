@@ -10,6 +10,7 @@ from manual_bp.verify.mutants import (
     layouts,
     modules,
     needs_input_grad,
+    operators,
     orders,
     precision,
     shapes,
@@ -37,6 +38,7 @@ _KINDS = (
     edges,
     modules,
     arguments,
+    operators,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
