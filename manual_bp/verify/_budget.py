@@ -12,8 +12,8 @@ from torch import Tensor
 class Budget:
     """How far each element, and the whole tensor, may be from what is expected.
 
-    An element may differ by rtol times its size, plus atol. Where the expected element is not zero,
-    the second part is at most cap times its size.
+    An element may differ by rtol times its size, plus atol, plus a part that is the smaller one of
+    extra and cap times its size (extra, if the expected element is zero).
 
     norm: How large the norm of the difference may be.
     dtype: The dtype whose rounding is allowed for; None if the dtypes must be equal.
@@ -21,6 +21,7 @@ class Budget:
 
     rtol: float
     atol: float
+    extra: float = 0.0
     cap: float = math.inf
     norm: float = math.inf
     dtype: torch.dtype | None = None
@@ -28,10 +29,10 @@ class Budget:
     def allowed(self, expected: Tensor) -> Tensor:
         """The allowed difference of each element."""
         size = expected.abs().nan_to_num(0, 0, 0)
-        extra = torch.full_like(size, self.atol)
+        extra = torch.full_like(size, self.extra)
         if self.cap < math.inf:
             extra = torch.where(size > 0, torch.minimum(extra, self.cap * size), extra)
-        return self.rtol * size + extra
+        return self.rtol * size + self.atol + extra
 
     def wrong(self, got: Tensor, expected: Tensor) -> Tensor:
         """Which elements differ by more than is allowed. Those not finite must be the same."""
@@ -44,7 +45,7 @@ class Budget:
         if not rtol and not atol:
             return self
         norm = self.norm + rtol * _norm(expected) + atol * math.sqrt(expected.numel())
-        return replace(self, rtol=self.rtol + rtol, atol=self.atol + atol, cap=math.inf, norm=norm)
+        return replace(self, rtol=self.rtol + rtol, atol=self.atol + atol, norm=norm)
 
     def loosened(self) -> "Budget":
         """A budget to recognize a known mistake by: at least 1e-6 of each element."""
@@ -63,16 +64,17 @@ def exact_budget(expected: Tensor, usual: Tensor | None = None) -> Budget:
     return Budget(1e-8, 100 * torch.finfo(expected.dtype).eps * largest(expected, usual))
 
 
-def rounding_budget(dtype: torch.dtype, size: float, noise: float) -> Budget:
+def rounding_budget(dtype: torch.dtype, size: float, noise: float, least: float) -> Budget:
     """For two results of one candidate in a low precision.
 
     Args:
         dtype: The dtype of the results.
         size: The size of the largest element.
         noise: What rounding changes, relative to the largest element.
+        least: What rounding changes at least.
     """
     eps = torch.finfo(dtype).eps
-    return Budget(4 * eps, 2 * noise * size + _smallest(dtype))
+    return Budget(4 * eps, 2 * max(noise * size, least) + _smallest(dtype))
 
 
 def reference_budget(
@@ -80,43 +82,45 @@ def reference_budget(
     pairs: Sequence[tuple[Tensor, Tensor]],
     expected: Tensor,
     terms: int,
-    order: int = 1,
+    slack: float = 1.0,
+    least: float = 0.0,
 ) -> Budget:
     """For a result in a low precision, from what the reference itself loses there.
 
-    Each element may be off by 2 eps of its size and three times the reference's largest error. If
+    Each element may be off by 2 eps of its size and five times the reference's largest error. If
     that is small relative to every element, it counts relative to the element. The norm of the
     difference may be twice that of the reference's error, plus eps of the whole. Both grow with the
     rounding of a sum in float32. If the reference does not run in the dtype, 8 eps of the largest
-    element take the place of its error. A derivative of higher order goes through roundings of
-    other operations than the reference's, so 8 eps of the largest element are added.
+    element take the place of its error.
 
     Args:
         dtype: The dtype of the result.
         pairs: Results of the reference in the dtype, each with the exact one.
         expected: The exact result, in float64.
         terms: How many terms the longest sum has.
-        order: The order of the derivative.
+        slack: A factor of what is allowed for rounding, where other operations than the reference's
+            may round differently: higher derivatives, large arguments, and dtypes that a case does
+            not name.
+        least: The reference's error is taken to be at least this.
     """
     eps = torch.finfo(dtype).eps
     size, norm = largest(expected), _norm(expected)
-    sums = math.sqrt(max(terms, 1)) * torch.finfo(torch.float32).eps
+    sums = slack * math.sqrt(max(terms, 1)) * torch.finfo(torch.float32).eps
     if not pairs:
-        share = 8 * eps + sums
+        share = 8 * slack * eps + sums
         return Budget(2 * eps, share * size + _smallest(dtype), norm=share * norm, dtype=dtype)
     errors = [(_difference(peer, exact), exact.abs()) for peer, exact in pairs]
-    absolute = max(largest(error) for error, _ in errors)
+    absolute = max(least, *(largest(error) for error, _ in errors))
     relative = max(largest(torch.where(e > 0, d / e, 0.0)) for d, e in errors)
-    if order > 1:
-        absolute += 8 * eps * size
-        return Budget(4 * eps + sums, 3 * absolute + sums * size + _smallest(dtype), dtype=dtype)
+    is_exact = relative < 4 * eps and slack == 1
     return Budget(
-        rtol=2 * eps + sums,
-        atol=3 * absolute + sums * size + _smallest(dtype),
-        cap=3 * relative + sums if relative < 8 * eps else math.inf,
+        rtol=2 * slack * eps + sums,
+        atol=sums * size + _smallest(dtype),
+        extra=slack * (5 * absolute + eps * size),
+        cap=5 * relative if is_exact else math.inf,
         norm=2 * max(_norm(error) for error, _ in errors)
-        + (eps + sums) * norm
-        + _smallest(dtype) * math.sqrt(max(expected.numel(), 1)),
+        + (slack * eps + sums) * norm
+        + (slack * least + _smallest(dtype)) * math.sqrt(max(expected.numel(), 1)),
         dtype=dtype,
     )
 

@@ -181,17 +181,21 @@ class CheckContext:
         more = [[self.random_like(u) for u in given[0]] for _ in range(3)]
         return loss(reference, sample, [*given, *more], wanted)
 
+    def usual_loss(self) -> Loss:
+        """What the reference loses at the current sample."""
+        if self.current is None:
+            return Loss()
+        if id(self.current) not in self._losses:
+            self._losses[id(self.current)] = self.loss(self.current)
+        return self._losses[id(self.current)]
+
     def _budget(self, expected: Tensor, i: int | None, usual: Tensor | None = None) -> Budget:
         """The budget for two results of the call: outputs, or gradients of argument i."""
         if expected.dtype in WIDE:
             return exact_budget(expected, usual)
-        if self.current is None:
-            noise = Loss().noise(i, expected.dtype)
-        else:
-            if id(self.current) not in self._losses:
-                self._losses[id(self.current)] = self.loss(self.current)
-            noise = self._losses[id(self.current)].noise(i, expected.dtype)
-        return rounding_budget(expected.dtype, largest(expected, usual), noise)
+        lost = self.usual_loss()
+        noise = lost.noise(i, expected.dtype)
+        return rounding_budget(expected.dtype, largest(expected, usual), noise, lost.error(i))
 
     def compare(
         self, what: str, got: Tensor | None, expected: Tensor | None, **options: Any

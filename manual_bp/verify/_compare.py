@@ -12,9 +12,19 @@ from manual_bp.verify._budget import Budget, exact_budget, ulps
 class Mismatch(AssertionError):  # noqa: N818 (the code under test is wrong, not the check)
     """A check failed. The message says where, what was expected, what was found, and why."""
 
+    @property
+    def diagnosis(self) -> str:
+        """What the mistake looks like; empty if it is not known."""
+        return str(self).partition("\ndiagnosis: ")[2]
+
     def diagnosed(self, diagnosis: str) -> "Mismatch":
         """The same mismatch with another diagnosis."""
         return Mismatch(str(self).split("\ndiagnosis: ")[0] + _line(diagnosis))
+
+    def with_evidence(self, evidence: str) -> "Mismatch":
+        """The same mismatch with something more that was found."""
+        first, *rest = str(self).split("\n")
+        return Mismatch("\n".join([f"{first}; {evidence}", *rest]))
 
 
 class NotApplicable(Exception):  # noqa: N818 (it is not an error)
@@ -151,10 +161,10 @@ def _worst(got: Tensor, expected: Tensor, wrong: Tensor, budget: Budget) -> str:
     ratio = f", ratio {found / right:.6g}" if right else ""
     if budget.dtype is None:
         return f"at index {index}: expected {right:.10g}, got {found:.10g}{ratio}"
-    units, limit = (
-        ulps(float(d), abs(right), budget.dtype)
-        for d in (difference[index], budget.allowed(expected)[index])
-    )
+    off, limit = float(difference[index]), float(budget.allowed(expected)[index])
+    if abs(right) < torch.finfo(budget.dtype).smallest_normal:
+        return f"at index {index}: expected {right:.6g} ± {limit:.2g}, got {found:.6g}"
+    units, limit = (ulps(d, abs(right), budget.dtype) for d in (off, limit))
     return (
         f"at index {index}: expected {right:.6g}, got {found:.6g}{ratio}, "
         f"{units:.3g} ulps of {budget.dtype} where {limit:.2g} are allowed"

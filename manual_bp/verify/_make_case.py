@@ -294,9 +294,9 @@ def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:
 
     entries = tuple(
         per_leaf("dtypes", entry, sample) if isinstance(entry, tuple) else entry
-        for entry in (dtypes if isinstance(dtypes, Iterable) else (dtypes,))
+        for entry in (dtypes if isinstance(dtypes, Iterable) else ())
     )
-    for entry in entries or (dtypes,):
+    for entry in entries or (None,):
         for dtype in entry if isinstance(entry, tuple) else (entry,):
             is_none = dtype is None and isinstance(entry, tuple)
             if not is_none and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

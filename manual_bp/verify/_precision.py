@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, tensors_of
-from manual_bp.verify._budget import Budget, noise_of, reference_budget
+from manual_bp.verify._budget import Budget, largest, noise_of, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 WIDE = {torch.float64, torch.complex128}
@@ -52,9 +52,16 @@ class Loss:
         several upstream gradients.
     terms: How many terms a sum over an argument has at most.
     is_low: Whether the sample has a lower precision than float64. If not, there are no budgets.
+    slack: A factor of the budgets.
+    factor: How many times the usual sample an argument is.
+    usual: The loss at that sample. Relative to the largest element, the error is taken to be no
+        smaller here, nor, with a factor, relative to as many times the usual element.
     """
 
     is_low: bool = False
+    slack: float = 1.0
+    factor: float = 1.0
+    usual: "Loss | None" = None
     outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     gradients: dict[int, Pairs] = field(default_factory=dict)
     terms: int = 1
@@ -64,10 +71,29 @@ class Loss:
         pairs = self.outputs if i is None else self.gradients.get(i, [])
         return noise_of(pairs, dtype) if pairs else 8 * torch.finfo(dtype).eps
 
+    def error(self, i: int | None) -> float:
+        """The same, as the largest absolute error; 0 if it is not known."""
+        pairs = self.outputs if i is None else self.gradients.get(i, [])
+        return max([largest(widen(peer) - exact) for peer, exact in pairs], default=0.0)
+
+    def _least(self, i: int | None, dtype: torch.dtype, expected: Tensor) -> float:
+        if self.usual is None or not self.usual.is_low:
+            return 0.0
+        least = self.usual.noise(i, dtype) * largest(expected)
+        if self.factor > 1:
+            pairs = self.usual.outputs if i is None else self.usual.gradients.get(i, [])
+            size = max([largest(right) for _, right in pairs], default=0.0)
+            least += torch.finfo(dtype).eps * self.factor * size
+        return least
+
+    def _budget(self, i: int | None, got: Tensor, expected: Tensor, pairs: Pairs) -> Budget:
+        least = self._least(i, got.dtype, expected)
+        return reference_budget(got.dtype, pairs, expected, self.terms, self.slack, least)
+
     def output_budgets(self, got: Any, expected: Any) -> dict[int, Budget]:
         """The budget of each output."""
         return {
-            j: reference_budget(one.dtype, self.outputs[j : j + 1], other, self.terms)
+            j: self._budget(None, one, other, self.outputs[j : j + 1])
             for j, (one, other) in enumerate(
                 zip(tensors_of(got), tensors_of(expected), strict=False)
             )
@@ -77,7 +103,7 @@ class Loss:
     def gradient_budgets(self, got: Gradients, expected: Gradients) -> dict[int, Budget]:
         """The budget of each gradient."""
         return {
-            i: reference_budget(one.dtype, self.gradients.get(i, []), other, self.terms)
+            i: self._budget(i, one, other, self.gradients.get(i, []))
             for i, other in expected.items()
             if self.is_low and other is not None and (one := got.get(i)) is not None
         }

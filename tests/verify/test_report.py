@@ -45,7 +45,7 @@ def test_a_report_with_a_failure_or_without_any_run_is_not_ok(
     found = report(*outcomes)
     assert not found.ok
     assert str(found).splitlines()[-1] == last
-    with pytest.raises(AssertionError, match="case on cpu, seed 3"):
+    with pytest.raises(AssertionError, match="case on cpu in float64, seed 3"):
         found.raise_if_failed()
 
 

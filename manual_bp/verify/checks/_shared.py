@@ -48,8 +48,8 @@ def compare_with_reference(
     *,
     change: Callable[[Call], Call] = lambda call: call,
     wanted: Sequence[int] | None = None,
-    same_dtype: bool = False,
-    is_large: bool = False,
+    is_cast: bool = False,
+    factor: float = 1.0,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
@@ -66,9 +66,10 @@ def compare_with_reference(
         where: Added to the names in messages.
         change: What is done to the call and the reference alike.
         wanted: The positions of the arguments that require gradients; by default all.
-        same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
-            wider.
-        is_large: Whether the arguments are so large that a threshold may have been passed.
+        is_cast: Whether the check chose the dtype, not the case. Then outputs must have the dtype
+            of the reference's, and four times the rounding is allowed for.
+        factor: How many times the sample an argument is. Large ones may pass a threshold, and what
+            cancels is as much larger.
     """
     call, reference = change(ctx.call), change(ctx.reference)
     arguments = ctx.in_domain(arguments)
@@ -86,13 +87,16 @@ def compare_with_reference(
             raise
         return
     lost = ctx.loss(arguments, [upstream], reference, wanted)
+    is_large = factor > 1
+    lost.usual, lost.factor = ctx.usual_loss(), factor
+    lost.slack = 4.0 if is_large or is_cast else 1.0
     _, expected = exact(reference, arguments, upstream, wanted)
     is_known = not _has_nan(tensors_of(right)) or _has_nan(arguments)
     if not _has_nan(arguments):
         rights = dict(enumerate(tensors_of(right)))
         result = tuple(_where_known(t, rights.get(j)) for j, t in enumerate(tensors_of(result)))
         found = {i: _where_known(g, expected.get(i)) for i, g in found.items()}
-    compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
     if is_known:
         compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
 
@@ -121,7 +125,7 @@ def compare_values(
     ours = list(tensors_of(got))
     for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
         if is_differentiable(one) and one.shape == expected.shape:
-            _require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
+            require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
             ours[j] = judged(one, peer, expected)
     ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
 
@@ -170,7 +174,7 @@ def against_reference(
             budgets.append(None)
             continue
         pairs = [] if peer is None else [(peer, right)]
-        budgets.append(reference_budget(one.dtype, pairs, right, terms, order=2))
+        budgets.append(reference_budget(one.dtype, pairs, right, terms, slack=4))
     return found, expected, budgets
 
 
@@ -179,13 +183,14 @@ def changed(values: Mapping[int, Tensor | None], change: Change) -> Gradients:
     return dict(zip(values, change(list(values.values())), strict=True))
 
 
-def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
-    """The dtype of the reference's output; or a wider one, up to float32."""
-    is_wider = peer.itemsize < got.itemsize <= 4
-    if got != peer and (same_dtype or not is_wider):
-        demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
+def require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
+    """Raise a Mismatch unless a result has the dtype of the reference's, or one up to float32."""
+    more = got.itemsize - peer.itemsize
+    if got != peer and (same_dtype or not 0 < more <= 4 - peer.itemsize):
+        diagnosis = "dtype demoted" if more < 0 else "promoted by a wider dtype"
         raise Mismatch(
-            f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+            f"{what}: expected {peer}, as the reference, got {got}\n"
+            f"diagnosis: {diagnosis if more else 'wrong dtype'}"
         )
 
 

@@ -21,6 +21,9 @@ from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 
+# A ratio, and the size of what it was measured at: where a sum cancels, it says little.
+Weighted = tuple[float, float]
+
 _FEWEST_DRAWS = 8
 _MOST_DRAWS = 64
 _SECONDS = 4
@@ -47,8 +50,8 @@ class _Ratios:
 
     def __init__(self, ctx: CheckContext, sample: Sample, eps: float) -> None:
         self.ctx, self.sample, self.eps = ctx, sample, eps
-        self.ours: dict[str, list[float]] = defaultdict(list)
-        self.theirs: dict[str, list[float]] = defaultdict(list)
+        self.ours: dict[str, list[Weighted]] = defaultdict(list)
+        self.theirs: dict[str, list[Weighted]] = defaultdict(list)
 
     def draw(self, number: int) -> None:
         """Measure at a new sample. In turn, each argument has a large gradient."""
@@ -92,12 +95,11 @@ class _Ratios:
                 self.ctx.notes.append(f"the {name} is known to {100 * allowed:.2g} % only")
 
     def _allowed(self, name: str) -> float:
-        theirs = self.theirs.get(name)
-        return (
-            self.eps / 2
-            + 5 * _standard_error(self.ours[name])
-            + (2 * abs(_mean(theirs) - 1) if theirs else 0.0)
-        )
+        allowed = self.eps / 2 + 5 * _standard_error(self.ours[name])
+        if theirs := self.theirs.get(name):
+            known = abs(_mean(theirs) - 1) - 2 * _standard_error(theirs)
+            allowed += 2 * max(known, 0.0)
+        return allowed
 
     def _sample(self) -> Sample:
         """Another sample like this one. Values that were not drawn anew are moved a little."""
@@ -136,7 +138,7 @@ class _Ratios:
         ]
 
     def _add(
-        self, to: dict[str, list[float]], got: Any, slopes: Any, right: Any, expected: Any
+        self, to: dict[str, list[Weighted]], got: Any, slopes: Any, right: Any, expected: Any
     ) -> None:
         outputs, exact_outputs = outputs_of(got), outputs_of(right)
         pairs = {
@@ -150,13 +152,14 @@ class _Ratios:
             x, y = other.detach().flatten(), widen(one).flatten()
             size = float(x @ x)
             if math.isfinite(size) and size and y.isfinite().all():
-                to[name].append(float(x @ y) / size)
+                to[name].append((float(x @ y) / size, size))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[Weighted]) -> float:
+    return sum(v * weight for v, weight in values) / sum(weight for _, weight in values)
 
 
-def _standard_error(values: Sequence[float]) -> float:
+def _standard_error(values: Sequence[Weighted]) -> float:
     mean = _mean(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values)) / max(len(values) - 1, 1)
+    spread = math.sqrt(sum((weight * (v - mean)) ** 2 for v, weight in values))
+    return spread / sum(weight for _, weight in values)

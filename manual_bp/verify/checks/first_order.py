@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,23 @@ from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._shared import LAYOUTS, compare_slopes, compare_values, is_plain
+from manual_bp.verify.checks._digits import diagnosis_of_digits, results_of
+from manual_bp.verify.checks._shared import (
+    LAYOUTS,
+    Change,
+    changed,
+    compare_slopes,
+    compare_values,
+    is_plain,
+)
+from manual_bp.verify.checks._slopes import (
+    Slope,
+    fault_of_reference,
+    inner,
+    slope,
+    step_for,
+    supported,
+)
 
 _NO_GRADIENT = (
     "\ndiagnosis: no gradient at all; close over an argument that never has one, "
@@ -32,7 +49,11 @@ _NO_GRADIENT = (
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
     right = ctx.reference(*leaves(widened(sample), ()))
-    compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
+    found = ctx.call(*leaves(sample, ()))
+    try:
+        compare_values(ctx, found, right, ctx.loss(sample))
+    except Mismatch as mismatch:
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 @check()
@@ -87,7 +108,12 @@ def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     _, found = gradients(ctx.call, leaves(sample), upstream)
     clues = _clues(ctx.reference, sample, upstream, expected)
     lost = ctx.loss(sample, [upstream])
-    compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    try:
+        compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    except Mismatch as mismatch:
+        if fault := _fault_of_reference(ctx, sample, upstream, found, expected):
+            raise mismatch.diagnosed(fault) from None
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 @check()
@@ -144,10 +170,10 @@ class _Differences:
     """
 
     def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
-        low, reference = narrowest(sample), ctx.case.gradient_of or ctx.case.reference
-        uses_reference = reference is not None and (low is not None or ctx.case.gradient_of)
-        self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
-        self.sample = widened(sample) if uses_reference else sample
+        low = narrowest(sample)
+        reference = ctx.case.gradient_of or (None if low is None else ctx.case.reference)
+        self.ctx, self.call = ctx, reference or ctx.call
+        self.sample = ctx.in_domain(widened(sample)) if reference else sample
         self.upstream = widened(upstream)
         self.is_low = narrowest(self.sample) is not None
         self.eps = torch.finfo(narrowest(self.sample) or torch.float64).eps
@@ -221,6 +247,45 @@ class _Differences:
         expected = 0.0 if gradient is None else (gradient.conj() * along).real.sum()
         if (slope - expected).abs() <= (1e-6 + 8 * self.noise) * slope.abs():
             raise NotApplicable("the gradient is not the slope, but nor is the reference's")
+
+
+def _lost_digits(ctx: CheckContext, sample: Sample) -> str:
+    """Why results are right to about seven digits only; empty if they are not."""
+    if narrowest(sample) is not None:
+        return ""
+    upstream = ctx.upstream(ctx.call, sample)
+    got = results_of(ctx, ctx.call, sample, upstream)
+    expected = results_of(ctx, ctx.reference, sample, upstream)
+    return diagnosis_of_digits(ctx, sample, upstream, got, expected)
+
+
+def _fault_of_reference(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    found: Gradients,
+    expected: Gradients,
+) -> str:
+    """What finite differences say of the reference, if they support the call; else empty."""
+    directions = {i: ctx.random_like(sample[i]) for i in found}
+
+    def slopes(call: Call, change: Change, gradient: Gradients) -> list[Slope]:
+        start, given = change(sample), change(upstream)
+
+        def terms(i: int, along: Tensor, shift: float) -> Tensor:
+            results = outputs_of(call(*start[:i], start[i] + shift * along, *start[i + 1 :]))
+            return torch.cat([inner(t, u) for t, u in zip(results, given, strict=True)])
+
+        return [
+            slope(ctx.label(i), partial(terms, i, v), [inner(gradient[i], v)], step_for([start[i]]))
+            for i, v in changed(directions, change).items()
+            if v is not None
+        ]
+
+    ours = None if narrowest(sample) else slopes(ctx.call, tuple, found)
+    theirs = slopes(ctx.reference, widened, expected)
+    is_theirs = supported(ours, theirs) == "call"
+    return fault_of_reference("gradient", theirs) if is_theirs else ""
 
 
 def _clues(

@@ -112,3 +112,27 @@ class ReturnsFloat32(Linear):
     def backward(ctx: Any, delta: Any) -> Any:
         a, w = ctx.saved_tensors
         return (delta @ w).float(), delta.mT @ a, delta.sum(0)
+
+
+@mutant("sizes", linear, F.linear, in_dims=(0, None, None))
+class DropsTheRemainder(Linear):
+    """∂C/∂b sums blocks of 128 rows, and drops the rows that fill no block."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        rows = len(delta) if len(delta) < 128 else len(delta) // 128 * 128
+        return delta @ w, delta.mT @ a, delta[:rows].sum(0)
+
+
+@mutant("sizes", linear, F.linear, in_dims=(0, None, None), varying=[(1, 1, None)])
+class DropsColumns(Linear):
+    """∂C/∂a is filled in blocks of 16 columns; the columns that fill no block stay zero."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = ctx.saved_tensors
+        columns = a.shape[1] if a.shape[1] < 16 else a.shape[1] // 16 * 16
+        grad_a = torch.zeros_like(a)
+        grad_a[:, :columns] = delta @ w[:, :columns]
+        return grad_a, delta.mT @ a, delta.sum(0)
