@@ -1,6 +1,7 @@
 """What a check is, and what it works with."""
 
 import math
+import operator
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
-from manual_bp.verify._compare import Mismatch, NotApplicable, compare
-from manual_bp.verify._domain import projected
+from manual_bp.verify._compare import Mismatch, NotApplicable, compare, threshold
+from manual_bp.verify._domain import projected, projected_directions
 from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
 
 
@@ -89,6 +90,16 @@ class CheckContext:
         One that is in its domain, or has none, is returned as it is.
         """
         return projected(self.case.project, arguments)
+
+    def is_in_domain(self, arguments: Sample) -> bool:
+        """Whether each argument is in the domain that the case declares for it."""
+        return all(map(operator.is_, self.in_domain(arguments), arguments))
+
+    def directions_in_domain(
+        self, arguments: Sample, directions: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Directions, by position, changed so that arguments that move along stay in the domain."""
+        return projected_directions(self.case.project, arguments, directions)
 
     def dtypes_of(self, sample: Sample) -> Dtypes:
         """The dtypes, of those of the case, in which a sample is."""
@@ -271,7 +282,7 @@ class CheckContext:
                     budget=budget,
                 )
             except Mismatch as mismatch:
-                known = diagnosis or (is_large and _threshold(sample[i], got.get(i), expected[i]))
+                known = diagnosis or (is_large and threshold(sample[i], got.get(i), expected[i]))
                 if not known:
                     raise
                 raise mismatch.diagnosed(known) from None
@@ -331,17 +342,3 @@ def _blindness(gradient: Tensor) -> str:
 def _sizes(sample: Sample) -> list[int]:
     shapes = [t.shape for t in sample if isinstance(t, Tensor)]
     return [size for shape in shapes for size in (*shape, math.prod(shape))]
-
-
-def _threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
-    """The diagnosis if a gradient is wrong exactly where the argument is large."""
-    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
-        return ""
-    wrong = (got - expected).abs() > 1e-6 * expected.abs()
-    right = ~wrong & (expected != 0)
-    if right.sum() < 2 or wrong.sum() < 2:
-        return ""
-    limit = value.abs()[wrong].min()
-    if limit > value.abs()[right].max():
-        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
-    return ""

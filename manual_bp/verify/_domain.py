@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._precision import widen
 
@@ -72,6 +73,27 @@ def projected(project: Mapping[int, Project], arguments: Sample) -> Sample:
         _into(project[i], t) if i in project and is_differentiable(t) else t
         for i, t in enumerate(arguments)
     )
+
+
+def projected_directions(
+    project: Mapping[int, Project], arguments: Sample, directions: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Directions along which arguments stay in their domains, to first order.
+
+    At the edge of a domain, one side of a direction may lead out of it.
+    """
+    return {
+        i: _tangent(project[i], arguments[i], along) if i in project else along
+        for i, along in directions.items()
+    }
+
+
+def _tangent(function: Project, value: Tensor, along: Tensor) -> Tensor:
+    start, direction = widen(value), widen(along)
+    step = 1e-6 * max(1.0, largest(value))
+    behind, ahead = (function(start + shift * direction) for shift in (-step, step))
+    tangent: Tensor = ((ahead - behind) / (2 * step)).to(along.dtype)
+    return tangent
 
 
 def _into(function: Project, value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Arguments with a domain stay in it, whatever a check does with the samples."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -63,8 +64,9 @@ IS_IN_DOMAIN: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("has_reference", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_no_check_leaves_the_domain(name: str) -> None:
+def test_no_check_leaves_the_domain(name: str, has_reference: bool) -> None:
     function, samples, project = CASES[name]
     outside = []
 
@@ -76,11 +78,100 @@ def test_no_check_leaves_the_domain(name: str) -> None:
         return result
 
     options: Any = {"slow": False, "in_dims": (0,) if name != "symmetric" else None}
-    report = check_function(call, samples, function, project={"x": project}, **options)
+    reference = function if has_reference else None
+    report = check_function(call, samples, reference, project={"x": project}, **options)
     report.raise_if_failed()
     assert not outside
-    for check in ("finite_differences", "at_zero", "large_values", "interleaved_calls"):
+    needs_reference = ["small_values", "large_values"] if has_reference else []
+    for check in ("finite_differences", "third_order", "full_precision", "at_ties"):
         assert status(report, check) == "passed", check
+    for check in ("forward_over_reverse", "interleaved_calls", *needs_reference):
+        assert status(report, check) == "passed", check
+
+
+def test_draws_that_are_moved_a_little_stay_in_the_domain() -> None:
+    sums = []
+
+    def call(p: Tensor) -> Tensor:
+        sums.append(p.detach().double().sum(-1))
+        return -(p * p.log()).sum(-1)
+
+    samples = probabilities(Generator().manual_seed(0))
+    given: Any = {"project": {"p": probability}, "dtypes": [torch.bfloat16], "only": ["unbiased"]}
+    report = check_function(call, samples, CASES["probability"][0], **given)
+    assert status(report, "unbiased") == "passed"
+    assert len(sums) > 5
+    assert all(torch.allclose(t, torch.ones_like(t), atol=0.02) for t in sums)
+
+
+def test_a_batch_of_one_argument_alone_stays_in_its_domain() -> None:
+    batches = []
+
+    def call(x: Tensor, p: Tensor) -> Tensor:
+        with suppress(RuntimeError):  # vmap refuses this question
+            batches.append(p.tolist())
+        return x / p
+
+    def samples(g: Generator) -> list[Any]:
+        return [(torch.randn(5, 12, generator=g), torch.rand(12, generator=g) + 0.5)]
+
+    given: Any = {"project": {"p": positive}, "in_dims": (0, None), "only": ["vmap"]}
+    check_function(call, samples, torch.div, **given).raise_if_failed()
+    assert len(set(map(tuple, batches))) > 1
+    assert all(min(p) > 0 for p in batches)
+
+
+class Larger(Function):
+    """The larger of two matrices. At ties the whole gradient is that of the first."""
+
+    share = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return torch.maximum(x, y)
+
+    @classmethod
+    def slopes(cls, ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return grad * (x >= y), grad * ((y > x) + cls.share * (y == x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Larger.slopes(ctx, grad)
+
+
+class LargerTwice(Larger):
+    share = 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return LargerTwice.slopes(ctx, grad)
+
+
+def halved(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2
+
+
+@pytest.mark.parametrize("reference", [torch.maximum, None])
+def test_at_a_kink_any_slope_along_the_domain_is_right(reference: Any) -> None:
+    def samples(g: Generator) -> list[Any]:
+        return [tuple(symmetric(torch.randn(3, 3, generator=g)) for _ in range(2))]
+
+    given: Any = {"project": {0: halved, 1: halved}, "only": ["at_ties"]}
+    report = check_function(Larger, samples, reference, **given)
+    assert status(report, "at_ties") == "passed"
+    assert status(check_function(LargerTwice, samples, reference, **given), "at_ties") == "failed"
+
+
+def test_there_is_no_slope_across_the_edge_of_a_domain() -> None:
+    def call(x: Tensor) -> Tensor:
+        return x.relu() + x
+
+    samples = [(torch.linspace(0.5, 2, 6),)]
+    given: Any = {"project": {0: lambda x: x.clamp(min=0)}, "only": ["at_zero"]}
+    report = check_function(call, samples, **given)  # whose slope at 0 is 1 by autograd, and 2
+    assert status(report, "at_zero") == "passed"
 
 
 class Entropy(Function):
@@ -121,6 +212,20 @@ def test_without_a_reference_a_wrong_slope_in_the_domain_is_found() -> None:
     check_function(Entropy, probabilities, **given).raise_if_failed()
     report = check_function(WrongEntropy, probabilities, **given)
     assert "slope along a direction of p" in message(report, "finite_differences")
+
+
+class FlatEntropy(Entropy):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (p,) = ctx.saved_tensors
+        return -grad.unsqueeze(-1) * (p.detach().log() + 1)
+
+
+def test_without_a_reference_a_wrong_second_derivative_in_the_domain_is_found() -> None:
+    given: Any = {"project": {"p": probability}, "only": ["double_backward"]}
+    check_function(Entropy, probabilities, **given).raise_if_failed()
+    report = check_function(FlatEntropy, probabilities, **given)
+    assert "derivative of order 2 along a direction of p" in message(report, "double_backward")
 
 
 @pytest.mark.parametrize("key", ["scale", 1])

@@ -114,6 +114,43 @@ def test_another_gradient_than_the_intended_one_is_found() -> None:
     }
 
 
+class SignUpTo(Function):
+    """A binary activation whose gradient passes for |x| ≤ 1, and that at ±1 is chosen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at_one: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.at_one = at_one
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return grad * ((x.abs() < 1) + ctx.at_one * (x.abs() == 1)), None
+
+
+def test_where_the_intended_gradient_jumps_any_in_between_is_right() -> None:
+    def value(x: Tensor, at_one: float) -> Tensor:  # noqa: ARG001
+        return x.sign()
+
+    def detached(x: Tensor, at_one: float) -> Tensor:  # noqa: ARG001
+        return F.hardtanh(x) - F.hardtanh(x).detach()
+
+    for gradient_of in (lambda x, _: F.hardtanh(x), detached):
+        given: Any = {"gradient_of": gradient_of, "only": ["small_values"]}
+        for at_one in (0.0, 0.5, 1.0):
+            check_function(SignUpTo, [(SAMPLES[0][0], at_one)], value, **given).raise_if_failed()
+        report = check_function(SignUpTo, [(SAMPLES[0][0], 1.5)], value, **given)
+        assert "at 1: expected one between" in message(report, "small_values")
+
+
+def test_the_reference_is_not_blamed_for_an_intended_gradient() -> None:
+    zero = check_function(
+        lambda x: x.sign() + 0 * x, SAMPLES, torch.sign, gradient_of=F.hardtanh, slow=False
+    )
+    assert "reference's gradient is wrong" not in message(zero, "gradients_match_reference")
+
+
 def test_everything_else_is_still_judged() -> None:
     report = check_function(SpikeWithoutCurvature, SAMPLES, heaviside, **SPIKE)
     assert next(outcome.check for outcome in report.failures) == "double_backward", report

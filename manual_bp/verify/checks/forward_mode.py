@@ -59,7 +59,7 @@ def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     refuse_operators(ctx, sample)
     upstream = ctx.upstream(ctx.call, sample)
     places = positions(sample)
-    tangents = {i: ctx.random_like(sample[i]) for i in places}
+    tangents = ctx.directions_in_domain(sample, {i: ctx.random_like(sample[i]) for i in places})
 
     def run(call: Call, change: Change) -> Derivatives:
         along = changed(tangents, change)
@@ -115,7 +115,8 @@ def _compare_with_slopes(
 
     def terms(i: int, shift: float) -> Tensor:
         moved = tuple(t + shift * tangents[j] if j in tangents else t for j, t in enumerate(sample))
-        return inner(gradients(ctx.call, leaves(moved), upstream)[1][i], weights[i])
+        _, gradient = gradients(ctx.call, leaves(ctx.in_domain(moved)), upstream)
+        return inner(gradient[i], weights[i])
 
     for i, weight in weights.items():
         claimed = [inner(found[i], weight)]
