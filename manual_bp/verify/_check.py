@@ -22,7 +22,7 @@ from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_bud
 from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare, threshold
 from manual_bp.verify._domain import projected, projected_directions
-from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
+from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest, widened
 
 
 class CheckContext:
@@ -188,9 +188,14 @@ class CheckContext:
         if self.case.reference is None or narrowest(sample) is None:
             return Loss(is_low=narrowest(sample) is not None)
         reference = reference or self.case.reference
-        given = list(upstreams) or [self.upstream(self.call, sample)]
+        given = list(upstreams) or [self._upstream_of_reference(sample)]
         more = [[self.random_like(u) for u in given[0]] for _ in range(3)]
         return loss(reference, sample, [*given, *more], wanted)
+
+    def _upstream_of_reference(self, sample: Sample) -> list[Tensor]:
+        # A call would change the parameters of a module, which a checkpoint may still need.
+        results = outputs_of(self.trusted(*leaves(widened(sample), ())))
+        return [self.random_like(t).to(as_dtype(t, narrowest(sample))) for t in results]
 
     def usual_loss(self) -> Loss:
         """What the reference loses at the current sample."""

@@ -56,10 +56,12 @@ class WrongCheckpointing(Checkpointing):
     ("module", "reference"),
     [(Checkpointing, Net), (partial(CheckpointedLinear, 3, 4), partial(nn.Linear, 3, 4))],
 )
-def test_a_module_may_checkpoint_inside(module: Any, reference: Any) -> None:
-    report = check_module(module, rows, reference, slow=False, in_dims=(0,))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_module_may_checkpoint_inside(module: Any, reference: Any, dtype: torch.dtype) -> None:
+    given: Any = {"slow": False, "in_dims": (0,), "dtypes": [dtype]}
+    report = check_module(module, rows, reference, **given)
     report.raise_if_failed()
-    for check in ("interleaved_calls", "double_backward"):
+    for check in ("interleaved_calls", "repeatable_backward", "double_backward"):
         assert status(report, check) == "passed"
 
 
