@@ -69,6 +69,13 @@ def test_dropout_is_judged_whole() -> None:
     assert status(report, "double_backward") == status(report, "at_zero") == "passed"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_is_right_without_a_reference(dtype: torch.dtype) -> None:
+    for fn in (Dropout, F.dropout):
+        report = check_function(fn, DROPOUT[0], dtypes=[dtype], in_dims=(0, None), slow=False)
+        report.raise_if_failed()
+
+
 @pytest.mark.parametrize("wrong", [ForgetsP, DrawsAgain])
 @pytest.mark.parametrize("is_given", [True, False])
 def test_a_wrong_dropout_is_found(wrong: Any, is_given: bool) -> None:
