@@ -6,7 +6,7 @@ either falls back to something slower that gives the same numbers, or raises an 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -221,6 +221,26 @@ def tree_leaves(tree: Any) -> list[Any]:
     return leaves
 
 
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers, and the structure from which `unflatten_tree` makes more."""
+    flat: tuple[list[Any], Any] = _need(_pytree, "tree_flatten", "look into nested containers")(
+        tree
+    )
+    return flat
+
+
+def unflatten_tree(leaves: Iterable[Any], structure: Any) -> Any:
+    """Nested containers of this structure that hold these leaves."""
+    return _need(_pytree, "tree_unflatten", "nest arguments")(leaves, structure)
+
+
+def tree_paths(arguments: tuple[Any, ...]) -> list[tuple[int, str]]:
+    """For every leaf, the position of its argument, and the path from there, such as `['h'][0]`."""
+    pairs = _need(_pytree, "tree_flatten_with_path", "name nested arguments")(arguments)[0]
+    text = _need(_pytree, "keystr", "name nested arguments")
+    return [(path[0].idx, text(path[1:])) for path, _ in pairs]
+
+
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tuples, lists and dicts with other tensors. Without it, refuses."""
     return _need(_pytree, "tree_map_only", "look into nested containers")(Tensor, change, tree)
@@ -290,6 +310,43 @@ def seeing_operators(see: Callable[[str], object]) -> AbstractContextManager[Any
             return func(*args, **(kwargs or {}))
 
     return Seeing()
+
+
+def is_pytorchs_function(node: object) -> bool:
+    """Whether a node belongs to a Function that is part of PyTorch, such as that of checkpointing.
+
+    The backward of an operator made with torch.library is its author's. Without the private name,
+    none does.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    is_pytorchs = function is not None and function.__module__.split(".")[0] == "torch"
+    return is_pytorchs and not is_of_operator(node)
+
+
+def is_of_operator(node: object) -> bool:
+    """Whether a node belongs to an operator made with torch.library.
+
+    Without the private name, none does: the kit blames operators for what PyTorch drops.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("torch._library.")
+
+
+def operator_of(fn: object) -> Any:
+    """The operator of torch.library that this is, as its default overload; None if it is none.
+
+    Without the names, None: the kit judges it as any other call.
+    """
+    overload = getattr(fn, "_opoverload", fn)
+    overload = getattr(overload, "default", overload)
+    kind = getattr(getattr(torch, "_ops", None), "OpOverload", None)
+    return overload if kind is not None and isinstance(overload, kind) else None
+
+
+def operator_arguments(operator: Any) -> list[str]:
+    """The names of an operator's arguments. Without the name, none is known."""
+    schema = getattr(operator, "_schema", None)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
 
 
 def expected_gradient(node: object, slot: int) -> Any:

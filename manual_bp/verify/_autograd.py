@@ -1,6 +1,6 @@
 """Arguments that require gradients, the gradients themselves, and the graph between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,15 +8,37 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from manual_bp._torch import tree_leaves
+from manual_bp._torch import is_pytorchs_function, tree_leaves
+from manual_bp.verify._arguments import hides_tensors
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 Gradients = dict[int, Tensor | None]
 
 
+class HiddenTensorsError(TypeError):
+    """A result holds tensors where nobody looks for them."""
+
+
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
-    """All tensors in a result, however they are nested."""
-    return tuple(t for t in tree_leaves(value) if isinstance(t, Tensor))
+    """All tensors in a result, however they are nested. Those of a dict are sorted by key.
+
+    Raises a HiddenTensorsError if a class holds some that is not registered as a pytree.
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = [value[key] for key in sorted(value, key=str)]
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif (found := tree_leaves(value)) and found[0] is not value:
+        parts = found
+    elif name := hides_tensors(value):
+        raise HiddenTensorsError(
+            f"the result must hold its tensors in lists, tuples, dicts or classes registered as "
+            f"pytrees; got some in a {name}"
+        )
+    return tuple(t for part in parts for t in tensors_of(part))
 
 
 def outputs_of(value: Any) -> tuple[Tensor, ...]:
@@ -90,7 +112,7 @@ def with_tangents(sample: Sample, tangents: Mapping[int, Tensor | None]) -> Samp
 
 
 def custom_nodes(result: Any) -> list[Any]:
-    """The nodes of hand-written Functions in the graph of a result."""
+    """The nodes of hand-written Functions in the graph of a result, without PyTorch's own."""
     seen: set[Any] = set()
     queue = [t.grad_fn for t in outputs_of(result) if t.grad_fn is not None]
     while queue:
@@ -98,7 +120,8 @@ def custom_nodes(result: Any) -> list[Any]:
         if node not in seen:
             seen.add(node)
             queue += [below for below, _ in node.next_functions if below is not None]
-    return [node for node in seen if isinstance(node, FunctionCtx)]
+    functions = [node for node in seen if isinstance(node, FunctionCtx)]
+    return [node for node in functions if not is_pytorchs_function(node)]
 
 
 def node_name(node: Any) -> str:

@@ -1,6 +1,7 @@
 """What a check is, and what it works with."""
 
 import math
+import operator
 import time
 import zlib
 from collections import Counter
@@ -25,7 +26,8 @@ from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_diff
 from manual_bp.verify._clues import clues_for
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
 from manual_bp.verify._diagnose import threshold
-from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
+from manual_bp.verify._domain import projected, projected_directions
+from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest, widened
 
 # How long a failed check looks at the other samples, and elsewhere.
 _SECONDS = 2
@@ -97,7 +99,25 @@ class CheckContext:
     def draw(self, dtypes: Dtypes | None = None) -> list[Sample]:
         """Samples from the next random numbers; by default in the first dtype of the case."""
         dtypes = dtypes or self.case.dtypes[0]
-        return [self._converted(sample, dtypes) for sample in self.case.draw(self.generator)]
+        drawn = self.case.draw(self.generator)
+        return [self.in_domain(self._converted(sample, dtypes)) for sample in drawn]
+
+    def in_domain(self, arguments: Sample) -> Sample:
+        """Arguments that a check has changed, mapped into the domains that the case declares.
+
+        One that is in its domain, or has none, is returned as it is.
+        """
+        return projected(self.case.project, arguments)
+
+    def is_in_domain(self, arguments: Sample) -> bool:
+        """Whether each argument is in the domain that the case declares for it."""
+        return all(map(operator.is_, self.in_domain(arguments), arguments))
+
+    def directions_in_domain(
+        self, arguments: Sample, directions: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Directions, by position, changed so that arguments that move along stay in the domain."""
+        return projected_directions(self.case.project, arguments, directions)
 
     def dtypes_of(self, sample: Sample) -> Dtypes:
         """The dtypes, of those of the case, in which a sample is."""
@@ -186,9 +206,14 @@ class CheckContext:
         if self.case.reference is None or narrowest(sample) is None:
             return Loss(is_low=narrowest(sample) is not None)
         reference = reference or self.case.reference
-        given = list(upstreams) or [self.upstream(self.call, sample)]
+        given = list(upstreams) or [self._upstream_of_reference(sample)]
         more = [[self.random_like(u) for u in given[0]] for _ in range(3)]
         return loss(reference, sample, [*given, *more], wanted)
+
+    def _upstream_of_reference(self, sample: Sample) -> list[Tensor]:
+        # A call would change the parameters of a module, which a checkpoint may still need.
+        results = outputs_of(self.trusted(*leaves(widened(sample), ())))
+        return [self.random_like(t).to(as_dtype(t, narrowest(sample))) for t in results]
 
     def usual_loss(self) -> Loss:
         """What the reference loses at the current sample."""
@@ -314,7 +339,7 @@ class Check:
         not at fault; code that gives a wrong answer is.
     only_if_declared: A wrong answer, too, is a failure only if the capability was declared.
     slow: It uses the compiler.
-    for_modules: It applies to modules only.
+    for_modules, for_operators: It applies to modules, or to operators of torch.library, only.
     best_sample: It runs on one sample, the one with the most gradients that can show a mistake.
     after_all: Runs once after all samples.
     builds_on: Names of other checks. If one of them fails, a failure of this one follows from that.
@@ -326,6 +351,7 @@ class Check:
     only_if_declared: bool = False
     slow: bool = False
     for_modules: bool = False
+    for_operators: bool = False
     best_sample: bool = False
     after_all: Callable[[CheckContext], None] | None = None
     builds_on: tuple[str, ...] = ()

@@ -242,12 +242,12 @@ def test_a_module_is_judged_in_bfloat16_with_its_parameters() -> None:
         ({"dtypes": torch.float32}, "dtypes must list floating dtypes"),
         ({"dtypes": [torch.int64]}, "dtypes must list floating dtypes"),
         ({"dtypes": [None]}, "dtypes must list floating dtypes"),
-        ({"dtypes": [(torch.float32,)]}, "or tuples of 2 with a floating dtype or None"),
+        ({"dtypes": [(torch.float32,)]}, "dtypes must be a tuple with an entry for each argument"),
         ({"rtol": -1e-3}, "rtol must be a number that is not negative; got -0.001"),
         ({"atol": float("nan")}, "atol must be a number that is not negative; got nan"),
-        ({"varying": [(1,)]}, "varying must have a dimension or None for each argument"),
+        ({"varying": [(1,)]}, "varying must be a tuple with an entry for each argument"),
         ({"varying": [(1, "rows")]}, "varying must have a dimension or None for each argument"),
-        ({"in_dims": (0,)}, "in_dims must have a dimension or None for each argument"),
+        ({"in_dims": (0,)}, "in_dims must be a tuple with an entry for each argument"),
     ],
 )
 def test_unusable_options_are_refused(options: Any, message: str) -> None:

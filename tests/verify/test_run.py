@@ -1,4 +1,5 @@
 import gc
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -235,10 +236,11 @@ def test_a_declared_capability_that_cannot_be_judged_is_a_failure() -> None:
 
 
 def test_nothing_else_is_compared_if_two_calls_differ() -> None:
-    report = check_function(lambda x: x * torch.rand_like(x), SAMPLES, square, slow=False)
+    calls = itertools.count(1)
+    report = check_function(lambda x: x * next(calls), SAMPLES, square, slow=False)
     (failure,) = report.failures
     assert failure.check == "deterministic"
-    assert "diagnosis: random, or it remembers earlier calls" in failure.message
+    assert "diagnosis: it remembers earlier calls: each adds the same" in failure.message
     assert message(report, "vmap") == (
         "two calls with the same arguments differ: see deterministic"
     )
@@ -445,19 +447,14 @@ def test_the_capabilities_are_the_checks_that_are_declared_as_such() -> None:
         ({"expected_failures": {"x": "y"}}, ValueError, r"must name checks of .*; got \['x'\]"),
         ({"samples": []}, TypeError, r"samples must be a sequence of argument tuples; got \[\]"),
         ({"samples": [torch.ones(2)]}, TypeError, "argument tuples; got a Tensor"),
-        (
-            {"samples": [(*SAMPLES[0], [torch.ones(2)])]},
-            TypeError,
-            "a separate argument, .* in a l",
-        ),
         ({"samples": [(1, 2)]}, TypeError, "samples must each hold a floating or complex tensor"),
         ({"supports": "vmap"}, TypeError, "supports must be names in a list or tuple; got 'vmap'"),
         ({"only": "vmap"}, TypeError, "only must be names in a list or tuple; got 'vmap'"),
-        ({"in_dims": 0}, ValueError, "in_dims must have a dimension or None for each argument"),
+        ({"in_dims": 0}, ValueError, "in_dims must be a tuple with an entry for each argument"),
         (
             {"in_dims": (0, 0)},
             ValueError,
-            "in_dims must have a dimension or None for each argument",
+            "in_dims must be a tuple with an entry for each argument",
         ),
         ({"device": "meta"}, ValueError, "device must be one that PyTorch can use here; got meta"),
         ({"fn": 3}, TypeError, "fn must be callable; got int"),

@@ -12,6 +12,7 @@ from manual_bp.verify.checks import (
     forward_mode,
     graphs,
     modules,
+    operators,
     orders,
     precision,
     preconditions,
@@ -37,6 +38,7 @@ _FILES = (
     compiler,
     edges,
     modules,
+    operators,
 )
 
 CHECKS: tuple[Check, ...] = tuple(

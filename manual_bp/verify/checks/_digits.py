@@ -39,7 +39,8 @@ def noise_of_float32(
         shifted = [
             t + steps * directions[i] if i in directions else t for i, t in enumerate(tensors)
         ]
-        return results_of(ctx, call, tuple(shifted[: len(sample)]), shifted[len(sample) :])
+        arguments = ctx.in_domain(tuple(shifted[: len(sample)]))
+        return results_of(ctx, call, arguments, shifted[len(sample) :])
 
     here = at(0)
     near, far = (_second_differences(at(-steps), here, at(steps)) for steps in (1, 4))

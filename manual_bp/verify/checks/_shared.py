@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp._torch import expected_gradient
+from manual_bp._torch import expected_gradient, is_of_operator
 from manual_bp.verify._autograd import (
     Gradients,
     custom_nodes,
@@ -54,6 +54,9 @@ def compare_with_reference(
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
+    The arguments are mapped into the domains of the case. Where the reference gives nan, though no
+    argument is nan, nothing is asked, and no gradient if an output is nan.
+
     The reference runs in float64, from the arguments as they are. In a lower precision the budget
     is what the reference itself loses there. Where its output is not finite (a logarithm below
     0), the call may refuse the arguments too.
@@ -70,6 +73,7 @@ def compare_with_reference(
             cancels is as much larger.
     """
     call, reference = change(ctx.call), change(ctx.reference)
+    arguments = ctx.in_domain(arguments)
     try:
         right = reference(*leaves(widened(arguments), ()))
     except Exception:
@@ -87,10 +91,16 @@ def compare_with_reference(
     is_large = factor > 1
     lost.usual, lost.factor = ctx.usual_loss(), factor
     lost.slack = 4.0 if is_large or is_cast else 1.0
-    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
     _, expected = exact(reference, arguments, upstream, wanted)
     clues = clues_from(ctx, reference, arguments, upstream, expected)
-    compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
+    is_known = not _has_nan(tensors_of(right)) or _has_nan(arguments)
+    if not _has_nan(arguments):
+        rights = dict(enumerate(tensors_of(right)))
+        result = tuple(_where_known(t, rights.get(j)) for j, t in enumerate(tensors_of(result)))
+        found = {i: _where_known(g, expected.get(i)) for i, g in found.items()}
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
+    if is_known:
+        compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
 
 
 def clues_from(
@@ -107,6 +117,17 @@ def clues_from(
 
     wide = widened(arguments)
     return partial(known_mistakes, wide, widened(upstream), expected, right, ctx.label)
+
+
+def _has_nan(values: Sequence[Any]) -> bool:
+    return any(is_differentiable(t) and bool(t.isnan().any()) for t in values)
+
+
+def _where_known(got: Any, expected: Tensor | None) -> Any:
+    """A result that agrees with the expected one where that is nan."""
+    if got is None or expected is None or got.shape != expected.shape:
+        return got
+    return torch.where(expected.isnan(), torch.nan, got) if expected.isnan().any() else got
 
 
 def compare_values(
@@ -188,6 +209,15 @@ def require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype:
         raise Mismatch(
             f"{what}: expected {peer}, as the reference, got {got}\n"
             f"diagnosis: {diagnosis if more else 'wrong dtype'}"
+        )
+
+
+def refuse_operators(ctx: CheckContext, sample: Sample) -> None:
+    """Refuse a call of operators of torch.library, for checks of forward mode."""
+    if any(map(is_of_operator, custom_nodes(ctx.call(*leaves(sample))))):
+        raise NotApplicable(
+            "PyTorch drops the tangents of operators made with torch.library, without a warning: "
+            "that is a fault of PyTorch, which offers no way to give an operator a forward mode"
         )
 
 

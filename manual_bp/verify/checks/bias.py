@@ -114,12 +114,13 @@ class _Ratios:
             if is_differentiable(one) and one.shape == other.shape
         ):
             return new
-        return tuple(
+        moved = tuple(
             (t * (1 + 0.05 * ctx.random_like(t).clamp(-2, 2))).to(t.dtype)
             if is_differentiable(t)
             else t
             for t in new
         )
+        return ctx.in_domain(moved)
 
     def _upstream(self, arguments: Sample, place: int, outputs: Sequence[Tensor]) -> list[Tensor]:
         """An upstream gradient for which sums in the gradient of an argument do not cancel."""

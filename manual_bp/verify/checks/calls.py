@@ -54,7 +54,8 @@ def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
             _, other_expected = gradients(ctx.call, leaves(other), other_upstream)
         except Exception:
             continue  # out of the domain
-        arguments, other_arguments = leaves(sample), leaves(other)
+        arguments = leaves(sample)
+        other_arguments = _with_parameters(ctx, leaves(other), arguments)
         result, other_result = ctx.call(*arguments), ctx.call(*other_arguments)
         # First in, first out: a stack would be right in the opposite order.
         found = gradients_of(result, arguments, upstream)
@@ -73,6 +74,8 @@ def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     if not pairs:
         raise NotApplicable("no two arguments have the same shape")
     for i, j in pairs:
+        if ctx.case.project.get(i) is not ctx.case.project.get(j):
+            continue  # one tensor may not be in both domains
         wanted = [place for place in positions(sample) if place != j]
         once = partial(tied, i=i, j=j)
         where = f" where {ctx.label(j)} is the same tensor as {ctx.label(i)}"
@@ -87,7 +90,14 @@ def _other_samples(ctx: CheckContext, sample: Sample) -> list[Sample]:
     drawn = ctx.draw(ctx.dtypes_of(sample))
     place = next(i for i, other in enumerate(ctx.samples) if other is sample)
     others = [drawn[i % len(drawn)] for i in {place % len(drawn), (place + 1) % len(drawn)}]
-    return others + [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
+    others += [_changed(sample, how) for how in (_flipped, torch.neg, lambda t: t / 2)]
+    return [ctx.in_domain(_with_parameters(ctx, other, sample)) for other in others]
+
+
+def _with_parameters(ctx: CheckContext, other: Sample, sample: Sample) -> Sample:
+    """Other inputs of a module with the parameters of a sample: two calls of it share them."""
+    count = len(sample) - ctx.case.parameters
+    return (*other[: len(other) - ctx.case.parameters], *sample[count:])
 
 
 def _flipped(value: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def autocast(ctx: CheckContext, sample: Sample) -> None:
     require_real(sample)
     if narrowest(sample) not in (None, torch.float32):
         raise NotApplicable("autocast changes nothing in half precision")
-    low = cast(sample, torch.float32)
+    low = ctx.in_domain(cast(sample, torch.float32))
     results: list[Any] = []
     for call in (ctx.call, ctx.reference):
         arguments = leaves(low)
@@ -97,7 +97,7 @@ def _compare_in(ctx: CheckContext, sample: Sample, dtype: torch.dtype) -> None:
     if narrowest(sample) is not None:
         raise NotApplicable("the case names its dtypes, and all other checks judge it in them")
     ctx.reference  # noqa: B018 (raises if there is none)
-    low = cast(sample, dtype)
+    low = ctx.in_domain(cast(sample, dtype))
     arguments = leaves(low)
     compare_raw(ctx, arguments, ctx.call(*arguments))
     compare_with_reference(ctx, low, f" in {dtype}", is_cast=True)

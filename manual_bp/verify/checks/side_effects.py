@@ -2,13 +2,17 @@
 
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from manual_bp._torch import seeing_operators
 from manual_bp.verify._autograd import (
+    Gradients,
     gradients,
     gradients_of,
     leaves,
@@ -69,14 +73,18 @@ def stale_inputs_raise(ctx: CheckContext, sample: Sample) -> None:
     _, expected = gradients(ctx.call, leaves(sample), upstream)
     for i in positions(sample):
         arguments = leaves(sample)
-        result = ctx.call(*arguments)
+        with set_checkpoint_early_stop(False):  # so that all of it is seen to run again
+            result = ctx.call(*arguments)
         with torch.no_grad():
-            arguments[i].mul_(2).add_(1)
+            moved = ctx.in_domain(tuple(2 * t + 1 if t is arguments[i] else t for t in arguments))
+            arguments[i].copy_(moved[i])
         try:
-            found = gradients_of(result, arguments, upstream)
+            found, runs_again = _gradients_and_whether_it_runs_again(result, arguments, upstream)
         except RuntimeError:
             ctx.comparisons += 1
             continue
+        if runs_again and i >= len(sample) - ctx.case.parameters:
+            continue  # a checkpoint, which runs again with the parameters as they are
         where = f" after {ctx.label(i)} was changed in place"
         diagnosis = "saved as .data or on ctx: the change went unnoticed"
         ctx.compare_gradients(sample, found, expected, where, diagnosis=diagnosis)
@@ -108,6 +116,16 @@ def no_leak(ctx: CheckContext, sample: Sample) -> None:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _gradients_and_whether_it_runs_again(
+    result: Any, arguments: Sample, upstream: Sequence[Tensor]
+) -> tuple[Gradients, bool]:
+    """The gradients, and whether backward runs code with a graph of its own: a checkpoint."""
+    with_graph: list[bool] = []
+    with seeing_operators(lambda _: with_graph.append(torch.is_grad_enabled())):
+        found = gradients_of(result, arguments, upstream)
+    return found, any(with_graph)
 
 
 def _compare_unchanged(

@@ -1,6 +1,7 @@
 """Functions and modules that are wrong on purpose, by kind of mistake, and their right twins."""
 
 from manual_bp.verify.mutants import (
+    arguments,
     batches,
     calls,
     compiler,
@@ -10,6 +11,7 @@ from manual_bp.verify.mutants import (
     layouts,
     modules,
     needs_input_grad,
+    operators,
     orders,
     precision,
     shapes,
@@ -37,6 +39,8 @@ _KINDS = (
     compiler,
     edges,
     modules,
+    arguments,
+    operators,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
