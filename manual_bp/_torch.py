@@ -318,9 +318,12 @@ def is_pytorchs_function(node: object) -> bool:
     The backward of an operator made with torch.library is its author's. Without the private name,
     none does.
     """
-    function = getattr(type(node), "_forward_cls", None)
-    is_pytorchs = function is not None and function.__module__.split(".")[0] == "torch"
-    return is_pytorchs and not is_of_operator(node)
+    return module_of(node).split(".")[0] == "torch" and not is_of_operator(node)
+
+
+def module_of(node: object) -> str:
+    """The name of the module with the Function of a node; empty without the private name."""
+    return str(getattr(getattr(type(node), "_forward_cls", None), "__module__", ""))
 
 
 def is_of_operator(node: object) -> bool:

@@ -8,11 +8,14 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from manual_bp._torch import is_pytorchs_function, tree_leaves
+from manual_bp._torch import is_pytorchs_function, module_of, tree_leaves
 from manual_bp.verify._arguments import hides_tensors
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 Gradients = dict[int, Tensor | None]
+
+# The module with the one Function of this kit, which stands around the code under test.
+_NOT_JUDGED = "manual_bp.verify._calling"
 
 
 class HiddenTensorsError(TypeError):
@@ -121,7 +124,11 @@ def custom_nodes(result: Any) -> list[Any]:
             seen.add(node)
             queue += [below for below, _ in node.next_functions if below is not None]
     functions = [node for node in seen if isinstance(node, FunctionCtx)]
-    return [node for node in functions if not is_pytorchs_function(node)]
+    return [
+        node
+        for node in functions
+        if not (is_pytorchs_function(node) or module_of(node) == _NOT_JUDGED)
+    ]
 
 
 def node_name(node: Any) -> str:

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify._autograd import gradients, leaves, outputs_of, tensors_of
+from manual_bp.verify._calling import (
+    by_backward,
+    needs_backward,
+    returned_arguments,
+    with_copies,
+)
 from manual_bp.verify._case import Call, Case, Sample
 from manual_bp.verify._check import CheckContext
 from manual_bp.verify._intended import intended
@@ -21,18 +27,44 @@ def prepared(case: Case, calls_differ: bool) -> tuple[Case, tuple[str, ...]]:
         case: The case.
         calls_differ: Whether two calls with the same arguments differ.
     """
-    ctx = CheckContext(case, "prepare")
     notes = []
-    gradient_of, reference = case.gradient_of, case.reference
-    if calls_differ and any(_answer(_is_random, ctx, sample) for sample in ctx.samples):
+    ctx = CheckContext(case, "prepare")
+    written = sorted(
+        {i for s in ctx.samples for i in _answer(returned_arguments, ctx.call, s) or ()}
+    )
+    if written:
+        names = ", ".join(map(case.label, written))
+        notes.append(f"changes {names} in place and returns it: it is given a copy in each call")
+        case = replace(case, call=with_copies(case.call, written))
+        ctx = CheckContext(case, "prepare")
+    if any(_answer(_needs_backward, ctx, sample) for sample in ctx.samples):
+        notes.append("gives gradients by .backward() only: they are read from .grad")
+        case = replace(case, call=by_backward(case.call))
+        ctx = CheckContext(case, "prepare")
+    if (calls_differ or notes) and any(_answer(_is_random, ctx, sample) for sample in ctx.samples):
         notes.append("draws random numbers: the same seeds are set before each call")
-        reference = reference and reseeded(reference, case.seed)
-        gradient_of = gradient_of and reseeded(gradient_of, case.seed)
-        case = replace(case, call=reseeded(case.call, case.seed), is_random=True)
-    if gradient_of is not None and reference is not None:
+        case = _reseeded(case)
+    if case.gradient_of is not None and case.reference is not None:
         notes.append("the right gradient is that of gradient_of, not the derivative")
-        reference = intended(reference, gradient_of)
-    return replace(case, reference=reference, gradient_of=gradient_of), tuple(notes)
+        case = replace(case, reference=intended(case.reference, case.gradient_of))
+    return case, tuple(notes)
+
+
+def _reseeded(case: Case) -> Case:
+    def once(call: Call) -> Call:
+        return reseeded(call, case.seed)
+
+    return replace(
+        case,
+        call=once(case.call),
+        reference=case.reference and once(case.reference),
+        gradient_of=case.gradient_of and once(case.gradient_of),
+        is_random=True,
+    )
+
+
+def _needs_backward(ctx: CheckContext, sample: Sample) -> bool:
+    return needs_backward(ctx.call, sample, ctx.upstream(ctx.call, sample))
 
 
 def _answer(question: Callable[..., Any], *arguments: Any) -> Any:

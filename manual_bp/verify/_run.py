@@ -54,9 +54,9 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     with kept_random_state(case.device):
         # Before anything else calls the code, so that what its first call leaves behind shows.
         first = _outcome(case, _DETERMINISTIC)
-        case, notes = prepared(case, first.calls_differ)
-        known = {} if case.is_random else {_DETERMINISTIC.name: first}
-        outcomes = tuple(_follow(_outcomes(case, chosen, known), chosen))
+        ready, notes = prepared(case, first.calls_differ)
+        known = {_DETERMINISTIC.name: first} if ready.call is case.call else {}
+        outcomes = tuple(_follow(_outcomes(ready, chosen, known), chosen))
     return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
 
 
