@@ -135,7 +135,7 @@ def test_the_figures_of_the_self_test_are_current() -> None:
     theirs = sum(default_gradcheck(mutant.case) == "caught" for mutant in MUTANTS)
     assert theirs < count / 2
     assert f"{count} mistakes: the kit caught {count}, default gradcheck {theirs}\n" in PAGE
-    assert f"PyTorch's own: {len(pytorch_cases())} layers, 50 seeds, " in PAGE
+    assert f"PyTorch's own layers: {len(pytorch_cases())} cases, 50 seeds, " in PAGE
     words = " ".join(README.split())
     assert f"Of {count} planted mistakes it catches {count}; `gradcheck` with its" in words
     assert f"defaults catches {theirs} (" in words

@@ -7,7 +7,7 @@ import pytest
 
 from manual_bp.verify import self_test
 from manual_bp.verify.__main__ import main
-from manual_bp.verify.mutants import MUTANTS
+from manual_bp.verify.mutants import MUTANTS, Twin
 
 CASES = """
 import torch
@@ -64,12 +64,16 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
     """Some mutants only; `test_self_test.py` judges all of them."""
     some = [MUTANTS[0], next(m for m in MUTANTS if m.caught_by == "compile")]
     monkeypatch.setattr(self_test, "MUTANTS", some)
+    twin = Twin("right", "deterministic", self_test.pytorch_cases()[0], "")
+    monkeypatch.setattr(self_test, "TWINS", [twin, twin])
     cases = self_test.pytorch_cases()[:2]
     monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
     assert main(["--self-test", "--seeds", "2"]) == 0
-    *_, mutants, layers = capsys.readouterr().out.splitlines()
+    *_, mutants, twins, layers = capsys.readouterr().out.splitlines()
     assert mutants.startswith("2 mistakes: the kit caught 2, default gradcheck ")
-    assert re.fullmatch(r"PyTorch's own: 2 layers, 2 seeds, \d+ checks, 0 false alarms", layers)
+    alarms = r"2 cases, 2 seeds, \d+ checks, 0 false alarms"
+    assert re.fullmatch(f"Right twins: {alarms}", twins)
+    assert re.fullmatch(f"PyTorch's own layers: {alarms}", layers)
 
     missed = replace(some[0], caught_by="pickle")
     monkeypatch.setattr(self_test, "MUTANTS", [missed])
@@ -79,6 +83,11 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
     monkeypatch.setattr(self_test, "pytorch_cases", lambda: [some[0].case])
     assert main(["--self-test", "--seeds", "1"]) == 1
     assert capsys.readouterr().out.endswith(" 1 false alarms\n")
+    monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
+    for accused in (replace(twin, case=some[0].case), replace(twin, passed_by="pickle")):
+        monkeypatch.setattr(self_test, "TWINS", [accused])
+        assert main(["--self-test", "--seeds", "1"]) == 1
+        assert "Right twins: 1 cases, 1 seeds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

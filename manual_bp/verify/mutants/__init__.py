@@ -1,4 +1,4 @@
-"""Functions and modules that are wrong on purpose, by kind of mistake."""
+"""Functions and modules that are wrong on purpose, by kind of mistake, and their right twins."""
 
 from manual_bp.verify.mutants import (
     batches,
@@ -16,9 +16,9 @@ from manual_bp.verify.mutants import (
     uninformative_samples,
     upstream,
 )
-from manual_bp.verify.mutants._mutant import DECLARED, Mutant
+from manual_bp.verify.mutants._mutant import DECLARED, DECLARED_TWINS, Mutant, Twin
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["MUTANTS", "TWINS", "Mutant", "Twin"]
 
 _KINDS = (
     first_order,
@@ -39,4 +39,7 @@ _KINDS = (
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     mutant for kind in _KINDS for mutant in DECLARED if mutant.kind == kind.__name__
+)
+TWINS: tuple[Twin, ...] = tuple(
+    twin for kind in _KINDS for twin in DECLARED_TWINS if twin.kind == kind.__name__
 )

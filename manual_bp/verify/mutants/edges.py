@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Relu
 from manual_bp.verify.mutants._samples import elementwise
 
@@ -18,6 +18,16 @@ class ReluOneAtZero(Relu):
     def backward(ctx: Any, grad_a: Any) -> Any:
         (z,) = ctx.saved_tensors
         return torch.where(z >= 0, grad_a, 0)
+
+
+@twin("at_zero", elementwise, torch.relu)
+class ReluByOutput(Relu):
+    """ReLU saves its output and asks where that is positive."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        del inputs
+        ctx.save_for_backward(output)
 
 
 @mutant("at_zero", elementwise, torch.abs)
