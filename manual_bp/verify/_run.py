@@ -10,6 +10,7 @@ from torch import nn
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
@@ -114,7 +115,8 @@ def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
             continue
         started = time.perf_counter()
         ctx = CheckContext(case, check.name)
-        status, message = _as_declared(case, check, *_judge(ctx, check))
+        with restored():
+            status, message = _as_declared(case, check, *_judge(ctx, check))
         calls_differ = ctx.calls_differ and status == "failed"
         seconds = time.perf_counter() - started
         yield Outcome(check.name, status, ctx.comparisons, seconds, message)

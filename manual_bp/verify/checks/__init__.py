@@ -9,6 +9,7 @@ from manual_bp.verify.checks import (
     cost,
     edges,
     first_order,
+    global_state,
     modules,
     orders,
     precision,
@@ -20,6 +21,7 @@ from manual_bp.verify.checks import (
 
 _FILES = (
     preconditions,
+    global_state,
     first_order,
     cost,
     upstream,
