@@ -1,6 +1,7 @@
 """What several checks share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -25,20 +26,10 @@ from manual_bp.verify._check import CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
 
+UNWRITTEN = "memory of torch.empty is read before all of it is written"
+
 Derivatives = list[Tensor | None]
 Change = Callable[[Sequence[Any]], tuple[Any, ...]]
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
-    "strided": lambda t: torch.stack([torch.ones_like(t), t], -1)[..., 1],
-    "shifted": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
-    "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
-}
-
-
-def is_plain(value: Tensor) -> bool:
-    """Whether a tensor is contiguous and starts where its memory starts."""
-    return value.is_contiguous() and not value.storage_offset()
 
 
 def compare_with_reference(
@@ -169,6 +160,15 @@ def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype
         raise Mismatch(
             f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
         )
+
+
+@contextmanager
+def diagnosed(diagnosis: str) -> Iterator[None]:
+    """Give a mismatch that is raised inside this diagnosis, unless it is empty."""
+    try:
+        yield
+    except Mismatch as mismatch:
+        raise (mismatch.diagnosed(diagnosis) if diagnosis else mismatch) from None
 
 
 def require_custom_nodes(result: Any) -> list[Any]:

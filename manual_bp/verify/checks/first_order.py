@@ -15,11 +15,11 @@ from manual_bp.verify._autograd import (
     subsets,
 )
 from manual_bp.verify._budget import largest
-from manual_bp.verify._case import Call, Sample, is_differentiable
+from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._shared import LAYOUTS, compare_slopes, compare_values, is_plain
+from manual_bp.verify.checks._shared import compare_slopes, compare_values
 
 _NO_GRADIENT = (
     "\ndiagnosis: no gradient at all; close over an argument that never has one, "
@@ -32,23 +32,6 @@ def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
     right = ctx.reference(*leaves(widened(sample), ()))
     compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
-
-
-@check()
-def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
-    """The strides of the arguments do not matter: a contiguous copy gives the same."""
-    tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
-    for name, layout in LAYOUTS.items():
-        for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
-            arguments = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
-            if all(is_plain(arguments[i]) for i in chosen):
-                continue
-            where = f" for {name} {', '.join(map(ctx.label, chosen))}"
-            try:
-                _compare_with_copy(ctx, ctx.call, arguments, where)
-            except Exception as problem:
-                if not _reference_fails_too(ctx, arguments, problem):
-                    raise
 
 
 def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
@@ -97,32 +80,6 @@ def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
         where = f" when only {', '.join(map(ctx.label, wanted))} require gradients"
         _, found = gradients(ctx.call, leaves(sample, wanted), upstream)
         ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
-
-
-def _reference_fails_too(ctx: CheckContext, arguments: Sample, problem: Exception) -> bool:
-    """Whether the reference also refuses these strides or values, or is wrong for them."""
-    if ctx.case.reference is None:
-        return not isinstance(problem, Mismatch)
-    try:
-        _compare_with_copy(ctx, ctx.case.reference, arguments, "")
-    except Exception:
-        return True
-    return False
-
-
-def _compare_with_copy(ctx: CheckContext, call: Call, arguments: Sample, where: str) -> None:
-    copied = tuple(
-        t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t
-        for t in arguments
-    )
-    upstream = ctx.upstream(call, copied)
-    result, expected = gradients(call, leaves(copied), upstream)
-    # leaves() would copy the arguments, and lose their strides.
-    views = tuple(t.detach().requires_grad_() if is_differentiable(t) else t for t in arguments)
-    found_result, found = gradients(call, views, upstream)
-    ctx.compare_outputs(found_result, result, where)
-    diagnosis = "right only for contiguous arguments"
-    ctx.compare_gradients(copied, found, expected, where, diagnosis=diagnosis)
 
 
 def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
