@@ -299,3 +299,8 @@ def expected_gradient(node: object, slot: int) -> Any:
     """
     metadata: Any = getattr(node, "_input_metadata", None)
     return None if metadata is None else metadata[slot]
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd knows. Without it, always 0."""
+    return int(getattr(value, "_version", 0))

@@ -45,9 +45,14 @@ def leaves(sample: Sample, wanted: Sequence[int] | None = None) -> Sample:
     """The arguments as new leaves. Those at `wanted` (by default all) require gradients."""
     chosen = positions(sample) if wanted is None else wanted
     return tuple(
-        t.detach().clone().requires_grad_(i in chosen) if is_differentiable(t) else t
+        _leaf(t, requires_grad=i in chosen) if isinstance(t, Tensor) else t
         for i, t in enumerate(sample)
     )
+
+
+def _leaf(value: Tensor, *, requires_grad: bool) -> Tensor:
+    """A copy, of indices and masks as well: a call that changes them must not reach the next."""
+    return value.detach().clone().requires_grad_(requires_grad and is_differentiable(value))
 
 
 def gradients(

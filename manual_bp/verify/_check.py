@@ -62,6 +62,11 @@ class CheckContext:
             raise NotApplicable("no reference was given")
         return self.case.reference
 
+    def is_parameter(self, position: int) -> bool:
+        """Whether an argument is a parameter of the module that is judged."""
+        factory = self.case.factory
+        return factory is not None and not self.label(position).startswith("input ")
+
     @property
     def trusted(self) -> Call:
         """The reference, or the call itself if no reference was given."""

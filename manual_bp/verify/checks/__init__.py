@@ -2,6 +2,7 @@
 
 from manual_bp.verify._check import Check
 from manual_bp.verify.checks import (
+    aliases,
     batches,
     bias,
     calls,
@@ -11,6 +12,7 @@ from manual_bp.verify.checks import (
     first_order,
     global_state,
     layouts,
+    module_state,
     modules,
     orders,
     precision,
@@ -29,6 +31,7 @@ _FILES = (
     upstream,
     shapes,
     side_effects,
+    aliases,
     calls,
     orders,
     batches,
@@ -37,6 +40,7 @@ _FILES = (
     compiler,
     edges,
     modules,
+    module_state,
 )
 
 CHECKS: tuple[Check, ...] = tuple(

@@ -2,25 +2,24 @@
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from manual_bp.verify._autograd import leaves, outputs_of
-from manual_bp.verify._case import Sample, is_differentiable
+from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import narrowest
+from manual_bp.verify.checks._modules import factory_of, new_module
 from manual_bp.verify.checks._shared import cast
 
 
 @check(for_modules=True, best_sample=True)
 def state_dict(ctx: CheckContext, sample: Sample) -> None:
     """A second module that loads the state_dict computes the same."""
-    module, inputs = _module(ctx, sample)
-    other, _ = _module(ctx, sample, seed=ctx.case.seed + 1)
+    module, inputs = new_module(ctx, sample)
+    other, _ = new_module(ctx, sample, seed=ctx.case.seed + 1)
     other.load_state_dict(module.state_dict())
     ctx.compare_outputs(other(*inputs), module(*inputs), " after load_state_dict")
     if ctx.case.reference_factory is not None:
@@ -36,7 +35,7 @@ def state_dict(ctx: CheckContext, sample: Sample) -> None:
 @check(for_modules=True, best_sample=True)
 def pickle_(ctx: CheckContext, sample: Sample) -> None:
     """A pickled module computes the same."""
-    module, inputs = _module(ctx, sample)
+    module, inputs = new_module(ctx, sample)
     if "<locals>" in type(module).__qualname__:
         raise NotApplicable("the class is local to a function, so it cannot be pickled")
     copied = pickle.loads(pickle.dumps(module))
@@ -46,7 +45,7 @@ def pickle_(ctx: CheckContext, sample: Sample) -> None:
 @check(for_modules=True, best_sample=True)
 def deepcopy(ctx: CheckContext, sample: Sample) -> None:
     """A deepcopy computes the same, with its own parameters."""
-    module, inputs = _module(ctx, sample)
+    module, inputs = new_module(ctx, sample)
     copied = copy.deepcopy(module)
     ctx.compare_outputs(copied(*inputs), module(*inputs), " after deepcopy")
     expected = {name: p.shape for name, p in module.named_parameters()}
@@ -75,7 +74,7 @@ def to_dtype(ctx: CheckContext, sample: Sample) -> None:
     if narrowest(sample) is not None:
         raise NotApplicable("the case names its dtypes, and the module is made in them")
     for dtype in (torch.float32, torch.bfloat16):
-        module, inputs = _module(ctx, sample)
+        module, inputs = new_module(ctx, sample)
         outputs = outputs_of(module.to(dtype)(*cast(inputs, dtype)))
         named = [(f"output {i}", t) for i, t in enumerate(outputs)]
         for name, tensor in (*module.named_parameters(), *named):
@@ -89,7 +88,7 @@ def factory_kwargs(ctx: CheckContext, sample: Sample) -> None:
     """The factory takes device and dtype, and its parameters have them."""
     if sample is not ctx.samples[0]:
         return  # the samples make no difference
-    factory: Any = _factory(ctx)
+    factory: Any = factory_of(ctx)
     for name, parameter in factory(device="meta", dtype=torch.float16).named_parameters():
         ctx.comparisons += 1
         if parameter.dtype is not torch.float16 or parameter.device.type != "meta":
@@ -102,7 +101,7 @@ def factory_kwargs(ctx: CheckContext, sample: Sample) -> None:
 @check(for_modules=True, best_sample=True)
 def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
     """A frozen parameter stays frozen and gets no gradient; the others get theirs."""
-    module, inputs = _module(ctx, sample)
+    module, inputs = new_module(ctx, sample)
     learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not learning:
         raise NotApplicable("the module has no parameters")
@@ -125,38 +124,3 @@ def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
             ctx.comparisons += 1
             if parameter.requires_grad or parameter.grad is not None:
                 raise Mismatch(f"{name}: expected it to stay frozen, without a gradient")
-
-
-@check(for_modules=True, best_sample=True)
-def train_eval(ctx: CheckContext, sample: Sample) -> None:
-    """In training and in evaluation mode the output matches the reference."""
-    if ctx.case.reference_factory is None:
-        raise NotApplicable("no reference was given")
-    module, inputs = _module(ctx, sample)
-    reference = _like(sample, ctx.case.reference_factory().to(ctx.case.device))
-    reference.load_state_dict(module.state_dict(), strict=False)
-    for mode in (True, False):
-        torch.manual_seed(ctx.case.seed)
-        found = module.train(mode)(*inputs)
-        torch.manual_seed(ctx.case.seed)
-        ctx.compare_outputs(found, reference.train(mode)(*inputs), f" in mode train({mode})")
-
-
-def _factory(ctx: CheckContext) -> Callable[[], nn.Module]:
-    if ctx.case.factory is None:
-        raise NotApplicable("the case is a function")
-    return ctx.case.factory
-
-
-def _module(ctx: CheckContext, sample: Sample, seed: int | None = None) -> tuple[nn.Module, Sample]:
-    """The module, made with this seed or the case's, and its inputs in a sample."""
-    torch.manual_seed(ctx.case.seed if seed is None else seed)
-    module = _factory(ctx)().to(ctx.case.device)
-    count = len(sample) - sum(1 for _ in module.named_parameters())
-    return _like(sample, module), sample[:count]
-
-
-def _like(sample: Sample, module: nn.Module) -> nn.Module:
-    """The module in the dtype of the sample, if that has only one."""
-    dtypes = {t.dtype for t in sample if is_differentiable(t) and not t.is_complex()}
-    return module.to(dtypes.pop()) if len(dtypes) == 1 else module

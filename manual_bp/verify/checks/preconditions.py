@@ -2,12 +2,19 @@
 
 from typing import Any
 
-from manual_bp.verify._autograd import gradients, leaves, outputs_of
+from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify._precision import widen
+from manual_bp.verify.checks._shared import UNWRITTEN
+
+_RANDOM = (
+    "random, or it remembers earlier calls: draw random numbers outside the call and pass them as "
+    "an argument, or seed them inside it"
+)
 
 
 def _require_no_blind_spot(ctx: CheckContext) -> None:
@@ -33,10 +40,10 @@ def deterministic(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_gradients(sample, found, expected, " of a second call")
     except Mismatch as mismatch:
         ctx.calls_differ = True
-        raise mismatch.diagnosed(
-            "random, or it remembers earlier calls: draw random numbers outside the call and pass "
-            "them as an argument, or seed them inside it"
-        ) from None
+        with filled_memory():
+            filled, of_filled = gradients(ctx.call, leaves(sample), kept)
+        is_written = not _has_nan(filled, of_filled) or _has_nan(first, expected)
+        raise mismatch.diagnosed(_RANDOM if is_written else UNWRITTEN) from None
     apart = max(
         _furthest(second, first), _furthest(tuple(found.values()), tuple(expected.values()))
     )
@@ -45,6 +52,10 @@ def deterministic(ctx: CheckContext, sample: Sample) -> None:
             f"two calls differ by up to {apart:.2g} of the largest element, as sums in another "
             f"order do"
         )
+
+
+def _has_nan(result: Any, found: Gradients) -> bool:
+    return any(bool(t.isnan().any()) for t in outputs_of((result, list(found.values()))))
 
 
 def _furthest(got: Any, expected: Any) -> float:

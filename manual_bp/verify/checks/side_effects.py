@@ -19,7 +19,8 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
-from manual_bp.verify.checks._shared import compare_raw, require_custom_nodes
+from manual_bp.verify._global_state import filled_memory
+from manual_bp.verify.checks._shared import UNWRITTEN, compare_raw, diagnosed, require_custom_nodes
 
 
 @check()
@@ -34,17 +35,34 @@ def raw_backward(ctx: CheckContext, sample: Sample) -> None:
 @check()
 def writes_nothing(ctx: CheckContext, sample: Sample) -> None:
     """Neither forward nor backward changes an argument, an output or the upstream gradient."""
+    with torch.no_grad():
+        frozen = leaves(sample, ())
+        before = {name: t.clone() for name, t in _named(ctx, frozen).items()}
+        ctx.call(*frozen)
+    _compare_unchanged(ctx, before, _named(ctx, frozen), "forward without gradients")
     arguments = leaves(sample)
     upstream = ctx.upstream(ctx.call, sample)
-    before = {ctx.label(i): arguments[i].detach().clone() for i in positions(sample)}
+    now = _named(ctx, arguments)
+    before = {name: t.detach().clone() for name, t in now.items()}
     result = ctx.call(*arguments)
-    now = {ctx.label(i): arguments[i] for i in positions(sample)}
     _compare_unchanged(ctx, before, now, "forward")
     for i, (u, output) in enumerate(zip(upstream, outputs_of(result), strict=True)):
         before |= {f"upstream gradient {i}": u.clone(), f"output {i}": output.detach().clone()}
         now |= {f"upstream gradient {i}": u, f"output {i}": output}
     gradients_of(result, arguments, upstream)
     _compare_unchanged(ctx, before, now, "backward")
+
+
+@check()
+def uninitialized_memory(ctx: CheckContext, sample: Sample) -> None:
+    """No result depends on what torch.empty finds in memory: filled with nan, it is the same."""
+    upstream = ctx.upstream(ctx.call, sample)
+    result, expected = gradients(ctx.call, leaves(sample), upstream)
+    with filled_memory():
+        filled, found = gradients(ctx.call, leaves(sample), upstream)
+    with diagnosed(UNWRITTEN):
+        ctx.compare_outputs(filled, result, " with new memory filled with nan")
+        ctx.compare_gradients(sample, found, expected, " with new memory filled with nan")
 
 
 @check()
@@ -108,6 +126,11 @@ def no_leak(ctx: CheckContext, sample: Sample) -> None:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _named(ctx: CheckContext, arguments: Sample) -> dict[str, Tensor]:
+    """The tensors among the arguments, those without gradients too."""
+    return {ctx.label(i): t for i, t in enumerate(arguments) if isinstance(t, Tensor)}
 
 
 def _compare_unchanged(

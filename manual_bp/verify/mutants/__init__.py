@@ -1,13 +1,16 @@
 """Functions and modules that are wrong on purpose, by kind of mistake, and their right twins."""
 
 from manual_bp.verify.mutants import (
+    aliases,
     batches,
+    caches,
     calls,
     compiler,
     edges,
     first_order,
     global_state,
     layouts,
+    module_state,
     modules,
     needs_input_grad,
     orders,
@@ -30,13 +33,16 @@ _KINDS = (
     uninformative_samples,
     side_effects,
     global_state,
+    aliases,
     calls,
+    caches,
     orders,
     batches,
     precision,
     compiler,
     edges,
     modules,
+    module_state,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
