@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from manual_bp.verify._case import Case
-from manual_bp.verify._run import run
+from manual_bp.verify._run import require_usable, run
 from manual_bp.verify.checks import CHECKS
 
 PROGRAM = "python -m manual_bp.verify"
@@ -55,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = find(options.case)
     if options.seed is not None:
         cases = [replace(case, seed=options.seed) for case in cases]
+    for case in cases:
+        try:
+            require_usable(case)
+        except ValueError as error:
+            refuse(f"{case.name}: {error}")
     reports = [run(case, options.check, slow=not options.no_compiler) for case in cases]
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))

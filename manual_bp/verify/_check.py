@@ -1,10 +1,12 @@
 """What a check is, and what it works with."""
 
 import math
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import (
     Gradients,
+    blindness,
     gradients,
     leaves,
     outputs_of,
@@ -19,8 +22,13 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import Budget, exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_differentiable
+from manual_bp.verify._clues import clues_for
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
+from manual_bp.verify._diagnose import threshold
 from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
+
+# How long a failed check looks at the other samples, and elsewhere.
+_SECONDS = 2
 
 
 class CheckContext:
@@ -31,12 +39,15 @@ class CheckContext:
     Attributes:
         samples: All samples of the case, in each of the dtypes of the case.
         current: The sample that the check is looking at, which messages name.
-        judged: The samples to which the check applied. Only they are evidence.
+        judged: The samples to which the check applied, and at which it passed. Only they are
+            evidence.
+        failed: The samples at which it failed, each with what it raised.
         comparisons: How many comparisons were made.
         slopes: For each argument, along how many directions a slope was compared.
         kinks: Along how many directions none was, since the slope jumps there.
         notes: What the report says of a check that passed.
         calls_differ: Whether two calls with the same arguments gave different results.
+        is_cause: Whether a failure would be new, and not follow from one that is known.
     """
 
     def __init__(self, case: Case, check: str) -> None:
@@ -49,11 +60,18 @@ class CheckContext:
         self._losses: dict[int, Loss] = {}
         self.current: Sample | None = None
         self.judged: list[Sample] = []
+        self.failed: list[tuple[Sample, Exception]] = []
         self.comparisons = 0
         self.slopes: Counter[str] = Counter()
         self.kinks = 0
         self.notes: list[str] = []
         self.calls_differ = False
+        self.is_cause = True
+        self._started = time.monotonic()
+
+    def may_go_on(self) -> bool:
+        """Whether a failed check may go on, to find out where it fails."""
+        return self.is_cause and time.monotonic() - self._started < _SECONDS
 
     @property
     def reference(self) -> Call:
@@ -133,7 +151,7 @@ class CheckContext:
         """The sample with the most gradients that are finite and not zero."""
         return max(
             self.samples,
-            key=lambda s: sum(not _blindness(g) for g in self._trusted_gradients(s).values()),
+            key=lambda s: sum(not blindness(g) for g in self._trusted_gradients(s).values()),
         )
 
     def blind_spot(self) -> str:
@@ -144,7 +162,7 @@ class CheckContext:
             return "no output depends on an argument that can have a gradient"
         blind = []
         for i in sorted({i for of_sample in found for i in of_sample}):
-            reasons = {_blindness(of_sample[i]): None for of_sample in found if i in of_sample}
+            reasons = {blindness(of_sample[i]): None for of_sample in found if i in of_sample}
             if "" not in reasons:
                 blind.append(f"the gradient of {self.label(i)} {' or '.join(reasons)}")
         if blind:
@@ -219,8 +237,13 @@ class CheckContext:
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             name = "output" if len(ours) == 1 else f"output {i}"
             if is_differentiable(one) or is_differentiable(other):
-                budget = (budgets or {}).get(i)
-                self.compare(name + where, one.detach(), other.detach(), budget=budget)
+                self.compare(
+                    name + where,
+                    one.detach(),
+                    other.detach(),
+                    sizes=_sizes(self.current or ()),
+                    budget=(budgets or {}).get(i),
+                )
                 continue
             self.comparisons += 1
             if not torch.equal(one, other):
@@ -233,7 +256,7 @@ class CheckContext:
         expected: Gradients,
         where: str = "",
         *,
-        clues: Mapping[str, Gradients] | None = None,
+        clues: Callable[[], Iterable[tuple[str, Gradients]]] = tuple,
         diagnosis: str = "",
         scales: Gradients | None = None,
         budgets: Mapping[int, Budget] | None = None,
@@ -246,7 +269,8 @@ class CheckContext:
             got: Their gradients.
             expected: The right gradients.
             where: Added to the name of the gradient in messages.
-            clues: The gradients that known mistakes would give.
+            clues: Gives diagnoses with the gradients that those mistakes would give. It is called
+                only if a gradient is wrong.
             diagnosis: The diagnosis, if it is already known.
             scales: Gradients of the usual size, where the expected ones may cancel to zero.
             budgets: How far they may differ; by default as two results of one candidate.
@@ -262,18 +286,24 @@ class CheckContext:
                     f"gradient of {self.label(i)}{where}",
                     got.get(i),
                     right,
-                    clues={k: v for k, g in (clues or {}).items() if (v := g.get(i)) is not None},
+                    clues=partial(clues_for, i, clues),
                     sizes=_sizes(sample),
                     budget=budget,
                 )
             except Mismatch as mismatch:
-                known = diagnosis or (is_large and _threshold(sample[i], got.get(i), expected[i]))
+                known = diagnosis or (is_large and threshold(sample[i], got.get(i), expected[i]))
                 if not known:
                     raise
                 raise mismatch.diagnosed(known) from None
 
 
 Run = Callable[[CheckContext, Sample], None]
+
+# What a check of derivatives builds on, first causes first.
+VALUE = ("writes_nothing", "deterministic", "forward_matches_reference")
+SLOPE = (*VALUE, "gradients_match_reference", "finite_differences")
+# What a check that calls a backward twice builds on.
+STATE = ("interleaved_calls", "repeatable_backward")
 
 
 @dataclass(frozen=True)
@@ -292,6 +322,8 @@ class Check:
     for_modules: It applies to modules only.
     best_sample: It runs on one sample, the one with the most gradients that can show a mistake.
     after_all: Runs once after all samples.
+    builds_on: Names of other checks. If one of them fails, a failure of this one follows from that.
+        All must be named, those on which a named one builds too, first causes first.
     """
 
     run: Run
@@ -301,6 +333,7 @@ class Check:
     for_modules: bool = False
     best_sample: bool = False
     after_all: Callable[[CheckContext], None] | None = None
+    builds_on: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -313,30 +346,6 @@ def check(**flags: Any) -> Callable[[Run], Check]:
     return lambda run: Check(run, **flags)
 
 
-def _blindness(gradient: Tensor) -> str:
-    """Why a wrong gradient could look like this one; empty if it could not."""
-    if not gradient.numel():
-        return "has no elements"
-    finite = gradient.isfinite()
-    if not finite.any():
-        return "is not finite"
-    return "" if (finite & (gradient != 0)).any() else "is zero"
-
-
 def _sizes(sample: Sample) -> list[int]:
     shapes = [t.shape for t in sample if isinstance(t, Tensor)]
     return [size for shape in shapes for size in (*shape, math.prod(shape))]
-
-
-def _threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
-    """The diagnosis if a gradient is wrong exactly where the argument is large."""
-    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
-        return ""
-    wrong = (got - expected).abs() > 1e-6 * expected.abs()
-    right = ~wrong & (expected != 0)
-    if right.sum() < 2 or wrong.sum() < 2:
-        return ""
-    limit = value.abs()[wrong].min()
-    if limit > value.abs()[right].max():
-        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
-    return ""

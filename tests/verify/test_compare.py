@@ -30,7 +30,7 @@ def message(got: Tensor | None, expected: Tensor, **options: Any) -> str:
         (RIGHT.float(), RIGHT, {}, "dtype demoted"),
         ((RIGHT / 3).float().double(), RIGHT / 3, {}, "right to float32 precision only"),
         (RIGHT * (RIGHT < 5), RIGHT, {}, "zero where it should not be"),
-        (RIGHT + 1, RIGHT, {"clues": {"one too large": RIGHT + 1}}, "one too large"),
+        (RIGHT + 1, RIGHT, {"clues": lambda: [("one too large", RIGHT + 1)]}, "one too large"),
         (SQUARE - 1j * SQUARE**2, SQUARE + 1j * SQUARE**2, {}, "equal to the complex conjugate"),
     ],
 )

@@ -10,6 +10,7 @@ from manual_bp.verify.__main__ import main
 from manual_bp.verify.mutants import MUTANTS, Twin
 
 CASES = """
+from dataclasses import replace
 import torch
 from manual_bp.verify import function_case
 
@@ -20,6 +21,8 @@ samples = [(torch.randn(5, 3),)]
 GOOD = function_case(torch.tanh, samples, torch.tanh)
 BAD = function_case(wrong, samples, torch.square)
 BOTH = [GOOD, BAD]
+ELSEWHERE = replace(GOOD, device=torch.device("meta"))
+MISNAMED = replace(GOOD, expected_failures={"vmpa": "a slip of the pen"})
 NONE = []
 NUMBER = 3
 """
@@ -39,10 +42,10 @@ def test_the_exit_code_tells_right_from_wrong(
     module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([f"{module}:GOOD", "--no-compiler"]) == 0
-    assert "tanh on cpu, seed 0" in capsys.readouterr().out
+    assert "tanh on cpu in float64, seed 0" in capsys.readouterr().out
     assert main([f"{module}:BAD", "--check", "gradients_match_reference", "--seed", "5"]) == 1
     printed = capsys.readouterr().out
-    assert "wrong on cpu, seed 5" in printed
+    assert "wrong on cpu in float64, seed 5" in printed
     assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in printed
 
 
@@ -102,6 +105,8 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
         (["{}:MISSING"], "has no MISSING"),
         (["{}:NUMBER"], "must be a Case (function_case, module_case) or a list of them; got int"),
         (["{}:NONE"], "must be a Case (function_case, module_case) or a list of them; got list"),
+        (["{}:ELSEWHERE"], "tanh: device must be one that PyTorch can use here; got meta"),
+        (["{}:MISNAMED"], "tanh: only and expected_failures must name checks of "),
         (["{}:GOOD", "--check", "vmpa"], "--check must be one of "),
         (["{}:GOOD", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--self-test", "--seeds", "0"], "--seeds must be at least 1; got 0"),

@@ -23,6 +23,7 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._budget import Budget, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._clues import Clue, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
 
@@ -39,7 +40,7 @@ def compare_with_reference(
     *,
     change: Callable[[Call], Call] = lambda call: call,
     wanted: Sequence[int] | None = None,
-    same_dtype: bool = False,
+    is_cast: bool = False,
     factor: float = 1.0,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
@@ -54,8 +55,8 @@ def compare_with_reference(
         where: Added to the names in messages.
         change: What is done to the call and the reference alike.
         wanted: The positions of the arguments that require gradients; by default all.
-        same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
-            wider.
+        is_cast: Whether the check chose the dtype, not the case. Then outputs must have the dtype
+            of the reference's, and four times the rounding is allowed for.
         factor: How many times the sample an argument is. Large ones may pass a threshold, and what
             cancels is as much larger.
     """
@@ -75,10 +76,28 @@ def compare_with_reference(
         return
     lost = ctx.loss(arguments, [upstream], reference, wanted)
     is_large = factor > 1
-    lost.usual, lost.factor, lost.slack = ctx.usual_loss(), factor, 4.0 if is_large else 1.0
-    compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
+    lost.usual, lost.factor = ctx.usual_loss(), factor
+    lost.slack = 4.0 if is_large or is_cast else 1.0
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
     _, expected = exact(reference, arguments, upstream, wanted)
-    compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
+    clues = clues_from(ctx, reference, arguments, upstream, expected)
+    compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
+
+
+def clues_from(
+    ctx: CheckContext,
+    reference: Call,
+    arguments: Sample,
+    upstream: Sequence[Tensor],
+    expected: Gradients,
+) -> Callable[[], Iterator[Clue]]:
+    """The gradients that known mistakes would give, computed with the reference when asked for."""
+
+    def right(changed: Sample, other: Sequence[Tensor]) -> Gradients:
+        return exact(reference, changed, other)[1]
+
+    wide = widened(arguments)
+    return partial(known_mistakes, wide, widened(upstream), expected, right, ctx.label)
 
 
 def compare_values(
@@ -94,7 +113,7 @@ def compare_values(
     ours = list(tensors_of(got))
     for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
         if is_differentiable(one) and one.shape == expected.shape:
-            _require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
+            require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
             ours[j] = judged(one, peer, expected)
     ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
 
@@ -152,13 +171,14 @@ def changed(values: Mapping[int, Tensor | None], change: Change) -> Gradients:
     return dict(zip(values, change(list(values.values())), strict=True))
 
 
-def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
-    """The dtype of the reference's output; or a wider one, up to float32."""
-    is_wider = peer.itemsize < got.itemsize <= 4
-    if got != peer and (same_dtype or not is_wider):
-        demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
+def require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
+    """Raise a Mismatch unless a result has the dtype of the reference's, or one up to float32."""
+    more = got.itemsize - peer.itemsize
+    if got != peer and (same_dtype or not 0 < more <= 4 - peer.itemsize):
+        diagnosis = "dtype demoted" if more < 0 else "promoted by a wider dtype"
         raise Mismatch(
-            f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+            f"{what}: expected {peer}, as the reference, got {got}\n"
+            f"diagnosis: {diagnosis if more else 'wrong dtype'}"
         )
 
 

@@ -15,7 +15,7 @@ from manual_bp.verify._autograd import (
     tensors_of,
 )
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify.checks._shared import diagnosed
 
@@ -25,7 +25,7 @@ _UNSEEN = (
 _SHARED = "the gradient shares memory with it, so that adding to .grad corrupts it: return a copy"
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def differentiable_outputs(ctx: CheckContext, sample: Sample) -> None:
     """An output requires a gradient only if the reference's does."""
     ours = tensors_of(ctx.call(*leaves(sample)))
@@ -40,13 +40,13 @@ def differentiable_outputs(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", *STATE))
 def output_in_place(ctx: CheckContext, sample: Sample) -> None:
     """Changing an output in place raises or is part of the graph; nothing else changes unseen."""
     _judge(ctx, sample, _change_outputs)
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", *STATE))
 def gradient_in_place(ctx: CheckContext, sample: Sample) -> None:
     """Changing a gradient in place changes no argument, other gradient or later backward."""
     _judge(ctx, sample, _change_gradients)

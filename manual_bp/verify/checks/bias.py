@@ -17,7 +17,7 @@ from manual_bp.verify._autograd import (
     tangents_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 
@@ -29,7 +29,7 @@ _MOST_DRAWS = 64
 _SECONDS = 4
 
 
-@check()
+@check(builds_on=SLOPE)
 def unbiased(ctx: CheckContext, sample: Sample) -> None:
     """In half precision, rounding hides an error of 1 %. On average over many draws it shows."""
     low = narrowest(sample)

@@ -19,7 +19,7 @@ from manual_bp.verify._autograd import (
     tensors_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify.checks._shared import (
     compare_with_reference,
@@ -33,7 +33,7 @@ _OVERWRITTEN = "kept in one place for all calls, where the next call overwrites 
 _STALE = "a cache is not renewed: it is keyed by an address, an id or a shape, or by nothing"
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "interleaved_calls"))
 def repeatable_backward(ctx: CheckContext, sample: Sample) -> None:
     """Two backwards through one graph give the same gradients, and `.grad` adds up."""
     arguments = leaves(sample)
@@ -56,7 +56,7 @@ def repeatable_backward(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_gradients(sample, added, twice, " added up in .grad by two backwards")
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
     """Calls between another call's forward and backward change nothing for any of them."""
     alone = _alone(ctx, sample)
@@ -69,7 +69,7 @@ def interleaved_calls(ctx: CheckContext, sample: Sample) -> None:
     _compare_in_thread(ctx, alone)
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "interleaved_calls"))
 def stale_caches(ctx: CheckContext, sample: Sample) -> None:
     """A call sees new values in an old tensor, and in a new tensor at an old one's address."""
     for i in positions(sample):
@@ -83,7 +83,7 @@ def stale_caches(ctx: CheckContext, sample: Sample) -> None:
             _compare_rewritten(ctx, sample, i, new, " was freed and its memory used again", _reuse)
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "interleaved_calls"))
 def non_leaf_arguments(ctx: CheckContext, sample: Sample) -> None:
     """Arguments that another operation computed count like leaves, and so do parameters."""
     alone = _alone(ctx, sample)
@@ -104,7 +104,7 @@ def non_leaf_arguments(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_gradients(sample, of_parameters, alone.gradients, where)
 
 
-@check()
+@check(builds_on=SLOPE)
 def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     """One tensor given as two arguments gets the sum of both gradients."""
     pairs = pairs_of_one_shape(sample)

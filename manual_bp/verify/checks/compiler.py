@@ -13,7 +13,7 @@ from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(capability=True, slow=True, best_sample=True, builds_on=("writes_nothing", "deterministic"))
 def compile_(ctx: CheckContext, sample: Sample) -> None:
     """One compiled graph gives the values and gradients of eager mode, also for tied arguments."""
     _compare_compiled(ctx, ctx.call, [sample], dynamic=False)
@@ -22,7 +22,12 @@ def compile_(ctx: CheckContext, sample: Sample) -> None:
             _compare_compiled(ctx, tied(ctx.call, i, j), [other], dynamic=False)
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(
+    capability=True,
+    slow=True,
+    best_sample=True,
+    builds_on=("writes_nothing", "deterministic", "compile"),
+)
 def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
     """Compiled with dynamic shapes, the same holds for another number of rows."""
     fewer = tuple(
@@ -32,7 +37,7 @@ def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
     _compare_compiled(ctx, ctx.call, [sample, fewer], dynamic=True)
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(capability=True, slow=True, best_sample=True, builds_on=("writes_nothing", "deterministic"))
 def export(ctx: CheckContext, sample: Sample) -> None:
     """The exported program gives the same values."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,30 @@ from manual_bp.verify._autograd import (
     positions,
     subsets,
 )
-from manual_bp.verify._budget import largest
+from manual_bp.verify._budget import Budget, largest
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import VALUE, CheckContext, check
+from manual_bp.verify._clues import is_linear, known_mistakes
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._diagnose import DEMOTED
+from manual_bp.verify._numeric import numeric_gradients
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._shared import compare_slopes, compare_values
+from manual_bp.verify.checks._digits import is_demoted, results_of
+from manual_bp.verify.checks._shared import (
+    Change,
+    changed,
+    clues_from,
+    compare_slopes,
+    compare_values,
+)
+from manual_bp.verify.checks._slopes import (
+    Slope,
+    fault_of_reference,
+    inner,
+    slope,
+    step_for,
+    supported,
+)
 
 _NO_GRADIENT = (
     "\ndiagnosis: no gradient at all; close over an argument that never has one, "
@@ -27,11 +46,15 @@ _NO_GRADIENT = (
 )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
     right = ctx.reference(*leaves(widened(sample), ()))
-    compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
+    found = ctx.call(*leaves(sample, ()))
+    try:
+        compare_values(ctx, found, right, ctx.loss(sample))
+    except Mismatch as mismatch:
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
@@ -43,7 +66,10 @@ def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
         )
 
 
-@check(after_all=_require_a_slope_for_every_argument)
+@check(
+    after_all=_require_a_slope_for_every_argument,
+    builds_on=("writes_nothing", "deterministic", "without_graph", "gradients_match_reference"),
+)
 def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     """The gradient is the slope: in random directions, and along every axis of small arguments.
 
@@ -56,22 +82,35 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     for i in positions(sample):
         before = ctx.comparisons
         for direction in _directions(ctx, differ.sample[i]):
-            differ.compare(i, direction, found[i])
+            try:
+                differ.compare(i, direction, found[i])
+            except Mismatch as mismatch:
+                why = mismatch.diagnosis or _mistake(ctx, sample, upstream, found, i)
+                raise mismatch.diagnosed(why) from None
         ctx.slopes[ctx.label(i)] += ctx.comparisons - before
 
 
-@check()
+@check(builds_on=VALUE)
 def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     """The gradients equal those that autograd finds through the reference."""
     upstream = ctx.upstream(ctx.call, sample)
     _, expected = exact(ctx.reference, sample, upstream)
     _, found = gradients(ctx.call, leaves(sample), upstream)
-    clues = _clues(ctx.reference, sample, upstream, expected)
+    clues = clues_from(ctx, ctx.reference, sample, upstream, expected)
     lost = ctx.loss(sample, [upstream])
-    compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    try:
+        compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    except Mismatch as mismatch:
+        why = (
+            _fault_of_reference(ctx, sample, upstream, found, expected)
+            or _lost_digits(ctx, sample)
+            or mismatch.diagnosis
+            or _nonlinearity(ctx, sample, upstream, found)
+        )
+        raise mismatch.diagnosed(why) from None
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
     """Each gradient is the same, whichever arguments require one."""
     upstream = ctx.upstream(ctx.call, sample)
@@ -98,10 +137,10 @@ class _Differences:
     """
 
     def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
-        low, reference = narrowest(sample), ctx.case.reference
-        uses_reference = low is not None and reference is not None
-        self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
-        self.sample = widened(sample) if uses_reference else sample
+        low = narrowest(sample)
+        reference = None if low is None else ctx.case.reference
+        self.ctx, self.call = ctx, reference or ctx.call
+        self.sample = widened(sample) if reference else sample
         self.upstream = widened(upstream)
         self.is_low = narrowest(self.sample) is not None
         self.eps = torch.finfo(narrowest(self.sample) or torch.float64).eps
@@ -151,18 +190,67 @@ class _Differences:
             )
 
 
-def _clues(
-    reference: Call, sample: Sample, upstream: Sequence[Tensor], expected: Gradients
-) -> dict[str, Gradients]:
-    """The gradients that known mistakes would give."""
-    scale = upstream[0].flatten()[0].item() if upstream[0].numel() else 1.0
-    clues: dict[str, Gradients] = {
-        "everything is scaled by the first element of the upstream gradient": {
-            i: None if g is None else g * scale for i, g in expected.items()
-        }
-    }
-    if upstream[0].ndim and upstream[0].shape[0] > 1:
-        first = [u if not u.ndim else torch.cat([u[:1], torch.zeros_like(u[1:])]) for u in upstream]
-        _, only_first = exact(reference, sample, first)
-        clues["only the first row of the batch counts: missing a sum over the batch"] = only_first
-    return clues
+def _lost_digits(ctx: CheckContext, sample: Sample) -> str:
+    """Why results are right to about seven digits only; empty if they are not."""
+    if narrowest(sample) is not None:
+        return ""
+    upstream = ctx.upstream(ctx.call, sample)
+    got = results_of(ctx, ctx.call, sample, upstream)
+    expected = results_of(ctx, ctx.reference, sample, upstream)
+    return DEMOTED if is_demoted(ctx, sample, upstream, got, expected) else ""
+
+
+def _fault_of_reference(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    found: Gradients,
+    expected: Gradients,
+) -> str:
+    """What finite differences say of the reference, if they support the call; else empty."""
+    directions = {i: ctx.random_like(sample[i]) for i in found}
+
+    def slopes(call: Call, change: Change, gradient: Gradients) -> list[Slope]:
+        start, given = change(sample), change(upstream)
+
+        def terms(i: int, along: Tensor, shift: float) -> Tensor:
+            results = outputs_of(call(*start[:i], start[i] + shift * along, *start[i + 1 :]))
+            return torch.cat([inner(t, u) for t, u in zip(results, given, strict=True)])
+
+        return [
+            slope(ctx.label(i), partial(terms, i, v), [inner(gradient[i], v)], step_for([start[i]]))
+            for i, v in changed(directions, change).items()
+            if v is not None
+        ]
+
+    ours = None if narrowest(sample) else slopes(ctx.call, tuple, found)
+    theirs = slopes(ctx.reference, widened, expected)
+    is_theirs = supported(ours, theirs) == "call"
+    return fault_of_reference("gradient", theirs) if is_theirs else ""
+
+
+def _mistake(
+    ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor], found: Gradients, i: int
+) -> str:
+    """The diagnosis of a wrong slope, from a gradient by finite differences."""
+    if narrowest(sample) is not None:
+        return ""
+    try:
+        expected = numeric_gradients(ctx.call, sample, upstream)
+    except Exception:
+        return ""
+    right = partial(numeric_gradients, ctx.call)
+    clues = partial(known_mistakes, sample, upstream, expected, right, ctx.label)
+    budgets = {i: Budget(1e-5, 1e-6 * largest(expected[i]))}
+    try:
+        ctx.compare_gradients(sample, {i: found[i]}, {i: expected[i]}, clues=clues, budgets=budgets)
+    except Mismatch as mismatch:
+        return mismatch.diagnosis or _nonlinearity(ctx, sample, upstream, found)
+    return ""
+
+
+def _nonlinearity(
+    ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor], found: Gradients
+) -> str:
+    is_right = is_linear(ctx.call, sample, upstream, found)
+    return "" if is_right else "not linear in the upstream gradient"

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, positions
 from manual_bp.verify._case import Call, Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._layouts import LAYOUTS, is_plain, windows
 
 
-@check()
+@check(builds_on=SLOPE)
 def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
     """The strides of the arguments do not matter: a contiguous copy gives the same."""
     tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from manual_bp.verify._autograd import Gradients, gradients_of, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify.checks._modules import in_dtype_of, new_module
 from manual_bp.verify.checks._shared import diagnosed
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=SLOPE)
 def train_eval(ctx: CheckContext, sample: Sample) -> None:
     """In training and in evaluation mode output, gradients and buffers match the reference."""
     if ctx.case.reference_factory is None:
@@ -35,7 +35,7 @@ def train_eval(ctx: CheckContext, sample: Sample) -> None:
             _compare_modules(ctx, module, reference, sample, upstream, where)
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("deterministic", "train_eval"))
 def mode_switch(ctx: CheckContext, sample: Sample) -> None:
     """Switching to evaluation or training mode after forward does not change the backward."""
     for mode in (True, False):
@@ -49,7 +49,9 @@ def mode_switch(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_gradients(sample, found, expected, where, diagnosis=diagnosis)
 
 
-@check(for_modules=True, best_sample=True)
+@check(
+    for_modules=True, best_sample=True, builds_on=("deterministic", "train_eval", "stale_caches")
+)
 def optimizer_step(ctx: CheckContext, sample: Sample) -> None:
     """After a step of an optimizer a module computes with its new parameters, in both modes."""
     for mode in (True, False):
@@ -71,7 +73,7 @@ def optimizer_step(ctx: CheckContext, sample: Sample) -> None:
             _compare_modules(ctx, module, fresh, sample, upstream, where)
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("writes_nothing",))
 def module_left_alone(ctx: CheckContext, sample: Sample) -> None:
     """A call changes no parameter, no .grad, no requires_grad and no mode of a module."""
     for mode in (True, False):

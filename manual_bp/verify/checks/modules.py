@@ -42,7 +42,7 @@ def pickle_(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_outputs(copied(*inputs), module(*inputs), " after pickling")
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("deterministic",))
 def deepcopy(ctx: CheckContext, sample: Sample) -> None:
     """A deepcopy computes the same, with its own parameters."""
     module, inputs = new_module(ctx, sample)
@@ -98,7 +98,7 @@ def factory_kwargs(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check(for_modules=True, best_sample=True)
+@check(for_modules=True, best_sample=True, builds_on=("requires_grad_subsets",))
 def frozen_parameters(ctx: CheckContext, sample: Sample) -> None:
     """A frozen parameter stays frozen and gets no gradient; the others get theirs."""
     module, inputs = new_module(ctx, sample)

@@ -17,13 +17,13 @@ from manual_bp.verify._autograd import (
     positions,
 )
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify.checks._shared import UNWRITTEN, compare_raw, diagnosed, require_custom_nodes
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "gradients_match_reference", *STATE))
 def raw_backward(ctx: CheckContext, sample: Sample) -> None:
     """What a backward returns has the shape, dtype and device of its argument, before any cast."""
     arguments = leaves(sample)
@@ -53,7 +53,7 @@ def writes_nothing(ctx: CheckContext, sample: Sample) -> None:
     _compare_unchanged(ctx, before, now, "backward")
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def uninitialized_memory(ctx: CheckContext, sample: Sample) -> None:
     """No result depends on what torch.empty finds in memory: filled with nan, it is the same."""
     upstream = ctx.upstream(ctx.call, sample)
@@ -80,7 +80,7 @@ def saves_nothing_on_ctx(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "saves_nothing_on_ctx"))
 def stale_inputs_raise(ctx: CheckContext, sample: Sample) -> None:
     """Backward notices an argument that was changed in place after forward, or does not use it."""
     upstream = ctx.upstream(ctx.call, sample)

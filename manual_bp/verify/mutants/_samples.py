@@ -44,6 +44,12 @@ def elementwise(g: Generator) -> Samples:
     return [(_randn(g, 5, 3),)]
 
 
+def with_zeros(g: Generator) -> Samples:
+    """One matrix, in which some elements are 0."""
+    x = _randn(g, 5, 3)
+    return [(x.where(torch.arange(15).view(5, 3) % 4 > 0, 0),)]
+
+
 def pair(g: Generator) -> Samples:
     """Two matrices of the same shape."""
     return [(_randn(g, 5, 3), _randn(g, 5, 3))]
