@@ -109,13 +109,3 @@ def custom_nodes(result: Any) -> list[Any]:
 def node_name(node: Any) -> str:
     """The name of a hand-written Function, from its node."""
     return type(node).__name__.removesuffix("Backward")
-
-
-def blindness(gradient: Tensor) -> str:
-    """Why a wrong gradient could look like this one; empty if it could not."""
-    if not gradient.numel():
-        return "has no elements"
-    finite = gradient.isfinite()
-    if not finite.any():
-        return "is not finite"
-    return "" if (finite & (gradient != 0)).any() else "is zero"

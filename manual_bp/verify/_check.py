@@ -14,8 +14,6 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import (
     Gradients,
-    blindness,
-    gradients,
     leaves,
     outputs_of,
     tensors_of,
@@ -25,7 +23,7 @@ from manual_bp.verify._case import Call, Case, Dtypes, Sample, as_dtype, is_diff
 from manual_bp.verify._clues import clues_for
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
 from manual_bp.verify._diagnose import threshold
-from manual_bp.verify._precision import WIDE, Loss, exact, loss, narrowest
+from manual_bp.verify._precision import WIDE, Loss, loss, narrowest
 
 # How long a failed check looks at the other samples, and elsewhere.
 _SECONDS = 2
@@ -146,39 +144,6 @@ class CheckContext:
         noun = "shape" if len(shapes) == 1 else "shapes"
         where = f"{noun} {', '.join(shapes)}" + (f", {low}" if low else "")
         return f"sample {number} of {len(self.samples)}, {where}: {message}"
-
-    def most_informative(self) -> Sample:
-        """The sample with the most gradients that are finite and not zero."""
-        return max(
-            self.samples,
-            key=lambda s: sum(not blindness(g) for g in self._trusted_gradients(s).values()),
-        )
-
-    def blind_spot(self) -> str:
-        """Why a wrong gradient might not show at any judged sample; empty if it would."""
-        found = [self._trusted_gradients(sample) for sample in self.judged]
-        every = [gradient for of_sample in found for gradient in of_sample.values()]
-        if not every:
-            return "no output depends on an argument that can have a gradient"
-        blind = []
-        for i in sorted({i for of_sample in found for i in of_sample}):
-            reasons = {blindness(of_sample[i]): None for of_sample in found if i in of_sample}
-            if "" not in reasons:
-                blind.append(f"the gradient of {self.label(i)} {' or '.join(reasons)}")
-        if blind:
-            return f"{', '.join(blind)} at every sample"
-        if any(g.ndim for g in every) and all(g.numel() <= 1 for g in every):
-            return "every gradient has one element only: a sum, a mean and a transpose look alike"
-        return ""
-
-    def _trusted_gradients(self, sample: Sample) -> dict[int, Tensor]:
-        """The gradients of the reference (or of the call), without those that are None."""
-        upstream = self.upstream(self.call, sample)
-        if self.case.reference is None:
-            _, found = gradients(self.call, leaves(sample), upstream)
-        else:
-            _, found = exact(self.case.reference, sample, upstream)
-        return {i: gradient for i, gradient in found.items() if gradient is not None}
 
     def loss(
         self,

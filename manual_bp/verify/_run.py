@@ -11,6 +11,7 @@ from torch import nn
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import STATE, Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._evidence import blind_spot, most_informative
 from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
@@ -166,7 +167,7 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
 def _run_on_samples(ctx: CheckContext, check: Check) -> None:
     """Run a check on the samples. It must compare something, and a mistake must be able to show."""
     reasons: dict[str, None] = {}
-    for sample in ctx.each([ctx.most_informative()] if check.best_sample else ctx.samples):
+    for sample in ctx.each([most_informative(ctx)] if check.best_sample else ctx.samples):
         if ctx.failed and not ctx.may_go_on():
             break
         try:
@@ -183,7 +184,7 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
         check.after_all(ctx)
     if not ctx.comparisons:
         raise NotApplicable("; ".join(reasons) or "nothing to compare")
-    if "informative_samples" not in ctx.case.expected_failures and (blind := ctx.blind_spot()):
+    if "informative_samples" not in ctx.case.expected_failures and (blind := blind_spot(ctx)):
         raise NotApplicable(f"inconclusive: {blind}")
 
 

@@ -12,6 +12,7 @@ from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import CheckContext, check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._evidence import blind_spot
 from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify._precision import widen
 from manual_bp.verify.checks._shared import UNWRITTEN
@@ -24,7 +25,7 @@ _SECONDS = 0.5
 
 
 def _require_no_blind_spot(ctx: CheckContext) -> None:
-    if reason := ctx.blind_spot():
+    if reason := blind_spot(ctx):
         raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: unsuitable samples")
 
 
