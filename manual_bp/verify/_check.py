@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import (
     Gradients,
+    copied,
     gradients,
     leaves,
     outputs_of,
@@ -90,9 +91,7 @@ class CheckContext:
         """A sample on the device of the case, with its floating tensors in these dtypes."""
         each = dtypes if isinstance(dtypes, tuple) else (dtypes,) * len(sample)
         return tuple(
-            t
-            if not isinstance(t, Tensor)
-            else t.detach().to(self.case.device, as_dtype(t, dtype), copy=True)
+            t if not isinstance(t, Tensor) else copied(t, self.case.device, as_dtype(t, dtype))
             for t, dtype in zip(sample, each, strict=True)
         )
 
