@@ -59,16 +59,18 @@ def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
     of_one, of_other = gradients_for(one), gradients_for(other)
     for factor, added in ((2.0, 1.0), (-1.0, 0.0), (large, 0.0)):
         of_mixed = gradients_for([factor * u + added * v for u, v in zip(one, other, strict=True)])
+        # Over the factor, so that all are of the usual size.
+        found: Gradients = {i: None if g is None else g / factor for i, g in of_mixed.items()}
         expected: Gradients = {
-            i: factor * g + (added * h if added else 0)
+            i: g + (added / factor * h if added else 0)
             for i, g in of_one.items()
             if g is not None and (h := of_other[i]) is not None
         }
         ctx.compare_gradients(
             sample,
-            _where_finite(of_mixed, expected),
+            _where_finite(found, expected),
             _where_finite(expected, expected),
-            f" for {factor:g} times an upstream gradient",
+            f" for {factor:g} times an upstream gradient, over {factor:g}",
             diagnosis="not linear in the upstream gradient",
         )
 
