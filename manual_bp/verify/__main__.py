@@ -38,12 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compiler", action="store_true", help="leave out the slow checks")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--self-test", action="store_true", help="judge the kit itself")
+    parser.add_argument(
+        "--sweep", action="store_true", help="in the self-test: judge PyTorch's functions instead"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds in the self-test (3)")
     options = parser.parse_args(arguments)
     if options.self_test == (options.case is not None):
         refuse("give either package.module:Name of a Case or --self-test")
+    if options.sweep and not options.self_test:
+        refuse("--sweep is a part of --self-test; give both")
     if options.seeds < 1:
         refuse(f"--seeds must be at least 1; got {options.seeds}")
+    if options.sweep:
+        from manual_bp.verify.sweep import sweep
+
+        try:
+            return 0 if sweep(options.seeds) else 1
+        except ImportError as error:
+            refuse(str(error))
     if options.self_test:
         from manual_bp.verify.self_test import self_test
 

@@ -45,14 +45,24 @@ def leaves(sample: Sample, wanted: Sequence[int] | None = None) -> Sample:
     """The arguments as new leaves. Those at `wanted` (by default all) require gradients."""
     chosen = positions(sample) if wanted is None else wanted
     return tuple(
-        _leaf(t, requires_grad=i in chosen) if isinstance(t, Tensor) else t
+        copied(t).requires_grad_(i in chosen and is_differentiable(t))
+        if isinstance(t, Tensor)
+        else t
         for i, t in enumerate(sample)
     )
 
 
-def _leaf(value: Tensor, *, requires_grad: bool) -> Tensor:
-    """A copy, of indices and masks as well: a call that changes them must not reach the next."""
-    return value.detach().clone().requires_grad_(requires_grad and is_differentiable(value))
+def copied(
+    value: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy with the same strides, even if elements lie apart or share memory."""
+    value = value.detach()
+    copy = value.to(device or value.device, dtype or value.dtype, copy=True)
+    if copy.stride() == value.stride():
+        return copy
+    size = value.untyped_storage().nbytes() // value.dtype.itemsize
+    memory = value.as_strided((size,), (1,), 0).to(copy.device, copy.dtype, copy=True)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset()).detach()
 
 
 def gradients(

@@ -133,8 +133,9 @@ def _single_zeros(sample: Sample) -> Iterator[tuple[int, int, Sample]]:
     """Samples with a zero in a random element of one argument: its position, and the element's."""
     for i in positions(sample):
         for k in torch.randperm(sample[i].numel())[:2].tolist():
-            is_chosen = torch.arange(sample[i].numel(), device=sample[i].device) == k
-            changed = torch.where(is_chosen.view(sample[i].shape), 0.0, sample[i])
+            is_chosen = torch.zeros_like(sample[i], dtype=torch.bool)
+            is_chosen[torch.unravel_index(torch.tensor(k), sample[i].shape)] = True
+            changed = torch.where(is_chosen, 0.0, sample[i])
             yield i, k, (*sample[:i], changed, *sample[i + 1 :])
 
 
@@ -142,11 +143,16 @@ def _tied_along_dims(sample: Sample) -> Iterator[Sample]:
     """Samples whose elements are equal in pairs along one dimension."""
     for dim in range(max((t.ndim for t in outputs_of(sample)), default=0)):
         yield tuple(
-            t.index_select(dim, torch.arange(t.shape[dim], device=t.device) // 2 * 2)
+            torch.empty_like(t).copy_(t.index_select(dim, _in_pairs(t.shape[dim], t.device)))
             if is_differentiable(t) and t.ndim > dim
             else t
             for t in sample
         )
+
+
+def _in_pairs(count: int, device: torch.device) -> Tensor:
+    """The indices 0, 0, 2, 2, 4, 4, …, so many."""
+    return torch.arange(count, device=device) // 2 * 2
 
 
 def _tied_pairs(sample: Sample) -> Iterator[Sample]:

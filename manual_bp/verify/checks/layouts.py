@@ -74,7 +74,7 @@ def _compare_with_copy(
     )
     upstream = ctx.upstream(call, copied)
     result, expected = gradients(call, leaves(copied), upstream)
-    # leaves() would copy the arguments, and lose their strides.
+    # leaves() would copy the arguments, and with them lazy conjugates and offsets.
     views = tuple(t.detach().requires_grad_() if is_differentiable(t) else t for t in arguments)
     found_result, found = gradients(call, views, upstream)
     ctx.compare_outputs(found_result, result, where)
