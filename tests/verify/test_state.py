@@ -71,3 +71,26 @@ def test_a_module_of_pytorch_may_share_its_flaws() -> None:
     assert check_module(made, indices, made, only=["module_left_alone"]).ok
     report = check_module(made, indices, only=["module_left_alone"])
     assert "weight in mode train(True): expected no change by a call" in str(report)
+
+
+def test_a_parameter_written_in_forward_is_one_cause_even_if_the_reference_writes_it_too() -> None:
+    def made() -> nn.Module:
+        return nn.Embedding(7, 4, max_norm=0.5)
+
+    indices = [(torch.tensor([1, 2, 2, 5]),)]
+    report = check_module(made, indices, made, slow=False)
+    assert [outcome.check for outcome in report.causes] == ["writes_nothing"]
+    assert report.verdict.startswith("NOT OK: weight – changed in place, by the reference too")
+    (alone,) = check_module(made, indices, only=["writes_nothing"]).failures
+    assert not alone.diagnosis
+
+
+def test_a_function_that_is_random_by_nature_may_draw_but_not_seed() -> None:
+    def seeds(x: Tensor) -> Any:
+        torch.manual_seed(3)
+        return torch.nn.functional.dropout(x)
+
+    only = ["global_state"]
+    assert check_function(torch.nn.functional.dropout, SAMPLES, only=only).ok
+    assert check_function(torch.nn.functional.dropout, SAMPLES, torch.sigmoid, only=only).ok
+    assert "it seeds a global generator" in str(check_function(seeds, SAMPLES, only=only))

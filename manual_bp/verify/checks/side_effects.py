@@ -16,11 +16,16 @@ from manual_bp.verify._autograd import (
     outputs_of,
     positions,
 )
-from manual_bp.verify._case import Sample
+from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify.checks._shared import UNWRITTEN, compare_raw, diagnosed, require_custom_nodes
+
+_SO_DOES_THE_REFERENCE = (
+    "changed in place, by the reference too (as nn.Embedding does with max_norm), so the gradient "
+    "is not the slope"
+)
 
 
 @check(builds_on=("writes_nothing", "deterministic", "gradients_match_reference", *STATE))
@@ -35,16 +40,36 @@ def raw_backward(ctx: CheckContext, sample: Sample) -> None:
 @check()
 def writes_nothing(ctx: CheckContext, sample: Sample) -> None:
     """Neither forward nor backward changes an argument, an output or the upstream gradient."""
+    try:
+        _require_no_writes(ctx, ctx.call, sample)
+    except Mismatch as mismatch:
+        if _writes(ctx, ctx.case.reference, sample):
+            raise mismatch.diagnosed(_SO_DOES_THE_REFERENCE) from None
+        raise
+
+
+def _writes(ctx: CheckContext, call: Call | None, sample: Sample) -> bool:
+    try:
+        if call is not None:
+            _require_no_writes(ctx, call, sample)
+    except Mismatch:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def _require_no_writes(ctx: CheckContext, call: Call, sample: Sample) -> None:
     with torch.no_grad():
         frozen = leaves(sample, ())
         before = {name: t.clone() for name, t in _named(ctx, frozen).items()}
-        ctx.call(*frozen)
+        call(*frozen)
     _compare_unchanged(ctx, before, _named(ctx, frozen), "forward without gradients")
     arguments = leaves(sample)
-    upstream = ctx.upstream(ctx.call, sample)
+    upstream = ctx.upstream(call, sample)
     now = _named(ctx, arguments)
     before = {name: t.detach().clone() for name, t in now.items()}
-    result = ctx.call(*arguments)
+    result = call(*arguments)
     _compare_unchanged(ctx, before, now, "forward")
     for i, (u, output) in enumerate(zip(upstream, outputs_of(result), strict=True)):
         before |= {f"upstream gradient {i}": u.clone(), f"output {i}": output.detach().clone()}
