@@ -2,7 +2,6 @@
 
 _SPARSE = "sparse tensors, which the kit does not judge"
 _LAZY = "has no parameters before its first call; then it is the module without Lazy"
-_ROUNDS = "rounds to a lower precision than that of its argument"
 
 _LARGE = "its samples are large; those of our own are taken"
 
@@ -19,10 +18,6 @@ SKIPPED = {
     "nn.functional.feature_alpha_dropout/with_train": _LARGE,
     "slice_scatter": _LARGE,
     "to": "its samples are large, and it only changes the dtype",
-    "bfloat16": _ROUNDS,
-    "half": _ROUNDS,
-    "float": _ROUNDS,
-    "cfloat": _ROUNDS,
     "as_strided/partial_views": "reads memory outside its argument, which a copy does not have",
     "normal": "random, and PyTorch defines its gradient as zero",
     "normal/number_mean": "random, and PyTorch defines its gradient as zero",
@@ -38,7 +33,6 @@ SKIPPED = {
 
 # The sample dimension is not given for these.
 UNBATCHED = {
-    "combinations": "of 1025 rows there are 10^8",
     "lu_unpack": "PyTorch 2.13 crashes on an empty batch",
     "native_batch_norm": "PyTorch 2.13 crashes on an empty batch",
     "nn.functional.pdist": "PyTorch 2.13 crashes on an empty batch",
