@@ -281,7 +281,7 @@ def test_a_missing_second_derivative_of_a_call_that_rounds_is_found() -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
+            x: Tensor = ctx.saved_tensors[0]
             return 2 * x.detach().bfloat16() * grad
 
     report = check_function(Detached, [(torch.randn(5, 3),)], rounded, only=["double_backward"])

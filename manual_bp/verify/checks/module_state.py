@@ -143,11 +143,16 @@ def _backward(
     *,
     switch: bool = False,
 ) -> tuple[Gradients, Any]:
-    """The gradients of inputs and parameters by position in the sample, and the result."""
+    """The gradients of inputs and parameters by position in the sample, and the result.
+
+    Without grad mode there are no gradients.
+    """
     parameters = list(module.parameters())
     inputs = leaves(sample[: len(sample) - len(parameters)])
     torch.manual_seed(ctx.case.seed)
     result = module(*inputs)
+    if not torch.is_grad_enabled():
+        return {}, result
     if switch:
         module.train(not module.training)
     return gradients_of(result, (*inputs, *parameters), upstream), result
