@@ -25,7 +25,7 @@ from manual_bp.verify.sweep._pytorch import is_judged, name_of
 EVERY = 24
 
 
-@pytest.mark.parametrize("seed", [3, 17])
+@pytest.mark.parametrize("seed", [7, 17])
 def test_no_alarm_on_pytorchs_functions(seed: int) -> None:
     reports = list(sweep.judge(sweep.sweep_cases(seed, EVERY)))
     assert not [alarm for report in reports for alarm in sweep.alarms_of(report)]
