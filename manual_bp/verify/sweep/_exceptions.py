@@ -68,6 +68,9 @@ KNOWN = {
     },
     "kron": {"stale_inputs_raise": "saves a view that does not notice changes in place"},
     "matrix_exp": {"linear_in_upstream": "backward loses digits if the upstream gradient is large"},
+    "native_group_norm": {
+        "outputs_alone": "the gradients of mean and rstd are lost if the output is not used"
+    },
     "nn.CTCLoss": {"finite_differences": "the gradient is right only after a log_softmax"},
     "nn.functional.linear_cross_entropy/chunked": {
         "saves_nothing_on_ctx": "keeps the gradient on ctx"
