@@ -5,6 +5,7 @@ either falls back to something slower that gives the same numbers, or raises an 
 ("refuses", below). `tests/test_torch.py` hides each name in turn.
 """
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -359,3 +360,38 @@ def expected_gradient(node: object, slot: int) -> Any:
     """
     metadata: Any = getattr(node, "_input_metadata", None)
     return None if metadata is None else metadata[slot]
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd knows. Without it, always 0."""
+    return int(getattr(value, "_version", 0))
+
+
+def own_test_samples() -> tuple[list[Any], list[Any]]:
+    """PyTorch's samples for its own tests: of operators (OpInfo) and of modules (ModuleInfo).
+
+    Without the names, refuses. They need packages that PyTorch does not install.
+
+    Raises:
+        ModuleNotFoundError: Such a package is missing.
+    """
+    return (
+        _need(_testing("common_methods_invocations"), "op_db", "judge PyTorch's functions"),
+        _need(_testing("common_modules"), "module_db", "judge PyTorch's modules"),
+    )
+
+
+def _testing(name: str) -> Any:
+    """A module of PyTorch's own tests; None if this version has none of the name."""
+    path = f"torch.testing._internal.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if path.startswith(missing):
+            return None
+        raise ModuleNotFoundError(
+            f"{missing} must be installed, since PyTorch's own test samples need it: install "
+            f"manual-bp[test]",
+            name=missing,
+        ) from None

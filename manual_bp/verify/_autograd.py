@@ -70,9 +70,24 @@ def leaves(sample: Sample, wanted: Sequence[int] | None = None) -> Sample:
     """The arguments as new leaves. Those at `wanted` (by default all) require gradients."""
     chosen = positions(sample) if wanted is None else wanted
     return tuple(
-        t.detach().clone().requires_grad_(i in chosen) if is_differentiable(t) else t
+        copied(t).requires_grad_(i in chosen and is_differentiable(t))
+        if isinstance(t, Tensor)
+        else t
         for i, t in enumerate(sample)
     )
+
+
+def copied(
+    value: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy with the same strides, even if elements lie apart or share memory."""
+    value = value.detach()
+    copy = value.to(device or value.device, dtype or value.dtype, copy=True)
+    if copy.stride() == value.stride():
+        return copy
+    size = value.untyped_storage().nbytes() // value.dtype.itemsize
+    memory = value.as_strided((size,), (1,), 0).to(copy.device, copy.dtype, copy=True)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset()).detach()
 
 
 def gradients(
@@ -134,13 +149,3 @@ def custom_nodes(result: Any) -> list[Any]:
 def node_name(node: Any) -> str:
     """The name of a hand-written Function, from its node."""
     return type(node).__name__.removesuffix("Backward")
-
-
-def blindness(gradient: Tensor) -> str:
-    """Why a wrong gradient could look like this one; empty if it could not."""
-    if not gradient.numel():
-        return "has no elements"
-    finite = gradient.isfinite()
-    if not finite.any():
-        return "is not finite"
-    return "" if (finite & (gradient != 0)).any() else "is zero"

@@ -35,9 +35,12 @@ class Budget:
         return self.rtol * size + self.atol + extra
 
     def wrong(self, got: Tensor, expected: Tensor) -> Tensor:
-        """Which elements differ by more than is allowed. Those not finite must be the same."""
+        """Which elements differ by more than is allowed. Infinite ones must be the same.
+
+        Nothing is asked where nan is expected.
+        """
         finite = expected.isfinite() & got.isfinite()
-        same = (got == expected) | (got.isnan() & expected.isnan())
+        same = (got == expected) | expected.isnan()
         return torch.where(finite, (got - expected).abs() > self.allowed(expected), ~same)
 
     def widened_by(self, rtol: float, atol: float, expected: Tensor) -> "Budget":

@@ -1,8 +1,6 @@
 """The global random numbers of PyTorch, NumPy and Python."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,16 +25,3 @@ def reseeded(call: Call, seed: int) -> Call:
         return call(*arguments)
 
     return once
-
-
-@contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
-    """A region after which the random numbers go on as if nothing had been drawn."""
-    forked = [] if device.type == "cpu" else [device]
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -12,9 +12,10 @@ from manual_bp.verify._autograd import HiddenTensorsError
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import STATE, Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._evidence import blind_spot, most_informative
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._prepare import prepared
-from manual_bp.verify._random import kept_random_state
 from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify._where import narrower, passes, pattern
@@ -51,10 +52,11 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     else:
         chosen = [c for c in CHECKS if c.name in only]
     dtypes = _names(case.dtypes)
-    with kept_random_state(case.device):
+    with restored(case.device):
         # Before anything else calls the code, so that what its first call leaves behind shows.
         first = _outcome(case, _DETERMINISTIC)
-        ready, notes = prepared(case, first.calls_differ)
+        with restored(case.device):
+            ready, notes = prepared(case, first.calls_differ)
         known = {_DETERMINISTIC.name: first} if ready.call is case.call else {}
         outcomes = tuple(_follow(_outcomes(ready, chosen, known), chosen))
     return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
@@ -155,7 +157,8 @@ def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> _Judge
     started = time.perf_counter()
     ctx = CheckContext(case, check.name)
     ctx.is_cause = failed.isdisjoint(check.builds_on)
-    status, message = _as_declared(case, check, *_judge(ctx, check))
+    with restored(case.device):
+        status, message = _as_declared(case, check, *_judge(ctx, check))
     seconds, notes = time.perf_counter() - started, tuple(dict.fromkeys(ctx.notes))
     outcome = Outcome(check.name, status, ctx.comparisons, seconds, message, notes)
     return _Judged(outcome, ctx.calls_differ)
@@ -194,7 +197,7 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
 def _run_on_samples(ctx: CheckContext, check: Check) -> None:
     """Run a check on the samples. It must compare something, and a mistake must be able to show."""
     reasons: dict[str, None] = {}
-    for sample in ctx.each([ctx.most_informative()] if check.best_sample else ctx.samples):
+    for sample in ctx.each([most_informative(ctx)] if check.best_sample else ctx.samples):
         if ctx.failed and not ctx.may_go_on():
             break
         try:
@@ -211,7 +214,7 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
         check.after_all(ctx)
     if not ctx.comparisons:
         raise NotApplicable("; ".join(reasons) or "nothing to compare")
-    if "informative_samples" not in ctx.case.expected_failures and (blind := ctx.blind_spot()):
+    if "informative_samples" not in ctx.case.expected_failures and (blind := blind_spot(ctx)):
         raise NotApplicable(f"inconclusive: {blind}")
 
 

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from manual_bp.verify._autograd import leaves
 from manual_bp.verify._case import Case
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import Outcome, Report
 from manual_bp.verify._run import run
@@ -64,7 +65,7 @@ def default_gradcheck(case: Case) -> str:
         call = case.factory().double()
         samples = [sample[: len(sample) - case.parameters] for sample in samples]
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with restored(), warnings.catch_warnings(action="ignore"):
             return "missed" if all(gradcheck(call, leaves(s)) for s in samples) else "caught"
     except Exception:
         return "caught"

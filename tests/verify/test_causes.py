@@ -62,7 +62,7 @@ CAUSES = {
     "scales_upstream_in_place": "writes_nothing",
     "zeroes_upstream": "writes_nothing",
     "clips_upstream": "gradients_match_reference",
-    "shared_buffer": "repeatable_backward",
+    "shared_buffer": "interleaved_calls",
     "kept_on_stack": "interleaved_calls",
     "unseeded_dropout": "deterministic",
     "unsummed_bias": "raw_backward",

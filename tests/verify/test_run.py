@@ -1,5 +1,6 @@
 import gc
 import itertools
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -474,3 +475,28 @@ def test_unusable_modules_raise() -> None:
         module_case(lambda: torch.ones(2), SAMPLES)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=r"reference must have the parameters of the module, \["):
         module_case(lambda: nn.Linear(3, 4), SAMPLES, lambda: nn.Linear(3, 4, bias=False))
+
+
+def test_sizes_that_would_take_too_much_are_left_out() -> None:
+    def triples(x: Tensor) -> Any:
+        return torch.combinations(x, 3).prod(1)
+
+    report = check_function(triples, [(torch.randn(7),)], triples, in_dims=(0,), only=["sizes"])
+    assert status(report, "sizes") == "passed"
+    assert "1025 rows left out: more than 16777216 elements" in message(report, "sizes")
+    assert "17 rows" not in message(report, "sizes")
+
+
+def test_sizes_foresees_the_time_of_a_larger_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose time grows with the third power of the size, by a clock of its own."""
+    clock = [0.0]
+
+    def slow(x: Tensor) -> Any:
+        clock[0] += len(x) ** 3 * 1e-8
+        return x.square()
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    report = check_function(slow, SAMPLES, slow, in_dims=(0,), only=["sizes"])
+    assert status(report, "sizes") == "passed"
+    assert "1025 rows left out: it would take more than 10 s" in message(report, "sizes")
+    assert "129 rows" not in message(report, "sizes")

@@ -134,7 +134,9 @@ def _mixed(
 def _chosen(ctx: CheckContext, value: Tensor, share: float) -> Tensor:
     """A random choice of a share of the elements of a tensor, as a mask."""
     # Not from the global numbers, which are the same after each call of a random function.
-    return (torch.rand(value.shape, generator=ctx.generator) < share).to(value.device)
+    mask = torch.rand(value.shape, generator=ctx.generator) < share
+    # With the strides of the value, which the result of torch.where then has.
+    return torch.empty_like(value, dtype=torch.bool).copy_(mask)
 
 
 def _single_zeros(ctx: CheckContext, sample: Sample) -> Iterator[tuple[int, int, Sample]]:
@@ -144,8 +146,9 @@ def _single_zeros(ctx: CheckContext, sample: Sample) -> Iterator[tuple[int, int,
     """
     for i in positions(sample):
         for k in torch.randperm(sample[i].numel(), generator=ctx.generator)[:2].tolist():
-            is_chosen = torch.arange(sample[i].numel(), device=sample[i].device) == k
-            changed = torch.where(is_chosen.view(sample[i].shape), 0.0, sample[i])
+            is_chosen = torch.zeros_like(sample[i], dtype=torch.bool)
+            is_chosen[torch.unravel_index(torch.tensor(k), sample[i].shape)] = True
+            changed = torch.where(is_chosen, 0.0, sample[i])
             arguments = (*sample[:i], changed, *sample[i + 1 :])
             if ctx.is_in_domain(arguments):
                 yield i, k, arguments
@@ -155,11 +158,16 @@ def _tied_along_dims(sample: Sample) -> Iterator[Sample]:
     """Samples whose elements are equal in pairs along one dimension."""
     for dim in range(max((t.ndim for t in outputs_of(sample)), default=0)):
         yield tuple(
-            t.index_select(dim, torch.arange(t.shape[dim], device=t.device) // 2 * 2)
+            torch.empty_like(t).copy_(t.index_select(dim, _in_pairs(t.shape[dim], t.device)))
             if is_differentiable(t) and t.ndim > dim
             else t
             for t in sample
         )
+
+
+def _in_pairs(count: int, device: torch.device) -> Tensor:
+    """The indices 0, 0, 2, 2, 4, 4, …, so many."""
+    return torch.arange(count, device=device) // 2 * 2
 
 
 def _tied_pairs(ctx: CheckContext, sample: Sample) -> Iterator[Sample]:

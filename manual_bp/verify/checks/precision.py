@@ -15,7 +15,7 @@ from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
-from manual_bp.verify.checks._digits import noise_of_float32
+from manual_bp.verify.checks._digits import noise_of_float32, small_steps
 from manual_bp.verify.checks._shared import (
     cast,
     compare_raw,
@@ -31,10 +31,11 @@ def full_precision(ctx: CheckContext, sample: Sample) -> None:
     if narrowest(sample) is not None:
         raise NotApplicable("the sample is not in float64")
     upstream = ctx.upstream(ctx.call, sample)
-    noise = noise_of_float32(ctx, ctx.call, sample, upstream)
+    small = small_steps(ctx, sample, upstream)
+    noise = noise_of_float32(ctx, ctx.call, sample, upstream, small)
     ctx.comparisons += 1
     if noise and ctx.case.reference is not None:
-        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream)
+        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream, small)
         noise = {name: share for name, share in noise.items() if name not in theirs}
     if noise:
         name, share = next(iter(noise.items()))
