@@ -99,14 +99,24 @@ def gradients(
 
 
 def gradients_of(
-    result: Any, arguments: Sample, upstream: Sequence[Tensor], **options: Any
+    result: Any,
+    arguments: Sample,
+    upstream: Sequence[Tensor],
+    *,
+    copy_upstream: bool = True,
+    **options: Any,
 ) -> Gradients:
-    """The gradient of every argument that requires one; None where autograd gives none."""
+    """The gradient of every argument that requires one; None where autograd gives none.
+
+    copy_upstream: Whether backward gets copies of upstream gradients that require no gradients, so
+        that one that writes over them spoils nothing else.
+    """
     wanted = [i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.requires_grad]
     pairs = [(t, u) for t, u in zip(outputs_of(result), upstream, strict=True) if t.requires_grad]
     if not pairs:
         return dict.fromkeys(wanted)
-    outputs, given = zip(*pairs, strict=True)
+    outputs = [t for t, _ in pairs]
+    given = [copied(u) if copy_upstream and not u.requires_grad else u for _, u in pairs]
     found = torch.autograd.grad(
         outputs, [arguments[i] for i in wanted], given, allow_unused=True, **options
     )

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import exact
 
 

@@ -15,7 +15,7 @@ from manual_bp.verify._calling import (
     with_copies,
 )
 from manual_bp.verify._case import Call, Case, Sample
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._intended import intended
 from manual_bp.verify._random import reseed, reseeded
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from manual_bp.verify._autograd import HiddenTensorsError
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
-from manual_bp.verify._check import STATE, Check, CheckContext
+from manual_bp.verify._check import STATE, Check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._evidence import blind_spot, most_informative
 from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from manual_bp.verify._autograd import leaves
 from manual_bp.verify._case import Case
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import Outcome, Report

@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from manual_bp.verify import Report, check_function, check_module, function_case
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 
 LOW = [torch.bfloat16, torch.float32]
 

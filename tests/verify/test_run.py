@@ -20,7 +20,7 @@ from manual_bp.verify import (
     module_case,
     run,
 )
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from manual_bp.verify._autograd import gradients, leaves, outputs_of, positions
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 
 _STEP = 2.0**-20  # relative: 8 units in the last place of float32
 _NOISE = 1e-8  # relative: float32 has an error of 6e-8

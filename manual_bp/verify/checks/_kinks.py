@@ -10,8 +10,8 @@ from torch.autograd.functional import jvp
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import exact, narrowest, widened
 from manual_bp.verify.checks._shared import compare_slopes, compare_values, compare_with_reference
 from manual_bp.verify.checks._slopes import inner, step_for

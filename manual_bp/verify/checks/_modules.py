@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext
 from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._lifted import same_state
 
 

@@ -15,8 +15,9 @@ from manual_bp.verify._autograd import (
     tensors_of,
 )
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import STATE, CheckContext, check
+from manual_bp.verify._check import STATE, check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks._shared import diagnosed
 
 _UNSEEN = (
@@ -96,7 +97,7 @@ def _change_outputs(ctx: CheckContext, call: Call, sample: Sample) -> None:
         if touched:
             continue  # tensors that share memory, as autograd knows
         try:
-            found = gradients_of(result, arguments, upstream)
+            found = gradients_of(result, arguments, upstream, copy_upstream=False)
         except RuntimeError:
             found = None  # saved, and the change was noticed
         if found is not None:
@@ -141,7 +142,7 @@ def _change_gradients_of(
         for name in _changed(others, seen):
             raise _mismatch(name, f"the gradient of {ctx.label(i)} was changed in place", _SHARED)
     try:
-        found = gradients_of(result, arguments, upstream)
+        found = gradients_of(result, arguments, upstream, copy_upstream=False)
     except RuntimeError:
         return  # a saved tensor was returned, and the change was noticed
     diagnosis = "a gradient is returned that shares memory with what backward keeps"

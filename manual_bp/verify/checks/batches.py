@@ -8,7 +8,8 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Call, Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, check
+from manual_bp.verify._context import CheckContext
 
 Dims = tuple[int | None, ...]
 

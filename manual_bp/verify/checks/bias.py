@@ -17,8 +17,9 @@ from manual_bp.verify._autograd import (
     tangents_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 
 # A ratio, and the size of what it was measured at: where a sum cancels, it says little.

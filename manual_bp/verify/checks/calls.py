@@ -19,8 +19,9 @@ from manual_bp.verify._autograd import (
     tensors_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks._shared import (
     compare_with_reference,
     diagnosed,

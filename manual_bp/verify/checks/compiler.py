@@ -9,7 +9,8 @@ from torch import nn
 
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._random import reseed
 from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 

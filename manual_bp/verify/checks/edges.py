@@ -7,8 +7,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import loss
 from manual_bp.verify.checks._digits import results_of
 from manual_bp.verify.checks._kinks import compare_except_at_kinks, judge_slopes

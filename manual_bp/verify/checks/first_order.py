@@ -16,9 +16,10 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import Budget, largest
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import VALUE, CheckContext, check
+from manual_bp.verify._check import VALUE, check
 from manual_bp.verify._clues import is_linear, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._numeric import numeric_gradients
 from manual_bp.verify._precision import exact, narrowest, widen, widened

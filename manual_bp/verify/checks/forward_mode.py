@@ -18,8 +18,9 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, check
 from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest
 from manual_bp.verify.checks._shared import (
     Change,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import gradients_of, leaves, outputs_of
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._global_state import STATES, changed, random_numbers, restored
 
 _MODES = "global state is changed for all code that runs afterwards"

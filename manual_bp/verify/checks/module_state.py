@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from manual_bp.verify._autograd import Gradients, gradients_of, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks._modules import in_dtype_of, new_module
 from manual_bp.verify.checks._shared import diagnosed
 

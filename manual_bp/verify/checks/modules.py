@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from manual_bp._torch import map_tensors
 from manual_bp.verify._autograd import outputs_of
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest
 from manual_bp.verify.checks._modules import factory_of, new_module, output_of
 

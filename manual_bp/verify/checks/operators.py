@@ -7,8 +7,9 @@ import torch
 
 from manual_bp.verify._autograd import leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 
 
 @check(for_operators=True)

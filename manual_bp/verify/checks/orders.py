@@ -11,8 +11,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, subsets
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest, widened
 from manual_bp.verify.checks._shared import Change, Derivatives, against_reference
 from manual_bp.verify.checks._slopes import (

@@ -11,8 +11,9 @@ from manual_bp.verify._autograd import (
     outputs_of,
 )
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
+from manual_bp.verify._check import SLOPE, STATE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
 from manual_bp.verify.checks._digits import noise_of_float32, small_steps

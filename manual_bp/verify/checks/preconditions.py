@@ -10,8 +10,9 @@ from torch import Tensor
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, tensors_of
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._evidence import blind_spot
 from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify._precision import widen

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, tensors_of
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks._shared import compare_with_reference, first_line
 
 # Around the sizes of blocks, which are powers of two, so that a wrong remainder shows.
