@@ -59,7 +59,8 @@ class Config:
 
     def __post_init__(self) -> None:
         if len(self.sizes) < 2 or min(self.sizes) < 1:
-            raise ValueError(f"--sizes must be two or more sizes of at least 1; got {self.sizes}")
+            sizes = " ".join(map(str, self.sizes))
+            raise ValueError(f"--sizes must be two or more sizes of at least 1; got {sizes}")
         require_counts(self, "batch_size")
         require_rate(self.learning_rate)
         require_seed(self.seed)
@@ -77,7 +78,7 @@ class Subject(NamedTuple):
 
 
 def invent(config: Config) -> Subject:
-    """A network with initial weights, normally distributed inputs, and a random class for each of them."""
+    """A network with initial weights, normally distributed inputs, and a random class for each."""
     torch.manual_seed(config.seed)
     net = build_net(config.sizes, config.activation, config.cost)
     x = torch.randn(config.batch_size, config.sizes[0])
@@ -98,7 +99,7 @@ def write(config: Config, subject: Subject) -> tuple[str, bool]:
         "samples": len(x),
         "source": f"seed {config.seed}",
     }
-    shared = parameters(net, x, y, cost)
+    shared = parameters(net)
     batch = one_pass(net, x, y, cost, config.learning_rate)
     # A page with one more pass for each sample has at least this many bytes.
     least = len(x) * 4 * sum(batch[name].numel() for name in batch if name.startswith("grad_"))

@@ -8,8 +8,6 @@ from typing import Any
 
 from experiments.walk.passes import Matrices
 
-_HERE = Path(__file__).parent
-
 
 def page(net: Mapping[str, Any], shared: Matrices, passes: Sequence[Matrices]) -> str:
     """A page that needs no other file and no network.
@@ -23,13 +21,14 @@ def page(net: Mapping[str, Any], shared: Matrices, passes: Sequence[Matrices]) -
     data = {"net": net, "shared": _plain(shared), "passes": [_plain(each) for each in passes]}
     # Within a script element, a text with "</script>" in it, such as a path, would end the element.
     numbers = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
-    text = _read("page.html").replace("/* style */", _read("page.css"))
-    text = text.replace("/* steps */", _read("steps.js")).replace("/* script */", _read("page.js"))
+    text = _read("page.html")
+    for name in ("page.css", "steps.js", "matrices.js", "page.js"):
+        text = text.replace(f"/* {name} */", _read(name))
     return text.replace("/* numbers */", numbers)
 
 
 def _read(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _plain(matrices: Matrices) -> dict[str, list[list[float | str]]]:

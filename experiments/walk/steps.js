@@ -94,53 +94,53 @@ function forwardSteps(l, net) {
   return sigma === "none" ? [weighted] : [weighted, activation];
 }
 
+const y = term("used", "<mi>y</mi>");
+const output = term("used", "<mi>a</mi>");
+const oneMinus = (inner) => inBrackets(`<mn>1</mn><mo>−</mo>${inner}`);
+const ln = (inner) => `${gap}<mi>ln</mi>${gap}${inner}`;
+const sumOver = (index) => `<munder><mo>∑</mo><mi>${index}</mi></munder>`;
+const meanOverSamples =
+  `<mrow class="batch"><mfrac><mn>1</mn><mi>n</mi></mfrac>${sumOver("x")}</mrow>`;
+const sumOverSamples = `<mrow class="batch">${sumOver("x")}</mrow>`;
+
+// uses: which outputs make a cell of the cost's gradient.
 const COSTS = {
   quadratic: {
     words: "half the squared distance between output and target",
-    math: (L) => "<mfrac><mn>1</mn><mn>2</mn></mfrac><msup><mrow><mo>‖</mo>" +
-      term("used", "<mi>y</mi>") + op("−") + term("used", up("a", L)) +
-      "<mo>‖</mo></mrow><mn>2</mn></msup>",
+    math: meanOverSamples + "<mfrac><mn>1</mn><mn>2</mn></mfrac>" +
+      `<msup><mrow><mo>‖</mo>${y}<mo>−</mo>${output}<mo>‖</mo></mrow><mn>2</mn></msup>`,
     gradient: "a − y for this cost",
     uses: "cell",
   },
   "sigmoid-cross-entropy": {
     words: "the cross-entropy of y and a = σ(z)",
-    math: (L) => op("−") + "<munder><mo>∑</mo><mi>j</mi></munder>" + op("[") +
-      `<mi>y</mi>${gap}<mi>ln</mi>${gap}<mi>a</mi>` + op("+") + "<mo>(</mo><mn>1</mn><mo>−</mo><mi>y</mi>" +
-      `<mo>)</mo>${gap}<mi>ln</mi><mo>(</mo><mn>1</mn><mo>−</mo><mi>a</mi><mo>)</mo>` + op("]") +
-      `<mspace width="0.6em"/><mtext>with</mtext><mspace width="0.3em"/><mi>a</mi>${op("=")}<mi>σ</mi>` +
-      inBrackets(term("used", up("z", L))),
+    math: op("−") + meanOverSamples + sumOver("j") + op("[") + y + ln(output) + op("+") +
+      oneMinus(y) + ln(oneMinus(output)) + op("]"),
     gradient: "a − y with a = σ(z): the σ′ of BP1 has cancelled",
     uses: "cell",
   },
   "softmax-cross-entropy": {
     words: "the cross-entropy of y and a = softmax(z)",
-    math: (L) => op("−") + "<munder><mo>∑</mo><mi>j</mi></munder>" + term("used", "<mi>y</mi>") +
-      `${gap}<mi>ln</mi>${gap}<mi>a</mi><mspace width="0.6em"/><mtext>with</mtext><mspace width="0.3em"/><mi>a</mi>${op("=")}` +
-      "<mi>softmax</mi>" + inBrackets(term("used", up("z", L))),
+    math: op("−") + meanOverSamples + sumOver("j") + y + ln(output),
     gradient: "a − y with a = softmax(z): the σ′ of BP1 has cancelled",
     uses: "sample",
   },
 };
 
-const meanOverSamples = '<mrow class="batch"><mfrac><mn>1</mn><mi>n</mi></mfrac>' +
-  "<munder><mo>∑</mo><mi>x</mi></munder></mrow>";
-const sumOverSamples = '<mrow class="batch"><munder><mo>∑</mo><mi>x</mi></munder></mrow>';
-
 function costStep(net) {
   const L = net.sizes.length - 1;
   const { words, math } = COSTS[net.cost];
-  const output = net.output === "none" ? "z" : "a";
-  const matrices = [matrix(`${output}${L}`, "sample"), "", matrix("y", "sample"), "→",
+  const letter = net.output === "none" ? "z" : "a";
+  const matrices = [matrix(`${letter}${L}`, "sample"), "", matrix("y", "sample"), "→",
     matrix("losses")];
   return {
     part: "Cost", layer: L + 1, title: "The cost",
     text: (pass) => `The loss of a sample is ${words}. ` +
       (pass.y.length > 1 ? `The cost is their mean: C = ${digits(pass.cost[0][0])}.`
         : `Here C = ${digits(pass.cost[0][0])}.`),
-    math: term("result", "<mi>C</mi>") + op("=") + meanOverSamples + math(L),
+    math: term("result", "<mi>C</mi>") + op("=") + math,
     code: `${code("result", "cost")} = ${net.cost.replaceAll("-", "_")}_cost(` +
-      `${code("used", `${output}[${L}]`)}, ${code("used", "y")})`,
+      `${code("used", `${letter}[${L}]`)}, ${code("used", "y")})`,
     notes: matrices,
     rows: matrices,
   };
@@ -153,9 +153,9 @@ function outputErrorSteps(net) {
   const L = net.sizes.length - 1;
   const { gradient: words, uses } = COSTS[net.cost];
   const takesZ = net.output === "none";
-  const output = takesZ ? "z" : "a";
+  const letter = takesZ ? "z" : "a";
   const result = takesZ ? `delta${L}` : "grad_a";
-  const ofOutput = [matrix(`${output}${L}`, uses), "", matrix("y", uses), "→", matrix(result)];
+  const ofOutput = [matrix(`${letter}${L}`, uses), "", matrix("y", uses), "→", matrix(result)];
   const first = {
     part: "BP1", layer: L,
     title: takesZ ? "BP1: the error of the output" : "BP1: what the cost asks of the output",
@@ -261,13 +261,13 @@ function descentStep(letter, words, l, net) {
 
 function endStep(net) {
   const L = net.sizes.length - 1;
-  const output = net.output === "none" ? "z" : "a";
-  const matrices = [matrix("y"), "", matrix(`${output}${L}`), "→", matrix("a_new")];
+  const letter = net.output === "none" ? "z" : "a";
+  const matrices = [matrix("y"), "", matrix(`${letter}${L}`), "→", matrix("a_new")];
   return {
     part: "Step", layer: L + 1, title: "After the step",
     text: (pass) => {
-      const [before, after] = [pass.cost[0][0], pass.cost_new[0][0]];
-      const verb = after < before ? "fell" : after > before ? "rose" : "stayed";
+      const [before, after] = [Number(pass.cost[0][0]), Number(pass.cost_new[0][0])];
+      const verb = after < before ? "fell" : after > before ? "rose" : "went";
       return `With the new weights, the cost ${verb} from ${digits(before)} to ${digits(after)}.`;
     },
     math: term("used", "<mi>C</mi>") + op("→") + term("result", "<mi>C</mi>"),
