@@ -206,6 +206,8 @@ function listen(shown) {
   };
   picture.addEventListener("pointermove", onPointer);
   picture.addEventListener("pointerdown", onPointer);
+  // A click does not focus, so that the arrow keys still step.
+  picture.addEventListener("mousedown", (event) => event.preventDefault());
   picture.addEventListener("pointerleave", (event) => {
     if (event.pointerType === "mouse") unpoint();
   });

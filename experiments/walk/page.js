@@ -41,7 +41,7 @@ function fit(drawn) {
   while (size > smallest && taken(size) > line.clientWidth) size *= 0.98;
   const height = Math.min(size, 56, roomBelow(line) / Math.max(...drawn.map((each) => each.height)));
   const letters = Math.max(...drawn.map((each) => each.letters));
-  const font = Math.min((size - 4) / (0.65 * letters), 0.6 * height, 22);
+  const font = Math.min((size - 4) / (0.67 * letters), 0.6 * height, 22);
   line.classList.toggle("bare", font < 8.5);
   line.style.setProperty("--font", `${font}px`);
   for (const { picture, width, height: rows } of drawn) {
@@ -58,8 +58,8 @@ function roomBelow(line) {
   const isStacked = element("code").offsetTop > element("notes").offsetTop;
   if (isStacked) return 0.5 * window.innerHeight;
   const top = line.getBoundingClientRect().top + window.scrollY;
-  const rest = element("readout").offsetHeight + document.querySelector("footer").offsetHeight;
-  return Math.max(window.innerHeight - top - rest - 130, 100);
+  const footer = document.querySelector("footer").offsetHeight;
+  return Math.max(window.innerHeight - top - footer - 120, 100);
 }
 
 function show() {
