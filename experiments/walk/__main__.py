@@ -69,12 +69,16 @@ class Config:
 
 
 class Subject(NamedTuple):
-    """What is walked through: a network, a batch of x (N, in) and y (N, out), and the cost."""
+    """What is walked through: a network, a batch of x (N, in) and y (N, out), and the cost.
+
+    source: Where the network and the batch come from, for the page.
+    """
 
     net: nn.Sequential
     x: Tensor
     y: Tensor
     cost: Cost
+    source: str
 
 
 def invent(config: Config) -> Subject:
@@ -84,12 +88,12 @@ def invent(config: Config) -> Subject:
     x = torch.randn(config.batch_size, config.sizes[0])
     labels = torch.randint(config.sizes[-1], (config.batch_size,))
     y = F.one_hot(labels, config.sizes[-1]).float()
-    return Subject(net, x, y, build_cost(config.cost))
+    return Subject(net, x, y, build_cost(config.cost), f"seed {config.seed}")
 
 
 def write(config: Config, subject: Subject) -> tuple[str, bool]:
     """The page, and whether it has the passes of single samples, which may take too much room."""
-    net, x, y, cost = subject
+    net, x, y, cost, source = subject
     description = {
         "sizes": config.sizes,
         "activation": config.activation,
@@ -97,7 +101,7 @@ def write(config: Config, subject: Subject) -> tuple[str, bool]:
         "cost": config.cost,
         "learning_rate": config.learning_rate,
         "samples": len(x),
-        "source": f"seed {config.seed}",
+        "source": source,
     }
     shared = parameters(net)
     batch = one_pass(net, x, y, cost, config.learning_rate)

@@ -8,32 +8,35 @@ const MOST_CELLS = 400;
 // The matrices on the screen: those of the notes, then those of the code.
 let panels = [[], []];
 
-const toFixed = (value, places) => value.toFixed(places).replace("-", "−");
+const withSigns = (text) => text.replaceAll("-", "−").replace("Infinity", "∞");
+
+// As many digits as the page has.
+const digits = (value) => withSigns(String(Number(value)));
 
 // To three digits.
 function short(value) {
-  if (!Number.isFinite(value)) return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-4 || size >= 1e4)) return value.toExponential(2).replaceAll("-", "−");
+  if (!Number.isFinite(value)) return digits(value);
+  if (size !== 0 && (size < 1e-4 || size >= 1e4)) return withSigns(value.toExponential(2));
   const power = size === 0 ? 0 : Math.floor(Math.log10(size));
-  return toFixed(value, Math.min(Math.max(2 - power, 0), 5));
+  return withSigns(value.toFixed(Math.min(Math.max(2 - power, 0), 6)));
 }
-
-// As many digits as the page has.
-const digits = (value) => String(Number(value)).replaceAll("-", "−");
 
 // Numbers of one matrix have the same places, so that they can be compared.
 function writer(largest) {
-  const power = largest > 0 && Number.isFinite(largest) ? Math.floor(Math.log10(largest)) : 0;
-  if (power < -4 || power > 3) return (value) => value.toExponential(0).replaceAll("-", "−");
+  const power = largest > 0 ? Math.floor(Math.log10(largest)) : 0;
+  const isExtreme = power < -4 || power > 3;
   const places = Math.max(2 - Math.max(power, 0), 1 - power, 0);
-  return (value) => (Number.isFinite(value) ? toFixed(value, places) : String(value));
+  return (value) => {
+    if (!Number.isFinite(value)) return digits(value);
+    return withSigns(isExtreme ? value.toExponential(0) : value.toFixed(places));
+  };
 }
 
 // From blue through white to orange; all are light enough for dark text.
 function colour(value, largest) {
   if (Number.isNaN(value)) return [190, 190, 190];
-  const share = largest > 0 ? Math.min(Math.abs(value) / largest, 1) : 0;
+  const share = value === 0 ? 0 : Math.min(Math.abs(value) / largest, 1);
   const end = value < 0 ? [86, 152, 214] : [236, 138, 52];
   return end.map((channel) => Math.round(255 + (channel - 255) * share));
 }

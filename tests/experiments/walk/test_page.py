@@ -93,7 +93,7 @@ def test_keys_and_buttons_reach_every_step(text: str, tmp_path: Path) -> None:
 
 def expected(subject: Subject, rate: float) -> dict[str, Tensor]:
     """The matrices by the page's names, in rows, from `backprop` of a net of two layers."""
-    net, x, y, cost = subject
+    net, x, y, cost, _ = subject
     trace = backprop(net, x, y, cost)
     one, two = trace.layers
     found = {"a0": x, "y": y, "losses": ((trace.output - y) ** 2).sum(1, keepdim=True) / 2}
@@ -145,8 +145,9 @@ def numbers(rows: list[list[str]]) -> Tensor:
 
 @needs_chromium
 def test_every_number_in_both_forms_is_that_of_backprop(text: str, tmp_path: Path) -> None:
-    net, x, y, cost = subject = invent(CONFIG)
-    passes = [subject, *(Subject(net, x[i, None], y[i, None], cost) for i in range(len(x)))]
+    subject = invent(CONFIG)
+    rows = [(subject.x[i, None], subject.y[i, None]) for i in range(len(subject.x))]
+    passes = [subject, *(subject._replace(x=x, y=y) for x, y in rows)]
     right = [expected(each, CONFIG.learning_rate) for each in passes]
     shown = watch(text, ALL_NUMBERS, tmp_path)
     names = {each["name"] for each in shown}
@@ -380,7 +381,7 @@ def test_other_nets_and_costs_have_all_their_steps(
     assert (found["seen"][1][2] > 0) == (config.sizes[0] == 64)
     assert float(found["a"].replace("−", "-")) == pytest.approx(subject.x[0, 1].item(), rel=1e-5)
     assert found["isChoice"] == (config.batch_size > 1)
-    cost = backprop(*subject).cost.item()
+    cost = backprop(*subject[:4]).cost.item()
     assert f"C = {cost:.6g}." in next(
         text for title, text, *_ in found["seen"] if title == "The cost"
     )

@@ -12,7 +12,7 @@ from manual_bp.layers._activation import Activation
 @pytest.mark.parametrize("activation", sorted(activations()))
 def test_the_numbers_are_those_of_autograd_and_its_optimiser(activation: str, cost: str) -> None:
     config = Config(sizes=(4, 5, 3, 2), activation=activation, cost=cost)  # type: ignore[arg-type]
-    net, x, y, c = invent(config)
+    net, x, y, c, _ = invent(config)
     net.double()
     x, y = x.double(), y.double()
     found = one_pass(net, x, y, c, 0.5)
@@ -58,7 +58,7 @@ def of_pytorch(module: torch.nn.Module, a: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_net_is_left_as_it_was() -> None:
-    net, x, y, cost = invent(Config())
+    net, x, y, cost, _ = invent(Config())
     before = [p.detach().clone() for p in net.parameters()]
     one_pass(net, x, y, cost, 3.0)
     for p, old in zip(net.parameters(), before, strict=True):
