@@ -36,8 +36,10 @@ function fit(drawn) {
     14 * line.children.length;
   const taken = (size) => drawn.reduce(
     (sum, { width }, k) => sum + Math.max(lengthOf(width, size), captions[k]), between);
+  // A few columns stay large enough for a finger, even if the form must then be scrolled.
+  const columns = drawn.reduce((sum, { width }) => sum + width, 0);
+  const smallest = columns > 24 ? 0.25 : 16;
   let size = 72;
-  const smallest = drawn.some((each) => each.isPainted) ? 0.25 : 16;
   while (size > smallest && taken(size) > line.clientWidth) size *= 0.98;
   const height = Math.min(size, 56, roomBelow(line) / Math.max(...drawn.map((each) => each.height)));
   const letters = Math.max(...drawn.map((each) => each.letters));

@@ -369,14 +369,19 @@ def test_other_nets_and_costs_have_all_their_steps(
           if (at("#next").disabled) break;
           press("ArrowRight");
         }
+        const cut = seen.map((_, k) => {
+          go(k);
+          return all(".matrices").filter((line) => line.scrollWidth > line.clientWidth).length;
+        });
         go(1);
         const figure = at("#code figure");  // a[0]
         pointAt(figure, 0, 1, ...shapeOf(figure));
-        return { seen, a: text("#readout b"), isChoice: !at("#choice").hidden };
+        return { seen, cut, a: text("#readout b"), isChoice: !at("#choice").hidden };
         """,
         tmp_path,
     )
     assert len(found["seen"]) == steps
+    assert found["cut"] == [0] * steps  # all matrices are on the screen
     assert all(canvases * cells == 0 < canvases + cells for *_, canvases, cells in found["seen"])
     assert (found["seen"][1][2] > 0) == (config.sizes[0] == 64)
     assert float(found["a"].replace("−", "-")) == pytest.approx(subject.x[0, 1].item(), rel=1e-5)
