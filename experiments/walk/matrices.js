@@ -141,7 +141,7 @@ const RANGES = {
   row: (shown, i) => [i, i + 1, 0, shown.width],
   column: (shown, i, j) => [0, shown.height, j, j + 1],
   cell: (shown, i, j) => [i, i + 1, j, j + 1],
-  sample: (shown, i, j) => shown.form === "notes" ? RANGES.column(shown, i, j) : RANGES.row(shown, i),
+  sample: (shown, i, j) => RANGES[shown.form === "notes" ? "column" : "row"](shown, i, j),
 };
 
 function setMark(shown, range) {
@@ -188,7 +188,8 @@ function describe(shown, i, j) {
   const used = panels[shown.form === "notes" ? 0 : 1].filter((each) => each.uses);
   const numbers = used.map((each) => numbersIn(each, RANGES[each.uses](each, i, j)));
   const count = numbers[0].length;
-  return `${value} <span class="work">= ${count > 8 ? `a sum of ${count} terms` : work(numbers)}</span>`;
+  const made = count > 8 ? `a sum of ${count} terms` : work(numbers);
+  return `${value} <span class="work">= ${made}</span>`;
 }
 
 function unpoint() {
@@ -196,8 +197,13 @@ function unpoint() {
     setMark(shown, null);
     shown.cursor = null;
   }
-  element("readout").textContent = "Point at a cell, or touch it, to see its number and what makes it.";
+  element("readout").textContent =
+    "Point at a cell, or touch it, to see its number and what makes it.";
 }
+
+const ARROWS = {
+  ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
+};
 
 function listen(shown) {
   const { figure, picture } = shown;
@@ -217,7 +223,7 @@ function listen(shown) {
   figure.addEventListener("focus", () => moveCursor(shown, 0, 0));
   figure.addEventListener("blur", unpoint);
   figure.addEventListener("keydown", (event) => {
-    const by = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const by = ARROWS[event.key];
     if (event.key === "Escape") figure.blur();
     if (!by) return;
     moveCursor(shown, ...by);

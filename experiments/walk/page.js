@@ -32,8 +32,8 @@ function showForm(id, equation, specs) {
 function fit(drawn) {
   const line = drawn[0].figure.parentElement;
   const captions = drawn.map(({ figure }) => figure.firstChild.offsetWidth);
-  const between = [...line.querySelectorAll(".sign")].reduce((sum, sign) => sum + sign.offsetWidth, 0) +
-    14 * line.children.length;
+  const signs = [...line.querySelectorAll(".sign")].map((sign) => sign.offsetWidth);
+  const between = signs.reduce((sum, width) => sum + width, 14 * line.children.length);
   const taken = (size) => drawn.reduce(
     (sum, { width }, k) => sum + Math.max(lengthOf(width, size), captions[k]), between);
   // A few columns stay large enough for a finger, even if the form must then be scrolled.
@@ -41,7 +41,8 @@ function fit(drawn) {
   const smallest = columns > 24 ? 0.25 : 16;
   let size = 72;
   while (size > smallest && taken(size) > line.clientWidth) size *= 0.98;
-  const height = Math.min(size, 56, roomBelow(line) / Math.max(...drawn.map((each) => each.height)));
+  const tallest = Math.max(...drawn.map((each) => each.height));
+  const height = Math.min(size, 56, roomBelow(line) / tallest);
   const letters = Math.max(...drawn.map((each) => each.letters));
   const font = Math.min((size - 4) / (0.67 * letters), 0.6 * height, 22);
   line.classList.toggle("bare", font < 8.5);
@@ -70,7 +71,7 @@ function show() {
   document.body.classList.toggle("single", pass.y.length === 1);
   element("title").textContent = step.title;
   element("text").textContent = step.text(pass);
-  const math = `<math display="block" data-part="${step.part}"><mrow>${step.math}</mrow></math>`;
+  const math = `<math display="block"><mrow>${step.math}</mrow></math>`;
   panels = [
     showForm("notes", math, step.notes),
     showForm("code", `<code>${step.code}</code>`, step.rows),
@@ -86,7 +87,9 @@ function show() {
     else item.removeAttribute("aria-current");
   }
   element("map").classList.toggle("backward", step.part === "BP1" || step.part === "BP2");
-  [...element("map").children].forEach((item, l) => item.classList.toggle("here", l === step.layer));
+  for (const [l, item] of [...element("map").children].entries()) {
+    item.classList.toggle("here", l === step.layer);
+  }
   element("pass").value = state.pass;
   unpoint();
 }
@@ -103,7 +106,8 @@ function go(step, pass = state.pass) {
 
 function goToAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
-  go((Number.parseInt(address.get("step"), 10) || 1) - 1, Number.parseInt(address.get("sample"), 10) || 0);
+  const number = (name, otherwise) => Number.parseInt(address.get(name), 10) || otherwise;
+  go(number("step", 1) - 1, number("sample", 0));
 }
 
 const MOVES = {
@@ -112,15 +116,15 @@ const MOVES = {
   next: () => go(state.step + 1),
   last: () => go(steps.length - 1),
 };
+const changePass = () => walk.passes.length > 1 && go(state.step, state.pass ? 0 : state.sample);
 const KEYS = {
   ArrowRight: MOVES.next, PageDown: MOVES.next, ArrowLeft: MOVES.back, PageUp: MOVES.back,
-  Home: MOVES.first, End: MOVES.last,
-  s: () => walk.passes.length > 1 && go(state.step, state.pass ? 0 : state.sample),
+  Home: MOVES.first, End: MOVES.last, s: changePass, S: changePass,
 };
 
 function onKey(event) {
-  const isOurs = !(event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT");
-  if (!isOurs || !(event.key in KEYS)) return;
+  const isBrowsers = event.ctrlKey || event.altKey || event.metaKey;
+  if (isBrowsers || event.target.tagName === "SELECT" || !(event.key in KEYS)) return;
   event.preventDefault();
   KEYS[event.key]();
 }
@@ -128,8 +132,8 @@ function onKey(event) {
 function makeControls() {
   const { sizes, activation, output, cost, source, samples } = walk.net;
   const words = [`${sizes.join("-")} net`, sizes.length > 2 ? activation : "",
-    `${output === "none" ? "no activation at the" : output} output`, `${cost.replaceAll("-", " ")} cost`,
-    `${samples} sample${samples > 1 ? "s" : ""}`, source];
+    `${output === "none" ? "no activation at the" : output} output`,
+    `${cost.replaceAll("-", " ")} cost`, `${samples} sample${samples > 1 ? "s" : ""}`, source];
   element("net").textContent = words.filter(Boolean).join(", ");
   for (const part of new Set(steps.map((step) => step.part))) {
     const button = document.createElement("button");

@@ -9,8 +9,9 @@ const per = (letter, l) =>
   `<mfrac><mrow><mo>∂</mo><mi>C</mi></mrow><mrow><mo>∂</mo>${up(letter, l)}</mrow></mfrac>`;
 const transposed = (inner) => `<msup>${inner}<mi mathvariant="normal">T</mi></msup>`;
 const inBrackets = (inner) => `<mrow><mo>(</mo>${inner}<mo>)</mo></mrow>`;
-const slope = (l) => `<mrow><mi>σ</mi><mo lspace="0" rspace="0">′</mo>${inBrackets(up("z", l))}</mrow>`;
-const gradient = "<mrow><msub><mo>∇</mo><mi>a</mi></msub><mi>C</mi></mrow>";
+const slope = (l) =>
+  `<mrow><mi>σ</mi><mo lspace="0" rspace="0">′</mo>${inBrackets(up("z", l))}</mrow>`;
+const gradient = (letter) => `<mrow><msub><mo>∇</mo><mi>${letter}</mi></msub><mi>C</mi></mrow>`;
 
 // A part of an equation that can be lit; `code` marks the same part of a line of code.
 const term = (name, inner) => `<mrow data-term="${name}">${inner}</mrow>`;
@@ -146,7 +147,8 @@ function costStep(net) {
   };
 }
 
-const shared = (pass) => pass.y.length > 1 ? " C is the mean, so each sample has the weight 1/n." : "";
+const weightOfSamples = (pass) =>
+  pass.y.length > 1 ? " C is the mean, so each sample has the weight 1/n." : "";
 
 // BP1. If the cost takes z, its gradient is the error already.
 function outputErrorSteps(net) {
@@ -159,19 +161,20 @@ function outputErrorSteps(net) {
   const first = {
     part: "BP1", layer: L,
     title: takesZ ? "BP1: the error of the output" : "BP1: what the cost asks of the output",
-    text: (pass) => `${takesZ ? "δ" : "∇C"} is ${words}.${shared(pass)}`,
+    text: (pass) => `${takesZ ? "δ" : "∇C"} is ${words}.${weightOfSamples(pass)}`,
     math: takesZ
-      ? term("result", up("δ", L)) + op("=") + term("used", "<msub><mo>∇</mo><mi>z</mi></msub><mi>C</mi>")
-      : term("later", up("δ", L)) + op("=") + term("result", gradient) + op("⊙") +
+      ? term("result", up("δ", L)) + op("=") + term("used", gradient("z"))
+      : term("later", up("δ", L)) + op("=") + term("result", gradient("a")) + op("⊙") +
         term("later", slope(L)),
     code: takesZ
       ? `${code("result", `delta[${L}]`)} = ${code("used", `cost.gradient(z[${L}], y)`)}`
-      : `${code("result", "grad_a")} = cost.gradient(${code("used", `a[${L}]`)}, ${code("used", "y")})`,
+      : `${code("result", "grad_a")} = cost.gradient(${code("used", `a[${L}]`)}, ` +
+        `${code("used", "y")})`,
     notes: ofOutput,
     rows: ofOutput,
   };
   return takesZ ? [first] : [first, timesSlope("BP1", L, "grad_a",
-    term("used", gradient), code("used", "grad_a"))];
+    term("used", gradient("a")), code("used", "grad_a"))];
 }
 
 // The second half of BP1 and of BP2: ⊙ σ′(z).
@@ -180,7 +183,7 @@ function timesSlope(part, l, from, math, line) {
     matrix(`delta${l}`)];
   return {
     part, layer: l, title: `${part}: the error of layer ${l}`,
-    text: () => "Times the slope of σ at z. A saturated neuron has σ′ near 0, and so its error is near 0.",
+    text: () => "Times the slope of σ at z. A saturated neuron has σ′ near 0, so its error is near 0.",
     math: term("result", up("δ", l)) + op("=") + math + op("⊙") + term("used", slope(l)),
     code: `${code("result", `delta[${l}]`)} = ${line} * ${code("used", `sigma_prime(${l})`)}`,
     notes: matrices("⊙"),
