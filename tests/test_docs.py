@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments import train_onnx, training
 from experiments.benchmark import __main__ as benchmark
+from experiments.walk import __main__ as walk
 from manual_bp.verify import __main__ as verify
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +124,7 @@ def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         verify.main(["--help"])
     found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    for config in (benchmark.Config, training.Config, train_onnx.Config):
+    for config in (benchmark.Config, training.Config, train_onnx.Config, walk.Config):
         found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
     return found
 
