@@ -145,8 +145,6 @@ LIGER = [
         _llama,
         expected_failures=dict.fromkeys(
             (
-                "unbiased",
-                "requires_grad_subsets",
                 "writes_nothing",
                 "repeatable_backward",
                 "double_backward",
