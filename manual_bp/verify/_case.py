@@ -29,6 +29,7 @@ class Case:
     varying: As in_dims, for each group of other dimensions that may have any size.
     labels: Names of the arguments in messages.
     project: For positions of arguments, a function that maps a tensor into the domain.
+    special: For positions of arguments, values at which a branch may begin.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
     nested_inputs: Nests a module's inputs in a sample as its forward takes them.
@@ -56,6 +57,7 @@ class Case:
     varying: tuple[tuple[int | None, ...], ...] = ()
     labels: tuple[str, ...] = ()
     project: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    special: Mapping[int, Sequence[float]] = field(default_factory=dict)
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
     nested_inputs: Callable[[Sample], Sample] = tuple

@@ -11,10 +11,46 @@ from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._precision import widen
 
 Project = Callable[[Tensor], Tensor]
+Numbers = Sequence[float]
+
+
+def domains(
+    project: Mapping[str, Project] | Mapping[int, Project] | None,
+    labels: Sequence[str],
+    owners: Sequence[int],
+    samples: Sequence[Sample],
+) -> dict[int, Project]:
+    """The projection of each tensor that has one; for the errors see the next three."""
+    found: dict[int, Project] = by_position("project", project, labels, owners)
+    require_domains(found, labels, samples)
+    return found
+
+
+def special_values(
+    special: Mapping[str, Numbers] | Mapping[int, Numbers] | None,
+    labels: Sequence[str],
+    owners: Sequence[int],
+    samples: Sequence[Sample],
+) -> dict[int, tuple[float, ...]]:
+    """The special values of each tensor that has some.
+
+    Raises:
+        TypeError: special is not a dict, or not of lists of numbers for tensors.
+        ValueError: No argument has such a name or position.
+    """
+    found = by_position("special", special, labels, owners)
+    for i, values in found.items():
+        is_list = isinstance(values, list | tuple) and len(values) > 0
+        if not (is_list and all(isinstance(value, int | float) for value in values)):
+            raise TypeError(f"special[{labels[i]!r}] must be a list of numbers; got {values!r}")
+        kind = type(samples[0][i]).__name__
+        if not isinstance(samples[0][i], Tensor):
+            raise TypeError(f"special[{labels[i]!r}] must be for a tensor; got one for a {kind}")
+    return {i: tuple(values) for i, values in found.items()}
 
 
 def by_position(
-    option: str, given: Mapping[str | int, Any] | None, labels: Sequence[str], owners: Sequence[int]
+    option: str, given: Mapping[Any, Any] | None, labels: Sequence[str], owners: Sequence[int]
 ) -> dict[int, Any]:
     """What an option gives for arguments by name or position, by the position of each tensor.
 

@@ -19,7 +19,7 @@ from manual_bp.verify._case import (
     Samples,
     is_differentiable,
 )
-from manual_bp.verify._domain import Project, by_position, require_domains
+from manual_bp.verify._domain import Numbers, Project, domains, special_values
 from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
@@ -38,7 +38,8 @@ def function_case(
     rtol: float = 0.0,
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
-    project: Mapping[str | int, Project] | None = None,
+    project: Mapping[str, Project] | Mapping[int, Project] | None = None,
+    special: Mapping[str, Numbers] | Mapping[int, Numbers] | None = None,
     gradient_of: Call | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -66,6 +67,8 @@ def function_case(
         project: For arguments with a domain, by name or position: a function that maps a tensor
             into the domain (positive, sorted, symmetric ...). Every check that moves a sample uses
             it.
+        special: Special values of arguments, by name or position: where a branch begins, such as 6
+            for relu6, or an ignored label.
         gradient_of: For a gradient that is not the derivative on purpose (straight-through,
             surrogate): an ordinary PyTorch function that has the intended one. Its value does not
             matter; that is the reference's.
@@ -76,7 +79,8 @@ def function_case(
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
         ValueError: A capability is unknown, a tolerance is negative, in_dims, dtypes, varying or
-            project do not fit the samples, or gradient_of was given without a reference.
+            project do not fit the samples, special names no argument, or gradient_of was given
+            without a reference.
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
@@ -107,7 +111,8 @@ def function_case(
         expected_failures=dict(expected_failures or {}),
         labels=labels,
         operator=operator,
-        project=_domains(project, labels, structure, drawn),
+        project=domains(project, *_flat(labels, structure, drawn)),
+        special=special_values(special, *_flat(labels, structure, drawn)),
         gradient_of=None if gradient_of is None else structure.call(gradient_of),
     )
 
@@ -125,7 +130,8 @@ def module_case(
     rtol: float = 0.0,
     atol: float = 0.0,
     varying: Sequence[tuple[Any, ...]] = (),
-    project: Mapping[str | int, Project] | None = None,
+    project: Mapping[str, Project] | Mapping[int, Project] | None = None,
+    special: Mapping[str, Numbers] | Mapping[int, Numbers] | None = None,
     gradient_of: Callable[[], nn.Module] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -152,6 +158,7 @@ def module_case(
     drawn = _drawn(samples, need_floats=not parameters)
     structure = structure_of(drawn)
     inputs = structure.labels([f"input {i}" for i in range(len(drawn[0]))])
+    flat = _flat((*inputs, *parameters), structure, drawn, parameters.values())
     nones = (None,) * len(parameters)
     return Case(
         name=name or type(module).__name__,
@@ -171,7 +178,8 @@ def module_case(
         seed=seed,
         expected_failures=dict(expected_failures or {}),
         labels=(*inputs, *parameters),
-        project=_domains(project, (*inputs, *parameters), structure, drawn, parameters.values()),
+        project=domains(project, *flat),
+        special=special_values(special, *flat),
         gradient_of=intended and lifted(intended, list(parameters), structure),
         nested_inputs=structure.unflatten,
         parameters=len(parameters),
@@ -269,20 +277,17 @@ def _dims(name: str, dims: Any, sample: Sample) -> Any:
     return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
 
 
-def _domains(
-    project: Any,
+def _flat(
     labels: Sequence[str],
     structure: Structure,
     drawn: Sequence[Sample],
     parameters: Iterable[Tensor] = (),
-) -> dict[int, Project]:
-    """The projection of each tensor that has one. Parameters come after the inputs."""
+) -> tuple[list[str], list[int], list[Sample]]:
+    """The name and the argument of each tensor, and the samples. Parameters follow the inputs."""
     samples = [(*structure.flatten(sample), *parameters) for sample in drawn]
     count = len(samples[0])
     names = [labels[i] if i < len(labels) else f"argument {i}" for i in range(count)]
-    found: dict[int, Project] = by_position("project", project, names, structure.owners(count))
-    require_domains(found, names, samples)
-    return found
+    return names, structure.owners(count), samples
 
 
 def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:

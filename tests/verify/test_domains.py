@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 
 from manual_bp.verify import check_function, check_module, function_case, module_case
+from manual_bp.verify._run import run
 from tests.verify.test_run import message, status
 
 
@@ -280,3 +281,57 @@ def test_an_unusable_domain_is_refused(project: Any, error: type[Exception], tex
 def test_probabilities_of_float32_are_samples_of_float64() -> None:
     case = function_case(Entropy, probabilities, project={"p": probability})
     assert case.draw(Generator().manual_seed(0))[0][0].dtype is torch.float32
+
+
+def relu6(slope_at_six: float) -> type[Function]:
+    class Relu6(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.clamp(0, 6)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return grad * torch.where(x == 6, slope_at_six, ((x > 0) & (x < 6)).to(x.dtype))
+
+    return Relu6
+
+
+def test_a_mistake_at_a_special_value_is_found_where_the_case_names_it() -> None:
+    samples, reference = [(torch.randn(5, 3),)], torch.nn.functional.relu6
+    unnamed = check_function(relu6(1.0), samples, reference, slow=False)
+    assert unnamed.ok
+    for_x: list[Any] = [{"x": [6.0]}, {0: [6]}]
+    for special in for_x:
+        case = function_case(relu6(1.0), samples, reference, special=special)
+        report = run(case, slow=False)
+        assert [outcome.check for outcome in report.failures] == ["special_values"]
+        assert "with x = 6" in report.failures[0].message
+    case = function_case(relu6(0.0), samples, reference, special={"x": [6.0]})
+    assert run(case, slow=False).ok
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 2.0])
+def test_without_a_reference_a_slope_at_a_special_value_is_between_those_beside_it(
+    slope: float,
+) -> None:
+    case = function_case(relu6(slope), [(torch.randn(5, 3),)], special={"x": [6.0]})
+    assert run(case, ["special_values"]).ok == (slope <= 1)
+
+
+@pytest.mark.parametrize(
+    ("special", "error", "message"),
+    [
+        ({"y": [6.0]}, ValueError, "special must name arguments of"),
+        ([6.0], TypeError, "special must be a dict by argument"),
+        ({"x": 6.0}, TypeError, r"special\['x'\] must be a list of numbers; got 6.0"),
+        ({"x": []}, TypeError, r"special\['x'\] must be a list of numbers; got \[\]"),
+        ({"x": ["6"]}, TypeError, r"special\['x'\] must be a list of numbers"),
+    ],
+)
+def test_special_values_must_be_numbers_for_an_argument(
+    special: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        function_case(relu6(0.0), [(torch.randn(5, 3),)], special=special)

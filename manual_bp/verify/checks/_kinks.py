@@ -91,9 +91,11 @@ def require_slopes_between(
         direction = ctx.directions_in_domain(outputs.start, direction)
         left, right = outputs.one_sided_slopes(direction)
         some = outputs.worth_a_look(left, right)
-        claimed = torch.stack([_along(outputs.gradient_of(k), direction) for k in some])
+        terms = [_along(outputs.gradient_of(k), direction) for k in some]
+        claimed = torch.stack([t.sum() for t in terms])
         least, most = torch.minimum(left, right)[some], torch.maximum(left, right)[some]
-        size = claimed.abs() + least.abs() + most.abs()
+        # Not of the sum, since terms may cancel but for their rounding.
+        size = torch.stack([t.abs().sum() for t in terms]) + least.abs() + most.abs()
         scale = 1 + outputs.values[some].abs()
         # Steeper than this, the value itself jumps, or the point is singular.
         is_slope = (size < 1e3 * scale) & outputs.is_regular(some)
@@ -246,7 +248,8 @@ def _direction(arguments: Sample, axis: Axis | None) -> Direction:
 
 
 def _along(gradient: Gradients, direction: Direction) -> Tensor:
-    return torch.cat([inner(gradient[i], v) for i, v in direction.items()]).sum()
+    """The terms whose sum is the slope along a direction."""
+    return torch.cat([inner(gradient[i], v) for i, v in direction.items()])
 
 
 def _shifted(arguments: Sample, direction: Direction, shift: float) -> Sample:

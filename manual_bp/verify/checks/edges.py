@@ -1,6 +1,7 @@
 """Special values, and other devices."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -79,6 +80,21 @@ def small_values(ctx: CheckContext, sample: Sample) -> None:
         except Mismatch:
             if not _loses_digits(ctx, arguments):
                 raise
+
+
+@check(builds_on=SLOPE)
+def special_values(ctx: CheckContext, sample: Sample) -> None:
+    """At the special values that the case names, value and gradient match the reference."""
+    if not ctx.case.special:
+        raise NotApplicable("special was not given")
+    judge = judge_slopes if ctx.case.reference is None else compare_with_reference
+    for i, values in ctx.case.special.items():
+        for value, share in product(values, (0.5, 1.0)):
+            mask = _chosen(ctx, sample[i], share)
+            mask.view(-1)[:1] = True
+            changed = sample[i].masked_fill(mask, value)
+            arguments = tuple(changed if j == i else t for j, t in enumerate(sample))
+            judge(ctx, arguments, f" with {ctx.label(i)} = {value:g}")
 
 
 @check(builds_on=SLOPE)

@@ -94,3 +94,8 @@ def uneven(g: Generator) -> Samples:
 def far(g: Generator) -> Samples:
     """Values far from zero, whose squares sum to more than float16 can hold."""
     return [(20 + _randn(g, 50, 6),)]
+
+
+def scores_and_labels(g: Generator) -> Samples:
+    """Scores of four classes, and the labels."""
+    return [(_randn(g, 5, 4), torch.randint(4, (5,), generator=g))]

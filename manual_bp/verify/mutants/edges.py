@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Product, Relu
-from manual_bp.verify.mutants._samples import elementwise, pair, with_zeros
+from manual_bp.verify.mutants._samples import elementwise, pair, scores_and_labels, with_zeros
 
 
 @mutant("at_zero", elementwise, torch.relu)
@@ -42,6 +44,49 @@ class AbsoluteOneAtZero(Relu):
     def backward(ctx: Any, grad_a: Any) -> Any:
         (z,) = ctx.saved_tensors
         return torch.where(z >= 0, grad_a, -grad_a)
+
+
+@mutant("special_values", elementwise, nn.functional.relu6, special={0: [6]})
+class Relu6OneAtSix(Relu):
+    """The derivative of ReLU6 at 6 is 1, where PyTorch has 0."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Any:
+        return z.clamp(0, 6)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (z,) = ctx.saved_tensors
+        return torch.where((z > 0) & (z <= 6), grad_a, 0)
+
+
+@twin("special_values", elementwise, nn.functional.relu6, special={0: [6]})
+class Relu6(Relu6OneAtSix):
+    """ReLU6 with PyTorch's derivative at 6."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (z,) = ctx.saved_tensors
+        return torch.where((z > 0) & (z < 6), grad_a, 0)
+
+
+@mutant("special_values", scores_and_labels, nn.functional.cross_entropy, special={1: [-100]})
+class CountsIgnoredLabels(Function):
+    """The mean of the cross-entropy is over all rows, those with the ignored label -100 too."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, label: Tensor) -> Any:
+        kept = label != -100
+        delta = z.softmax(-1)
+        delta[torch.arange(len(z)), label * kept] -= 1
+        ctx.save_for_backward(delta * kept[:, None])
+        return nn.functional.cross_entropy(z, label)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        (delta,) = ctx.saved_tensors
+        return grad * delta / len(delta), None
 
 
 @mutant("large_values", elementwise, torch.sigmoid, name="flat_beyond_15")
