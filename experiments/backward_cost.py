@@ -2,9 +2,9 @@
 
     python -m experiments.backward_cost
 
-times both passes. The notes say that backward costs about as much as forward, since both multiply by
-the same matrices. Counted exactly, a layer takes one product forward and two backward, those of BP2
-and BP4; but the first layer needs no wᵀδ, since no layer is below it.
+times both passes. The notes say that backward costs about as much as forward, since both multiply
+by the same matrices. Counted exactly, a layer takes one product forward and two backward, those of
+BP2 and BP4; but the first layer needs no wᵀδ, since no layer is below it.
 """
 
 if __name__ == "__main__":  # first, so that it can be interrupted while PyTorch is imported

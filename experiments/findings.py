@@ -53,12 +53,10 @@ def require_range(options: Options, least: float, most: float, *names: str) -> N
     """
     for name in names:
         value = getattr(options, name)
-        several = isinstance(value, tuple)
-        if value == () or not all(least <= one <= most for one in (value if several else [value])):
-            wanted = (
-                f"numbers from {least:,} to {most:,}" if several else f"from {least:,} to {most:,}"
-            )
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}; got {value}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers or not all(least <= number <= most for number in numbers):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be from {least:g} to {most:g}; got {value}")
 
 
 class Findings:
@@ -79,6 +77,7 @@ class Findings:
             self._folder = RunFolder(path, asdict(options))
         except OSError as error:
             refuse(program, f"--run-folder must be a place to write to: {error}")
+        print(f"run folder: {self._folder.path}", flush=True)
 
     def add_rows(self, rows: Iterable[Row], total: int) -> list[Row]:
         """Write rows to metrics.csv, each as soon as it is there; return all of them.
@@ -104,12 +103,10 @@ class Findings:
             figure.savefig(self._picture, dpi=DPI)
 
     def conclude(self, lines: Sequence[str]) -> int:
-        """Print what was found, and where everything is; return the exit code."""
-        path = self._folder.path
+        """Print what was found, and where the picture and the curves are; return the exit code."""
         print("\n".join(lines))
-        print(f"\nnumbers:    {path / 'metrics.csv'}")
         print(f"picture:    {self._picture}")
-        print(f"curves:     tensorboard --logdir {shlex.quote(str(path))}")
+        print(f"to see it:  tensorboard --logdir {shlex.quote(str(self._folder.path))}")
         return 0
 
     @property

@@ -211,8 +211,8 @@ def conclusion(config: Config, rows: Sequence[Row]) -> list[str]:
         lines += [
             f"{dtype}: all four equations agree with differences to {best:.1g} at best, for "
             f"h = 2^-{worst.index(best)}.",
-            f"    A gradient that is {100 * config.excess:.3g} % too large differs by {small:.1g} at "
-            f"best, the right one by {min(errors(rows, dtype, 'BP4')):.1g}: "
+            f"    A gradient that is {100 * config.excess:.3g} % too large differs by "
+            f"{small:.1g} at best, the right one by {min(errors(rows, dtype, 'BP4')):.1g}: "
             + ("it stands out." if is_seen else "that does not show."),
             f"    One without σ' differs by {min(errors(rows, dtype, FORGOTTEN)):.2g} or more, "
             "whatever the step.",

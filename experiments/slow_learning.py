@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from experiments.board import Row
-from experiments.command_line import parse, require_rate
+from experiments.command_line import parse
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import build_cost, build_net
 from manual_bp import Sigmoid, Trace, backprop
@@ -51,7 +51,7 @@ class Config(Options):
         super().__post_init__()
         require_range(self, -100, 100, "weight", "bias")
         require_range(self, 1, 100_000, "epochs")
-        require_rate(self.learning_rate)
+        require_range(self, 1e-6, 1e6, "learning_rate")
 
 
 def traces(config: Config, cost_name: str) -> Iterator[Trace]:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.board import Row
-from experiments.command_line import parse, require_rate, require_seed
+from experiments.command_line import parse, require_seed
 from experiments.data import load
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import build_cost, build_net, targets
@@ -58,7 +58,7 @@ class Config(Options):
         super().__post_init__()
         require_range(self, 0, 0.99, "dim")
         require_range(self, 1, 10_000, "hidden", "batch_size", "epochs")
-        require_rate(self.learning_rate)
+        require_range(self, 1e-6, 1e6, "learning_rate")
         require_seed(self.seed)
 
 

@@ -38,7 +38,7 @@ COST = "softmax-cross-entropy"
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 STARTS = {"pytorch": "PyTorch's start", "scaled": "scaled start"}
 SHORT = {"pytorch": "PyTorch", "scaled": "scaled"}
-FADED = 1e-3  # of the last layer's error: the diagnostics call this slow
+FADED = 0.1  # if less of the error arrives, it is said to fade
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,13 @@ def _listed(values: Iterable[str]) -> str:
 
 def _fate(those: Sequence[Row]) -> str:
     by_w, by_sigma_prime = (typical(those, name) for name in ("by_w", "by_sigma_prime"))
-    if those[0]["delta"] == 0:
+    arrived = those[0]["delta"]
+    if arrived == 0:
         return "none of it arrives"
-    if those[0]["delta"] >= FADED:
-        return "it arrives"
+    if arrived > 1 / FADED:
+        return "it grows, because of wᵀ"  # no σ' here is more than 1
     cause = "wᵀ" if by_w < by_sigma_prime else "σ'"
-    return f"it fades, mostly because of {cause}"
+    return f"it fades, mostly because of {cause}" if arrived < FADED else "it arrives"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
