@@ -52,14 +52,14 @@ class Config(Options):
     """Samples in the batch."""
     rounds: int = 20
     """The most rounds to measure; figures are medians over rounds."""
-    budget: float = 20.0
+    budget: float = 30.0
     """Seconds after which no further round starts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, 1, 4096, "widths")
-        require_range(self, 1, 100, "layers")
-        require_range(self, 1, 10_000, "samples", "rounds")
+        require_range(self, 1, 2048, "widths")
+        require_range(self, 1, 32, "layers")
+        require_range(self, 1, 1000, "samples", "rounds")
         require_range(self, 0, 100_000, "budget")
 
 

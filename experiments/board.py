@@ -123,4 +123,4 @@ def log_curves(folder: Path, rows: Iterable[Row], over: str) -> None:
         layout = {
             column: ["Multiline", [f"^{tag}$" for tag in tags]] for column, tags in charts.items()
         }
-        writer.add_custom_scalars({over: layout})
+        writer.add_custom_scalars({f"over {over}": layout})

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ STYLE: Any = {
 }
 SIZE = (11, 5.2)  # inches
 DPI = 100
+WIDTH = 100  # of what is printed
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Findings:
 
     def conclude(self, lines: Sequence[str]) -> int:
         """Print what was found, and where the picture and the curves are; return the exit code."""
-        print("\n".join(lines))
+        for line in lines:
+            print(textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False))
         print(f"picture:    {self._picture}")
         print(f"to see it:  tensorboard --logdir {shlex.quote(str(self._folder.path))}")
         return 0

@@ -128,9 +128,10 @@ def conclusion(config: Config, rows: Sequence[Row]) -> list[str]:
         f"{other['delta'] / first['delta']:.3g} times as large.",
     ]
     if diagnosis.passed is not None:
+        counts = "counts" if diagnosis.saturated else "does not yet count"
         lines.append(
             f"The diagnostics, quadratic cost: σ'(z) is {diagnosis.passed:.2%} of its largest "
-            f"value; the neuron {diagnosis.verdict}."
+            f"value, which {counts} as saturated; verdict: {diagnosis.verdict}."
         )
     return lines
 

@@ -57,7 +57,7 @@ class Config(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, 0, 0.99, "dim")
-        require_range(self, 1, 10_000, "hidden", "batch_size", "epochs")
+        require_range(self, 1, 1000, "hidden", "batch_size", "epochs")
         require_range(self, 1e-6, 1e6, "learning_rate")
         require_seed(self.seed)
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from experiments.board import Row
 from experiments.command_line import parse, require_seed
-from experiments.data import load
+from experiments.data import Data, load
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import activations, build_cost, build_net
 from manual_bp import Linear, Trace, backprop
@@ -56,8 +56,9 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, 2, 1000, "layers")
-        require_range(self, 1, 10_000, "width", "samples")
+        require_range(self, 2, 200, "layers")
+        require_range(self, 1, 512, "width")
+        require_range(self, 1, 1000, "samples")
         require_seed(self.seed)
 
 
@@ -68,9 +69,8 @@ def gain(activation: str) -> float:
     return mean_square.rsqrt().item()
 
 
-def trace_of(config: Config, layers: int, activation: str, start: str) -> Trace:
+def trace_of(config: Config, data: Data, layers: int, activation: str, start: str) -> Trace:
     """One pass through a new network of that many layers."""
-    data = load("digits")
     torch.manual_seed(config.seed)
     sizes = (data.features, *[config.width] * (layers - 1), data.classes)
     net = build_net(sizes, activation, COST).double()
@@ -84,10 +84,11 @@ def trace_of(config: Config, layers: int, activation: str, start: str) -> Trace:
 
 def measure(config: Config) -> Iterator[Row]:
     """For each network and layer ‖δ^l‖ over ‖δ^L‖, and the factors of BP2; nan in the last."""
+    data = load("digits")
     for activation in ACTIVATIONS:
         for start in STARTS:
             for layers in sorted(set(config.layers)):
-                found = trace_of(config, layers, activation, start).diagnostics().layers
+                found = trace_of(config, data, layers, activation, start).diagnostics().layers
                 for place, layer in enumerate(found, start=1):
                     yield {
                         "activation": activation,

@@ -48,5 +48,5 @@ def test_the_conclusion_says_which_mistake_shows_in_which_dtype(rows: list[Row])
     assert said[1].endswith(": it stands out.")
     assert said[4].endswith(": that does not show.")
     forgotten, too_large = said[-2:]
-    assert forgotten.startswith("manual_bp.verify on forgotten: NOT OK")
+    assert forgotten.startswith("manual_bp.verify on the one without σ': NOT OK")
     assert too_large.endswith("1.0001 times the right one, everywhere")
