@@ -1,4 +1,4 @@
-"""What backward costs: operations counted and times measured, relative to forward.
+"""What backward costs relative to forward: operations counted, times measured.
 
     python -m experiments.backward_cost
 

@@ -1,4 +1,4 @@
-"""Why backpropagation is fast: a batch in matrices, a loop over samples, and finite differences.
+"""Why backpropagation is fast: in matrices, in a loop over samples, by finite differences.
 
     python -m experiments.batch_or_loop
 

@@ -1,4 +1,4 @@
-"""BP1 to BP4 against finite differences: how exact a check can be, and what a mistake looks like.
+"""BP1 to BP4 against finite differences, and what a mistake looks like.
 
     python -m experiments.gradient_check
 

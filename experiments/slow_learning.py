@@ -1,4 +1,4 @@
-"""BP1: why a saturated neuron learns slowly, and what the cross-entropy cost changes.
+"""BP1: why a saturated neuron learns slowly, and what cross-entropy changes.
 
     python -m experiments.slow_learning
 

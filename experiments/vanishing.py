@@ -1,4 +1,4 @@
-"""BP2: why the error vanishes on its way to the first layers, and which factor makes it vanish.
+"""BP2: why the error vanishes on its way back, and which factor makes it vanish.
 
     python -m experiments.vanishing
 
