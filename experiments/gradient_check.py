@@ -176,7 +176,7 @@ def errors(rows: Sequence[Row], dtype: str, gradient: str) -> list[float]:
 
 def draw(config: Config, rows: Sequence[Row], figure: Figure) -> None:
     """Errors over the step size: of the four equations, and of the planted mistakes."""
-    figure.suptitle("Is a gradient right? The same by finite differences, for each size of step")
+    figure.suptitle("Is a gradient right? Its difference from finite differences")
     right, wrong = figure.subplots(1, 2, sharey=True)
     steps = [2.0**-halvings for halvings in range(config.halvings + 1)]
     shown = {
