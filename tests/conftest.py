@@ -10,6 +10,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Before Triton is imported, by whatever test: its own functions, too, are either interpreted or
+# compiled from then on.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("repeatable")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from experiments.__main__ import experiments
 from experiments.benchmark import __main__ as benchmark
+from experiments.walk import __main__ as walk
 from manual_bp.verify import __main__ as verify
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,8 @@ def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
         verify.main(["--help"])
     found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     modules: list[Any] = [importlib.import_module(command.split()[-1]) for command in experiments()]
-    for config in (benchmark.Config, *(m.Config for m in modules if hasattr(m, "Config"))):
+    configs = [module.Config for module in modules if hasattr(module, "Config")]
+    for config in (benchmark.Config, walk.Config, *configs):
         found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
     return found
 
@@ -155,7 +157,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_link_has_a_target(page: str) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
+    for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", TEXTS[page])):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")

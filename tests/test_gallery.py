@@ -44,6 +44,8 @@ def test_a_command_runs_a_listed_experiment_with_options_that_it_takes(name: str
     python, m, module, *options = shlex.split(command)
     assert f"{python} {m} {module}" in experiments()
     experiment: Any = importlib.import_module(module)
+    if hasattr(experiment, "__path__"):  # a package has its options where it has its command line
+        experiment = importlib.import_module(f"{module}.__main__")
     assert isinstance(parse(experiment.Config, options, command), experiment.Config)
 
 
@@ -63,7 +65,7 @@ def test_all_pictures_are_shown_and_all_claims_have_a_section() -> None:
         if re.search(r"^from experiments.findings import Findings", path.read_text("utf-8"), re.M)
     }
     assert len(claims) >= 6
-    assert claims | {"train"} == set(SECTIONS)
+    assert claims | {"train", "walk"} == set(SECTIONS)
 
 
 @pytest.mark.parametrize("name", ["slow_learning", "vanishing"])

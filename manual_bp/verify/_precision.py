@@ -87,8 +87,10 @@ class Loss:
         return least
 
     def _budget(self, i: int | None, got: Tensor, expected: Tensor, pairs: Pairs) -> Budget:
-        least = self._least(i, got.dtype, expected)
-        return reference_budget(got.dtype, pairs, expected, self.terms, self.slack, least)
+        # A result in a wider dtype than the reference's need not be more exact.
+        dtype = narrowest([got, *(peer for peer, _ in pairs)]) or got.dtype
+        least = self._least(i, dtype, expected)
+        return reference_budget(dtype, pairs, expected, self.terms, self.slack, least)
 
     def output_budgets(self, got: Any, expected: Any) -> dict[int, Budget]:
         """The budget of each output."""

@@ -60,13 +60,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all checks of a case, which was judged in these dtypes."""
+    """The outcomes of all checks of a case, the dtypes it was judged in, and how it was called."""
 
     case: str
     seed: int
     device: str
     outcomes: tuple[Outcome, ...]
     dtypes: tuple[str, ...] = ("float64",)
+    notes: tuple[str, ...] = ()
 
     @property
     def ran(self) -> int:
@@ -113,6 +114,7 @@ class Report:
             "verdict": self.verdict,
             "causes": [outcome.check for outcome in self.causes],
             "ran": self.ran,
+            "notes": list(self.notes),
             "outcomes": [
                 {**asdict(outcome), "diagnosis": outcome.diagnosis, "where": outcome.where}
                 for outcome in self.outcomes
@@ -123,6 +125,7 @@ class Report:
         lines = [
             self.verdict,
             f"{self.case} on {self.device} in {', '.join(self.dtypes)}, seed {self.seed}",
+            *(f"note: {note}" for note in self.notes),
             "",
         ]
         for cause in self.causes:

@@ -1,17 +1,22 @@
 """Runs the checks on a case."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from manual_bp.verify._autograd import HiddenTensorsError
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
-from manual_bp.verify._check import STATE, Check, CheckContext
+from manual_bp.verify._check import STATE, Check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
+from manual_bp.verify._evidence import blind_spot, most_informative
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
+from manual_bp.verify._prepare import prepared
 from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify._where import narrower, passes, pattern
@@ -23,6 +28,8 @@ _FLAKY = (
     "remembers earlier calls"
 )
 
+_DETERMINISTIC = next(check for check in CHECKS if check.name == "deterministic")
+
 
 @without_pytorch_warnings()
 def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> Report:
@@ -30,11 +37,11 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
 
     Args:
         case: What is judged.
-        only: Names of checks; by default all that apply to functions or to modules.
+        only: Names of checks; by default all that apply to functions, modules or operators.
         slow: Whether to run the compiler checks, if `only` is not given.
 
     Raises:
-        TypeError: only is a string.
+        TypeError: only is a string, or a result holds tensors that would not be judged.
         ValueError: A check is unknown, or PyTorch cannot use the device here.
     """
     if isinstance(only, str):
@@ -42,14 +49,18 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     only = None if only is None else list(only)
     require_usable(case, only or ())
     if only is None:
-        is_module = case.factory is not None
-        chosen = [c for c in CHECKS if (slow or not c.slow) and (is_module or not c.for_modules)]
+        chosen = [c for c in CHECKS if (slow or not c.slow) and _is_for(c, case)]
     else:
         chosen = [c for c in CHECKS if c.name in only]
-    forked = [] if case.device.type == "cpu" else [case.device]
-    with torch.random.fork_rng(forked, device_type=case.device.type if forked else "cuda"):
-        outcomes = tuple(_follow(_outcomes(case, chosen), chosen))
-    return Report(case.name, case.seed, str(case.device), outcomes, _names(case.dtypes))
+    dtypes = _names(case.dtypes)
+    with restored(case.device):
+        # Before anything else calls the code, so that what its first call leaves behind shows.
+        first = _outcome(case, _DETERMINISTIC)
+        with restored(case.device):
+            ready, notes = prepared(case, first.calls_differ)
+        known = {_DETERMINISTIC.name: first} if ready.call is case.call else {}
+        outcomes = tuple(_follow(_outcomes(ready, chosen, known), chosen))
+    return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
 
 
 def require_usable(case: Case, only: Iterable[str] = ()) -> None:
@@ -118,7 +129,16 @@ def _names(dtypes: Iterable[Dtypes]) -> tuple[str, ...]:
     return tuple(str(dtype).replace("torch.", "").replace("None", "as given") for dtype in dtypes)
 
 
-def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
+class _Judged(NamedTuple):
+    """An outcome, and whether two calls with the same arguments gave different results."""
+
+    outcome: Outcome
+    calls_differ: bool
+
+
+def _outcomes(
+    case: Case, checks: Iterable[Check], known: Mapping[str, _Judged]
+) -> Iterator[Outcome]:
     """The outcome of each check. If two calls differ, nothing else can be compared."""
     calls_differ = False
     failed: set[str] = set()
@@ -127,16 +147,28 @@ def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
             message = "two calls with the same arguments differ: see deterministic"
             yield Outcome(check.name, "not applicable", 0, 0.0, message)
             continue
-        started = time.perf_counter()
-        ctx = CheckContext(case, check.name)
-        ctx.is_cause = failed.isdisjoint(check.builds_on)
-        status, message = _as_declared(case, check, *_judge(ctx, check))
-        if status == "failed":
+        judged = known.get(check.name) or _outcome(case, check, failed)
+        if judged.outcome.status == "failed":
             failed.add(check.name)
-        calls_differ = ctx.calls_differ and status == "failed"
-        seconds = time.perf_counter() - started
-        notes = tuple(dict.fromkeys(ctx.notes))
-        yield Outcome(check.name, status, ctx.comparisons, seconds, message, notes)
+            calls_differ = judged.calls_differ
+        yield judged.outcome
+
+
+def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> _Judged:
+    started = time.perf_counter()
+    ctx = CheckContext(case, check.name)
+    ctx.is_cause = failed.isdisjoint(check.builds_on)
+    with restored(case.device):
+        status, message = _as_declared(case, check, *_judge(ctx, check))
+    seconds, notes = time.perf_counter() - started, tuple(dict.fromkeys(ctx.notes))
+    outcome = Outcome(check.name, status, ctx.comparisons, seconds, message, notes)
+    return _Judged(outcome, ctx.calls_differ)
+
+
+def _is_for(check: Check, case: Case) -> bool:
+    """Whether a check applies to a function, a module or an operator, as the case is one."""
+    is_module, is_operator = case.factory is not None, case.operator is not None
+    return (is_module or not check.for_modules) and (is_operator or not check.for_operators)
 
 
 def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
@@ -145,6 +177,8 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
         _run_on_samples(ctx, check)
     except NotApplicable as reason:
         return "not applicable", str(reason)
+    except HiddenTensorsError:
+        raise
     except Mismatch as mismatch:
         if check.only_if_declared and not declared:
             return "not applicable", f"not declared; {ctx.located(mismatch.finding)}"
@@ -164,7 +198,7 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
 def _run_on_samples(ctx: CheckContext, check: Check) -> None:
     """Run a check on the samples. It must compare something, and a mistake must be able to show."""
     reasons: dict[str, None] = {}
-    for sample in ctx.each([ctx.most_informative()] if check.best_sample else ctx.samples):
+    for sample in ctx.each([most_informative(ctx)] if check.best_sample else ctx.samples):
         if ctx.failed and not ctx.may_go_on():
             break
         try:
@@ -181,7 +215,7 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
         check.after_all(ctx)
     if not ctx.comparisons:
         raise NotApplicable("; ".join(reasons) or "nothing to compare")
-    if "informative_samples" not in ctx.case.expected_failures and (blind := ctx.blind_spot()):
+    if "informative_samples" not in ctx.case.expected_failures and (blind := blind_spot(ctx)):
         raise NotApplicable(f"inconclusive: {blind}")
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify._case import Case, Sample, is_differentiable
-from manual_bp.verify._check import Check, CheckContext
+from manual_bp.verify._check import Check
 from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._context import CheckContext
 
 Property = Callable[[Case, Sample], str]
 

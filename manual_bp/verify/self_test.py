@@ -13,14 +13,17 @@ from torch.autograd import gradcheck
 
 from manual_bp.verify._autograd import leaves
 from manual_bp.verify._case import Case
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
 from manual_bp.verify._report import Outcome, Report
 from manual_bp.verify._run import run
-from manual_bp.verify.checks import CAPABILITIES
+from manual_bp.verify.checks import CAPABILITIES, CHECKS
 from manual_bp.verify.mutants import MUTANTS, TWINS, Mutant, Twin
 
-FUNCTION_CAPABILITIES = CAPABILITIES - {"factory_kwargs"}
+OPERATOR_CAPABILITIES = {check.name for check in CHECKS if check.for_operators}
+MODULE_CAPABILITIES = CAPABILITIES - OPERATOR_CAPABILITIES
+FUNCTION_CAPABILITIES = MODULE_CAPABILITIES - {"factory_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ def default_gradcheck(case: Case) -> str:
     if case.factory is not None:
         torch.manual_seed(case.seed)
         call = case.factory().double()
-        count = sum(1 for _ in call.named_parameters())
-        samples = [sample[: len(sample) - count] for sample in samples]
+        samples = [sample[: len(sample) - case.parameters] for sample in samples]
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with restored(), warnings.catch_warnings(action="ignore"):
             return "missed" if all(gradcheck(call, leaves(s)) for s in samples) else "caught"
     except Exception:
         return "caught"
@@ -114,7 +116,7 @@ def pytorch_cases() -> list[Case]:
         function(_softmax, one, (0,)),
         function(F.mse_loss, two, (0, 0)),
         function(F.cross_entropy, _classes, (0, 0), supports=()),
-        module(partial(nn.Linear, 3, 4), one, supports=CAPABILITIES),
+        module(partial(nn.Linear, 3, 4), one, supports=MODULE_CAPABILITIES),
         function(_two_outputs, two, (0, 0)),
         module(_mlp, one, supports=every),
         module(lambda: nn.BatchNorm1d(3), one),

@@ -7,7 +7,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from manual_bp.verify import Report, check_function, check_module, function_case
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 
 LOW = [torch.bfloat16, torch.float32]
 
@@ -242,14 +242,47 @@ def test_a_module_is_judged_in_bfloat16_with_its_parameters() -> None:
         ({"dtypes": torch.float32}, "dtypes must list floating dtypes"),
         ({"dtypes": [torch.int64]}, "dtypes must list floating dtypes"),
         ({"dtypes": [None]}, "dtypes must list floating dtypes"),
-        ({"dtypes": [(torch.float32,)]}, "or tuples of 2 with a floating dtype or None"),
+        ({"dtypes": [(torch.float32,)]}, "dtypes must be a tuple with an entry for each argument"),
         ({"rtol": -1e-3}, "rtol must be a number that is not negative; got -0.001"),
         ({"atol": float("nan")}, "atol must be a number that is not negative; got nan"),
-        ({"varying": [(1,)]}, "varying must have a dimension or None for each argument"),
+        ({"varying": [(1,)]}, "varying must be a tuple with an entry for each argument"),
         ({"varying": [(1, "rows")]}, "varying must have a dimension or None for each argument"),
-        ({"in_dims": (0,)}, "in_dims must have a dimension or None for each argument"),
+        ({"in_dims": (0,)}, "in_dims must be a tuple with an entry for each argument"),
     ],
 )
 def test_unusable_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function_case(HalfPrecisionScale, operands, scaled, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_call_that_rounds_as_its_reference_does_is_right(dtype: torch.dtype) -> None:
+    """Its derivatives by the upstream gradient have the lower dtype too."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype) ** 2
+
+    def samples(g: Generator) -> list[tuple[Tensor]]:
+        return [(torch.randn(shape, generator=g),) for shape in ((5, 3), ())]
+
+    for seed in range(3):
+        check_function(rounded, samples, rounded, seed=seed, slow=False).raise_if_failed()
+
+
+def test_a_missing_second_derivative_of_a_call_that_rounds_is_found() -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16() ** 2
+
+    class Detached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return rounded(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            x: Tensor = ctx.saved_tensors[0]
+            return 2 * x.detach().bfloat16() * grad
+
+    report = check_function(Detached, [(torch.randn(5, 3),)], rounded, only=["double_backward"])
+    assert not report.ok

@@ -2,6 +2,7 @@
 
 from manual_bp.verify._check import Check
 from manual_bp.verify.checks import (
+    aliases,
     batches,
     bias,
     calls,
@@ -10,8 +11,12 @@ from manual_bp.verify.checks import (
     edges,
     first_order,
     forward_mode,
+    global_state,
     graphs,
+    layouts,
+    module_state,
     modules,
+    operators,
     orders,
     precision,
     preconditions,
@@ -22,11 +27,14 @@ from manual_bp.verify.checks import (
 
 _FILES = (
     preconditions,
+    global_state,
     first_order,
+    layouts,
     cost,
     upstream,
     shapes,
     side_effects,
+    aliases,
     calls,
     graphs,
     orders,
@@ -37,6 +45,8 @@ _FILES = (
     compiler,
     edges,
     modules,
+    module_state,
+    operators,
 )
 
 CHECKS: tuple[Check, ...] = tuple(

@@ -7,7 +7,7 @@ from torch import Tensor
 from manual_bp.verify._autograd import gradients, leaves, outputs_of, positions
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext
+from manual_bp.verify._context import CheckContext
 
 _STEP = 2.0**-20  # relative: 8 units in the last place of float32
 _NOISE = 1e-8  # relative: float32 has an error of 6e-8
@@ -22,24 +22,34 @@ def results_of(ctx: CheckContext, call: Call, sample: Sample, upstream: Sequence
     return outputs | {f"gradient of {ctx.label(i)}": g for i, g in found.items() if g is not None}
 
 
+def small_steps(ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Steps of a few units in the last place of float32, by position in (*sample, *upstream)."""
+    tensors = (*sample, *upstream)
+    moved = [*positions(sample), *range(len(sample), len(tensors))]
+    return {i: _STEP * ctx.random_like(tensors[i]) * tensors[i] for i in moved}
+
+
 def noise_of_float32(
-    ctx: CheckContext, call: Call, sample: Sample, upstream: Sequence[Tensor]
+    ctx: CheckContext,
+    call: Call,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    small: Mapping[int, Tensor],
 ) -> dict[str, float]:
     """Which outputs and gradients have the noise of float32, and how much of the largest element.
 
     Over a few units in the last place of float32 a smooth function is nearly a straight line: its
     second difference is tiny, and grows 16 times with 4 times the step. Rounding to float32 makes
     it jump by the rounding error, whatever the step.
+
+    small: The steps, of `small_steps`. Two calls are alike only if they move by the same.
     """
     tensors = (*sample, *upstream)
-    moved = [*positions(sample), *range(len(sample), len(tensors))]
-    directions = {i: _STEP * ctx.random_like(tensors[i]) * tensors[i] for i in moved}
 
     def at(steps: int) -> Named:
-        shifted = [
-            t + steps * directions[i] if i in directions else t for i, t in enumerate(tensors)
-        ]
-        return results_of(ctx, call, tuple(shifted[: len(sample)]), shifted[len(sample) :])
+        shifted = [t + steps * small[i] if i in small else t for i, t in enumerate(tensors)]
+        arguments = ctx.in_domain(tuple(shifted[: len(sample)]))
+        return results_of(ctx, call, arguments, shifted[len(sample) :])
 
     here = at(0)
     near, far = (_second_differences(at(-steps), here, at(steps)) for steps in (1, 4))
@@ -62,7 +72,8 @@ def is_demoted(
     name = max(errors, key=lambda name: errors[name], default="")
     if not name or not _NOISE / 10 < errors[name] < 1e-5:
         return False
-    return name in noise_of_float32(ctx, ctx.call, sample, upstream)
+    small = small_steps(ctx, sample, upstream)
+    return name in noise_of_float32(ctx, ctx.call, sample, upstream, small)
 
 
 def _second_differences(behind: Named, here: Named, ahead: Named) -> dict[str, float]:

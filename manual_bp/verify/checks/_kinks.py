@@ -1,14 +1,17 @@
 """Gradients where slopes may jump: any slope between the one-sided ones is right."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.functional import jvp
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
+from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import exact, narrowest, widened
 from manual_bp.verify.checks._shared import compare_slopes, compare_values, compare_with_reference
 from manual_bp.verify.checks._slopes import inner, step_for
@@ -16,10 +19,12 @@ from manual_bp.verify.checks._slopes import inner, step_for
 _MOST = 24  # elements of arguments and of outputs that are looked at
 
 Axis = tuple[int, int]  # the position of an argument, and of an element in it
+Direction = dict[int, Tensor]  # by the position of the argument that moves
 
 
 def compare_except_at_kinks(ctx: CheckContext, arguments: Sample, where: str) -> None:
     """Compare with the reference; where a slope jumps, any gradient in between is right, too."""
+    arguments = ctx.in_domain(arguments)
     try:
         compare_with_reference(ctx, arguments, where)
     except Mismatch as mismatch:
@@ -52,6 +57,7 @@ def judge_slopes(
     """
     if narrowest(arguments) is not None:
         raise NotApplicable("no reference, and one-sided slopes need float64")
+    arguments = ctx.in_domain(arguments)
     try:
         results = outputs_of(ctx.call(*leaves(arguments, ())))
     except Exception:
@@ -68,7 +74,9 @@ def require_slopes_between(
 ) -> set[Axis]:
     """Compare gradients of single outputs with the one-sided slopes along axes, and of all at once.
 
-    The slopes are the reference's in float64, or, without one, those of the call.
+    The slopes are the reference's in float64, or, without one, those of the call. None is known
+    where one side is out of the domain. With gradient_of, its gradient on the two sides takes
+    their place, since it need not be a slope.
 
     Returns:
         The axes along which the slope of some output jumps.
@@ -79,7 +87,8 @@ def require_slopes_between(
     outputs = _Outputs(ctx, arguments)
     jumping = set()
     for axis in (*axes, None):
-        direction = _direction(widened(arguments), axis)
+        direction = _direction(outputs.start, axis)
+        direction = ctx.directions_in_domain(outputs.start, direction)
         left, right = outputs.one_sided_slopes(direction)
         some = outputs.worth_a_look(left, right)
         claimed = torch.stack([_along(outputs.gradient_of(k), direction) for k in some])
@@ -114,7 +123,8 @@ class _Outputs:
     """
 
     def __init__(self, ctx: CheckContext, arguments: Sample) -> None:
-        self.ctx, self.arguments, self.start = ctx, arguments, widened(arguments)
+        self.ctx, self.arguments = ctx, arguments
+        self.start = ctx.in_domain(widened(arguments))
         self.results = outputs_of(ctx.call(*leaves(arguments)))
         self.judged = [i for i, t in enumerate(self.results) if t.requires_grad]
         self.values = self._values(self.start)
@@ -123,12 +133,13 @@ class _Outputs:
         self.rtol = 1e-5 if low is None else 8 * torch.finfo(low).eps
         self.found: dict[int, Gradients] = {}
 
-    def one_sided_slopes(self, direction: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def one_sided_slopes(self, direction: Direction) -> tuple[Tensor, Tensor]:
         """The slopes on the two sides along a direction; nan where the arguments are refused."""
-        behind, ahead = (
-            self._values_or_nan(_shifted(self.start, direction, shift))
-            for shift in (-self.step, self.step)
-        )
+        sides = [_shifted(self.start, direction, shift) for shift in (-self.step, self.step)]
+        if self.ctx.case.gradient_of is not None:
+            left, right = (self._or_nan(self._derivative, direction, side) for side in sides)
+            return left, right
+        behind, ahead = (self._or_nan(self._values, direction, side) for side in sides)
         return (self.values - behind) / self.step, (ahead - self.values) / self.step
 
     def worth_a_look(self, left: Tensor, right: Tensor) -> list[int]:
@@ -155,13 +166,34 @@ class _Outputs:
             [_steepest(self.gradient_of(k)) < 1e6 for k in some], device=self.values.device
         )
 
-    def _values_or_nan(self, arguments: Sample) -> Tensor:
+    def _or_nan(self, of: Any, direction: Direction, moved: Sample) -> Tensor:
+        """Values or derivatives of all elements; nan out of the domain."""
+        inside = self.ctx.in_domain(moved)
+        is_inside = all(
+            largest(inside[i] - moved[i]) <= 1e-3 * self.step * largest(along)
+            for i, along in direction.items()
+        )
         try:
-            return self._values(arguments)
+            found: Tensor = of(inside, direction) if is_inside else torch.tensor(torch.nan)
         except Exception:
-            return torch.full_like(self.values, torch.nan)
+            found = torch.tensor(torch.nan)
+        return found.to(self.values).expand_as(self.values)
 
-    def _values(self, arguments: Sample) -> Tensor:
+    def _derivative(self, arguments: Sample, direction: Direction) -> Tensor:
+        """The derivative of all elements along a direction, as autograd has it."""
+
+        def values(*moved: Tensor) -> Tensor:
+            new = dict(zip(direction, moved, strict=True))
+            results = outputs_of(
+                self.ctx.trusted(*(new.get(i, t) for i, t in enumerate(arguments)))
+            )
+            return torch.cat([results[i].flatten() for i in self.judged])
+
+        start = tuple(arguments[i] for i in direction)
+        derivative: Tensor = jvp(values, start, tuple(direction.values()))[1]
+        return derivative
+
+    def _values(self, arguments: Sample, _: Direction | None = None) -> Tensor:
         results = outputs_of(self.ctx.trusted(*leaves(arguments, ())))
         return torch.cat([results[i].detach().flatten() for i in self.judged])
 
@@ -204,7 +236,7 @@ def _replaced(found: Gradients, expected: Gradients, axes: Collection[Axis]) -> 
     return replaced
 
 
-def _direction(arguments: Sample, axis: Axis | None) -> dict[int, Tensor]:
+def _direction(arguments: Sample, axis: Axis | None) -> Direction:
     if axis is None:
         return {i: torch.ones_like(arguments[i]) for i in positions(arguments)}
     i, k = axis
@@ -213,9 +245,9 @@ def _direction(arguments: Sample, axis: Axis | None) -> dict[int, Tensor]:
     return {i: unit.view(arguments[i].shape)}
 
 
-def _along(gradient: Gradients, direction: dict[int, Tensor]) -> Tensor:
+def _along(gradient: Gradients, direction: Direction) -> Tensor:
     return torch.cat([inner(gradient[i], v) for i, v in direction.items()]).sum()
 
 
-def _shifted(arguments: Sample, direction: dict[int, Tensor], shift: float) -> Sample:
+def _shifted(arguments: Sample, direction: Direction, shift: float) -> Sample:
     return tuple(t + shift * direction[i] if i in direction else t for i, t in enumerate(arguments))

@@ -1,5 +1,6 @@
 """Slopes by finite differences: of values, and of derivatives."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -7,8 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from manual_bp.verify._budget import largest
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._precision import widen
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,18 @@ class Slope:
         """Whether two calls have the same slope by finite differences."""
         return self._is_near(other.measured)
 
+    @property
+    def has_quotient(self) -> bool:
+        """Whether there is a difference quotient: no step leaves the domain."""
+        return math.isfinite(self.measured)
+
     def require(self, derivative: str) -> None:
         """Raise a Mismatch unless the derivative is the slope."""
         if not self.agrees:
+            ratio = f", ratio {self.claimed / self.measured:.6g}" if self.measured else ""
             raise Mismatch(
                 f"{derivative} along a direction of {self.what}: expected {self.measured:.10g} by "
-                f"finite differences, got {self.claimed:.10g}"
+                f"finite differences, got {self.claimed:.10g}{ratio}"
             )
 
     def _is_near(self, slope: float) -> bool:
@@ -50,7 +60,14 @@ class Slope:
 
 
 def slope(
-    what: str, terms: Callable[[float], Tensor], claimed: Sequence[Tensor], step: float
+    what: str,
+    terms: Callable[[float], Tensor],
+    claimed: Sequence[Tensor],
+    step: float,
+    *,
+    eps: float = _EPS,
+    rtol: float = 0.0,
+    atol: float = 0.0,
 ) -> Slope:
     """Measure a slope.
 
@@ -58,32 +75,42 @@ def slope(
         what: What moves.
         terms: The terms whose sum is the value, after a shift of so many times the direction.
         claimed: Terms whose sum is the slope according to the derivative.
-        step: The largest shift.
+        step: The largest shift, of `step_for`.
+        eps: The rounding error of the terms, relative to each.
+        rtol: How far the derivative may be from the slope, relative to its terms, besides rounding.
+        atol: The same, absolute.
     """
-    here = terms(0.0)
-    parts = torch.cat(list(claimed))
+    here, parts = terms(0.0), torch.cat(list(claimed))
+    is_low = eps > _EPS
+    kink, base = (2 * eps ** (1 / 3), 3 * eps ** (2 / 3)) if is_low else (1e-3, 1e-6)
+    rounding = max(1e-9 * here.abs().sum().item(), 4 * eps * here.norm().item() / step) + 1e-9
 
     def measure(step: float) -> Slope:
         # A sum of the differences loses fewer digits than the difference of the sums.
         right, left = (terms(step) - here).sum().item(), (here - terms(-step)).sum().item()
-        measured, jump = (right + left) / (2 * step), (right - left) / step
-        size = parts.abs().sum().item() + abs(measured)
-        rounding = 1e-9 * here.abs().sum().item() + 1e-9
-        jumps = not abs(jump) <= 1e-3 * size + 1e3 * rounding
-        return Slope(what, parts.sum().item(), measured, 1e-6 * size + rounding, jumps)
+        measured, jump = (right + left) / (2 * step), abs(right - left) / step
+        size = parts.abs().nan_to_num(0, 0).sum().item() + abs(measured)
+        allowed = (base + rtol) * size + rounding + atol + (jump / 2 if is_low else 0.0)
+        jumps = not jump <= kink * size + 1e3 * rounding
+        return Slope(what, parts.sum().item(), measured, allowed, jumps)
 
     first = measure(step)
     if first.agrees or first.jumps:
         return first
-    # Where the value jumps, the quotient depends on the step.
-    second = measure(8 * step)
-    is_steady = abs(first.measured - second.measured) <= 1e3 * max(first.allowed, second.allowed)
-    return first if is_steady else replace(first, jumps=True)
+    half = measure(step / 2)
+    apart = abs(first.measured - half.measured)
+    # Where the value jumps, the quotient depends on the step. Near a pole it is not the slope yet,
+    # and half the step tells how far it is from it.
+    is_steady = apart <= 1e3 * max(first.allowed, half.allowed)
+    return replace(half, allowed=2 * first.allowed + apart, jumps=not is_steady)
 
 
-def step_for(moved: Iterable[Tensor]) -> float:
-    """A step that suits the size of what moves."""
-    return 1e-6 * max([1.0, *(t.abs().max().item() for t in moved if t.numel())])
+def step_for(moved: Iterable[Tensor], eps: float = _EPS) -> float:
+    """A step that suits the size of what moves.
+
+    In a low precision it balances rounding, eps / step, and curvature, step².
+    """
+    return (eps ** (1 / 3) if eps > _EPS else 1e-6) * max(1.0, largest(*moved))
 
 
 def inner(one: Tensor | None, other: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, tensors_of
 from manual_bp.verify._case import Call, Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, check
+from manual_bp.verify._context import CheckContext
 
 Dims = tuple[int | None, ...]
 
@@ -67,7 +68,10 @@ def _alone(ctx: CheckContext, sample: Sample, in_dims: Dims) -> Iterator[tuple[S
         return
     for i in places:
         d = in_dims[i]
-        batch = torch.stack([sample[i], ctx.random_like(sample[i])]) if d is None else sample[i]
+        batch = sample[i]
+        if d is None:
+            other = ctx.in_domain((*sample[:i], ctx.random_like(batch), *sample[i + 1 :]))
+            batch = torch.stack([batch, other[i]])
         dims = tuple((d or 0) if j == i else None for j in range(len(sample)))
         yield (*row[:i], batch, *row[i + 1 :]), dims, f" over {ctx.label(i)} alone"
 
@@ -75,9 +79,11 @@ def _alone(ctx: CheckContext, sample: Sample, in_dims: Dims) -> Iterator[tuple[S
 def _compare_nested(ctx: CheckContext, sample: Sample, in_dims: Dims) -> None:
     """Compare two nested vmaps with a loop over one."""
     outer = tuple(None if d is None else 0 for d in in_dims)
+    pairs = list(zip(sample, in_dims, strict=True))
+    flipped = ctx.in_domain(tuple(t if d is None else t.flip(d) for t, d in pairs))
     both = tuple(
-        t if d is None else torch.stack([t, t.flip(d)])
-        for t, d in zip(sample, in_dims, strict=True)
+        t if d is None else torch.stack([t, other])
+        for (t, d), other in zip(pairs, flipped, strict=True)
     )
     inner = torch.func.vmap(ctx.call, in_dims)
     try:

@@ -17,8 +17,9 @@ from manual_bp.verify._autograd import (
     tangents_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 
 # A ratio, and the size of what it was measured at: where a sum cancels, it says little.
@@ -114,12 +115,13 @@ class _Ratios:
             if is_differentiable(one) and one.shape == other.shape
         ):
             return new
-        return tuple(
+        moved = tuple(
             (t * (1 + 0.05 * ctx.random_like(t).clamp(-2, 2))).to(t.dtype)
             if is_differentiable(t)
             else t
             for t in new
         )
+        return ctx.in_domain(moved)
 
     def _upstream(self, arguments: Sample, place: int, outputs: Sequence[Tensor]) -> list[Tensor]:
         """An upstream gradient for which sums in the gradient of an argument do not cancel."""

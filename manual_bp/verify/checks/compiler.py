@@ -9,7 +9,9 @@ from torch import nn
 
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
+from manual_bp.verify._context import CheckContext
+from manual_bp.verify._random import reseed
 from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 
@@ -47,6 +49,7 @@ def export(ctx: CheckContext, sample: Sample) -> None:
 
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(Exported(), sample)
+    reseed(ctx.case.seed)
     ctx.compare_outputs(program.module()(*sample), ctx.call(*sample), " of the export")
 
 
@@ -58,6 +61,7 @@ def _compare_compiled(
         whole = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for sample in samples:
             upstream = ctx.upstream(call, sample)
+            reseed(ctx.case.seed)
             result, found = gradients(whole, leaves(sample), upstream)
             expected_result, expected = gradients(call, leaves(sample), upstream)
             ctx.compare_outputs(result, expected_result, " when compiled")

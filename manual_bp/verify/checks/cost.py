@@ -8,8 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from manual_bp._torch import seeing_operators
 from manual_bp.verify._autograd import gradients_of, leaves, positions, subsets
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._context import CheckContext
 
 _MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import loss
 from manual_bp.verify.checks._digits import results_of
 from manual_bp.verify.checks._kinks import compare_except_at_kinks, judge_slopes
@@ -42,20 +43,20 @@ def at_zero(ctx: CheckContext, sample: Sample) -> None:
     """At 0, value and gradient match the reference, or the slope is between the one-sided ones."""
     where = " at zero, where slopes may jump"
     # A single zero equals no other element, so the slope must be the reference's.
-    for i, k, arguments in _single_zeros(sample):
+    for i, k, arguments in _single_zeros(ctx, sample):
         if ctx.case.reference is None:
             judge_slopes(ctx, arguments, where, [(i, k)])
         else:
             compare_with_reference(ctx, arguments, where)
     for share in (0.5, 1.0) if ctx.case.reference is not None else ():
-        compare_except_at_kinks(ctx, _mixed(sample, torch.zeros_like, share), where)
+        compare_except_at_kinks(ctx, _mixed(ctx, sample, torch.zeros_like, share), where)
 
 
 @check(builds_on=SLOPE)
 def at_ties(ctx: CheckContext, sample: Sample) -> None:
     """Where elements are equal, the slope is the reference's, or between the one-sided ones."""
     judge = judge_slopes if ctx.case.reference is None else compare_except_at_kinks
-    for arguments in (sample, *_tied_along_dims(sample), *_tied_pairs(sample)):
+    for arguments in (sample, *_tied_along_dims(sample), *_tied_pairs(ctx, sample)):
         judge(ctx, arguments, " where elements are equal")
 
 
@@ -72,7 +73,7 @@ def small_values(ctx: CheckContext, sample: Sample) -> None:
         "denormal numbers": lambda t: t.sgn() * torch.finfo(t.dtype).tiny / 8,
     }
     for name, value in special.items():
-        arguments = _mixed(sample, value, 0.5)
+        arguments = ctx.in_domain(_mixed(ctx, sample, value, 0.5))
         try:
             compare_except_at_kinks(ctx, arguments, f" at {name}")
         except Mismatch:
@@ -94,7 +95,7 @@ def large_values(ctx: CheckContext, sample: Sample) -> None:
 def infinite_values(ctx: CheckContext, sample: Sample) -> None:
     """For inf, -inf and nan, value and gradient match the reference."""
     i = positions(sample)[0]
-    if not sample[i].numel() or sample[i].is_complex():
+    if not sample[i].numel() or sample[i].is_complex() or i in ctx.case.project:
         return
     for value in (torch.inf, -torch.inf, torch.nan):
         changed = sample[i].clone()
@@ -121,44 +122,67 @@ def device_parity(ctx: CheckContext, sample: Sample) -> None:
     ctx.compare_gradients(on_cpu, moved, expected, " on the accelerator")
 
 
-def _mixed(sample: Sample, value: Callable[[Tensor], Tensor], share: float) -> Sample:
+def _mixed(
+    ctx: CheckContext, sample: Sample, value: Callable[[Tensor], Tensor], share: float
+) -> Sample:
     """The sample, with other values in a share of the elements."""
     return tuple(
-        torch.where(torch.rand_like(t.real) < share, value(t), t) if is_differentiable(t) else t
+        torch.where(_chosen(ctx, t, share), value(t), t) if is_differentiable(t) else t
         for t in sample
     )
 
 
-def _single_zeros(sample: Sample) -> Iterator[tuple[int, int, Sample]]:
-    """Samples with a zero in a random element of one argument: its position, and the element's."""
+def _chosen(ctx: CheckContext, value: Tensor, share: float) -> Tensor:
+    """A random choice of a share of the elements of a tensor, as a mask."""
+    # Not from the global numbers, which are the same after each call of a random function.
+    mask = torch.rand(value.shape, generator=ctx.generator) < share
+    # With the strides of the value, which the result of torch.where then has.
+    return torch.empty_like(value, dtype=torch.bool).copy_(mask)
+
+
+def _single_zeros(ctx: CheckContext, sample: Sample) -> Iterator[tuple[int, int, Sample]]:
+    """Samples with a zero in a random element of one argument: its position, and the element's.
+
+    Those that are out of the domain are left out.
+    """
     for i in positions(sample):
-        for k in torch.randperm(sample[i].numel())[:2].tolist():
-            is_chosen = torch.arange(sample[i].numel(), device=sample[i].device) == k
-            changed = torch.where(is_chosen.view(sample[i].shape), 0.0, sample[i])
-            yield i, k, (*sample[:i], changed, *sample[i + 1 :])
+        for k in torch.randperm(sample[i].numel(), generator=ctx.generator)[:2].tolist():
+            is_chosen = torch.zeros_like(sample[i], dtype=torch.bool)
+            is_chosen[torch.unravel_index(torch.tensor(k), sample[i].shape)] = True
+            changed = torch.where(is_chosen, 0.0, sample[i])
+            arguments = (*sample[:i], changed, *sample[i + 1 :])
+            if ctx.is_in_domain(arguments):
+                yield i, k, arguments
 
 
 def _tied_along_dims(sample: Sample) -> Iterator[Sample]:
     """Samples whose elements are equal in pairs along one dimension."""
     for dim in range(max((t.ndim for t in outputs_of(sample)), default=0)):
         yield tuple(
-            t.index_select(dim, torch.arange(t.shape[dim], device=t.device) // 2 * 2)
+            torch.empty_like(t).copy_(t.index_select(dim, _in_pairs(t.shape[dim], t.device)))
             if is_differentiable(t) and t.ndim > dim
             else t
             for t in sample
         )
 
 
-def _tied_pairs(sample: Sample) -> Iterator[Sample]:
-    """Samples with two arguments that are equal in half of their elements."""
+def _in_pairs(count: int, device: torch.device) -> Tensor:
+    """The indices 0, 0, 2, 2, 4, 4, …, so many."""
+    return torch.arange(count, device=device) // 2 * 2
+
+
+def _tied_pairs(ctx: CheckContext, sample: Sample) -> Iterator[Sample]:
+    """Samples with two arguments that are equal in half of their elements, or else in all."""
     for i, j in pairs_of_one_shape(sample):
-        half = torch.rand_like(sample[i].real) < 0.5
-        yield (*sample[:j], torch.where(half, sample[i], sample[j]), *sample[j + 1 :])
+        half = _chosen(ctx, sample[i], 0.5)
+        tied = (*sample[:j], torch.where(half, sample[i], sample[j]), *sample[j + 1 :])
+        # A projection onto the domain would untie them.
+        yield tied if ctx.is_in_domain(tied) else (*sample[:j], sample[i], *sample[j + 1 :])
 
 
 def _loses_digits(ctx: CheckContext, arguments: Sample) -> bool:
     """Whether the reference is ill-conditioned: float32 gives it fewer than four digits."""
-    low = cast(arguments, torch.float32)
+    low = ctx.in_domain(cast(arguments, torch.float32))
     try:
         lost = loss(ctx.reference, low, [ctx.upstream(ctx.reference, low)])
     except Exception:

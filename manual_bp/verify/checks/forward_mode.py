@@ -18,10 +18,17 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._budget import exact_budget, largest, rounding_budget
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import SLOPE, VALUE, CheckContext, check
+from manual_bp.verify._check import SLOPE, VALUE, check
 from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest
-from manual_bp.verify.checks._shared import Change, Derivatives, against_reference, changed
+from manual_bp.verify.checks._shared import (
+    Change,
+    Derivatives,
+    against_reference,
+    changed,
+    refuse_operators,
+)
 from manual_bp.verify.checks._slopes import inner, slope, step_for
 
 Tangents = dict[int, Tensor]
@@ -30,6 +37,7 @@ Tangents = dict[int, Tensor]
 @check(capability=True, builds_on=VALUE)
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives match the reference or reverse mode, by all arguments and each."""
+    refuse_operators(ctx, sample)
     places = positions(sample)
     for moved in [places, *([i] for i in places if len(places) > 1)]:
         tangents = {i: ctx.random_like(sample[i]) for i in moved}
@@ -49,9 +57,10 @@ def forward_ad(ctx: CheckContext, sample: Sample) -> None:
 @check(capability=True, builds_on=(*SLOPE, "double_backward", "forward_ad"))
 def forward_over_reverse(ctx: CheckContext, sample: Sample) -> None:
     """The forward-mode derivative of the gradient matches the reference, or the slope."""
+    refuse_operators(ctx, sample)
     upstream = ctx.upstream(ctx.call, sample)
     places = positions(sample)
-    tangents = {i: ctx.random_like(sample[i]) for i in places}
+    tangents = ctx.directions_in_domain(sample, {i: ctx.random_like(sample[i]) for i in places})
 
     def run(call: Call, change: Change) -> Derivatives:
         along = changed(tangents, change)
@@ -107,7 +116,8 @@ def _compare_with_slopes(
 
     def terms(i: int, shift: float) -> Tensor:
         moved = tuple(t + shift * tangents[j] if j in tangents else t for j, t in enumerate(sample))
-        return inner(gradients(ctx.call, leaves(moved), upstream)[1][i], weights[i])
+        _, gradient = gradients(ctx.call, leaves(ctx.in_domain(moved)), upstream)
+        return inner(gradient[i], weights[i])
 
     for i, weight in weights.items():
         claimed = [inner(found[i], weight)]

@@ -4,7 +4,8 @@ import torch
 
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
+from manual_bp.verify._context import CheckContext
 
 
 @check(builds_on=("writes_nothing", "deterministic"))

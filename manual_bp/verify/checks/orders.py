@@ -11,8 +11,9 @@ from torch import Tensor
 
 from manual_bp.verify._autograd import leaves, outputs_of, positions, subsets
 from manual_bp.verify._case import Call, Sample
-from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest, widened
 from manual_bp.verify.checks._shared import Change, Derivatives, against_reference
 from manual_bp.verify.checks._slopes import (
@@ -71,27 +72,34 @@ class _Point:
             self.names,
         )
 
-    def slopes(self, call: Call, claimed: Derivatives) -> list[Slope]:
+    def slopes(self, ctx: CheckContext, call: Call, claimed: Derivatives) -> list[Slope]:
         """The slopes of the derivative of one order less, as this one has them and measured."""
         places = positions(self.sample)
         moved = [*places, *range(len(self.sample), len(self.sample) + len(self.upstream))]
         tensors = (*self.sample, *self.upstream)
+        directions = dict(zip(moved, self.directions, strict=True))
+        directions = ctx.directions_in_domain(tensors, directions)
         return [
             slope(
                 name,
-                partial(self._terms, call, tensors, i, direction),
-                [inner(derivative, direction)],
+                partial(self._terms, ctx, call, tensors, i, directions[i]),
+                [inner(derivative, directions[i])],
                 step_for([tensors[i]]),
             )
-            for i, name, direction, derivative in zip(
-                moved, self.names, self.directions, claimed, strict=True
-            )
+            for i, name, derivative in zip(moved, self.names, claimed, strict=True)
         ]
 
     def _terms(
-        self, call: Call, tensors: Sample, i: int, direction: Tensor, shift: float
+        self,
+        ctx: CheckContext,
+        call: Call,
+        tensors: Sample,
+        i: int,
+        direction: Tensor,
+        shift: float,
     ) -> Tensor:
         shifted = (*tensors[:i], tensors[i] + shift * direction, *tensors[i + 1 :])
+        shifted = ctx.in_domain(shifted)
         count = len(self.sample)
         lower = _higher(call, shifted[:count], shifted[count:], self.weights[:-1])
         pairs = zip(lower, self.weights[-1], strict=False)
@@ -111,8 +119,8 @@ def _judge_order(ctx: CheckContext, sample: Sample, order: int) -> None:
             _compare(ctx, f"{what} by {name}", one, other, order, budget=budget)
     except Mismatch as mismatch:
         none: Derivatives = [None] * len(point.names)
-        ours = None if narrowest(sample) else point.slopes(ctx.call, found or none)
-        theirs = point.widened().slopes(ctx.reference, expected or none)
+        ours = None if narrowest(sample) else point.slopes(ctx, ctx.call, found or none)
+        theirs = point.widened().slopes(ctx, ctx.reference, expected or none)
         match supported(ours, theirs):
             case "call":
                 ctx.notes.append(fault_of_reference(what, theirs))
@@ -135,7 +143,7 @@ def _compare_with_slopes(ctx: CheckContext, point: _Point, order: int) -> None:
     if narrowest(point.sample) is not None:
         raise NotApplicable("no reference, and finite differences of a gradient need float64")
     found = point.derivatives(ctx.call, tuple)
-    slopes = point.slopes(ctx.call, found or [None] * len(point.names))
+    slopes = point.slopes(ctx, ctx.call, found or [None] * len(point.names))
     slopes = [along for along in slopes if not along.jumps]
     _require_graph(found, not all(along.agrees for along in slopes))
     for along in slopes:

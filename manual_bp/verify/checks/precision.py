@@ -11,11 +11,12 @@ from manual_bp.verify._autograd import (
     outputs_of,
 )
 from manual_bp.verify._case import Sample
-from manual_bp.verify._check import SLOPE, STATE, CheckContext, check
+from manual_bp.verify._check import SLOPE, STATE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
-from manual_bp.verify.checks._digits import noise_of_float32
+from manual_bp.verify.checks._digits import noise_of_float32, small_steps
 from manual_bp.verify.checks._shared import (
     cast,
     compare_raw,
@@ -31,10 +32,11 @@ def full_precision(ctx: CheckContext, sample: Sample) -> None:
     if narrowest(sample) is not None:
         raise NotApplicable("the sample is not in float64")
     upstream = ctx.upstream(ctx.call, sample)
-    noise = noise_of_float32(ctx, ctx.call, sample, upstream)
+    small = small_steps(ctx, sample, upstream)
+    noise = noise_of_float32(ctx, ctx.call, sample, upstream, small)
     ctx.comparisons += 1
     if noise and ctx.case.reference is not None:
-        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream)
+        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream, small)
         noise = {name: share for name, share in noise.items() if name not in theirs}
     if noise:
         name, share = next(iter(noise.items()))
@@ -69,7 +71,7 @@ def autocast(ctx: CheckContext, sample: Sample) -> None:
     require_real(sample)
     if narrowest(sample) not in (None, torch.float32):
         raise NotApplicable("autocast changes nothing in half precision")
-    low = cast(sample, torch.float32)
+    low = ctx.in_domain(cast(sample, torch.float32))
     results: list[Any] = []
     for call in (ctx.call, ctx.reference):
         arguments = leaves(low)
@@ -97,7 +99,7 @@ def _compare_in(ctx: CheckContext, sample: Sample, dtype: torch.dtype) -> None:
     if narrowest(sample) is not None:
         raise NotApplicable("the case names its dtypes, and all other checks judge it in them")
     ctx.reference  # noqa: B018 (raises if there is none)
-    low = cast(sample, dtype)
+    low = ctx.in_domain(cast(sample, dtype))
     arguments = leaves(low)
     compare_raw(ctx, arguments, ctx.call(*arguments))
     compare_with_reference(ctx, low, f" in {dtype}", is_cast=True)

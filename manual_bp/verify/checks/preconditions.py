@@ -10,9 +10,13 @@ from torch import Tensor
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, tensors_of
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import check
 from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._context import CheckContext
+from manual_bp.verify._evidence import blind_spot
+from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify._precision import widen
+from manual_bp.verify.checks._shared import UNWRITTEN
 
 _Call = tuple[tuple[Tensor, ...], Gradients]
 
@@ -22,7 +26,7 @@ _SECONDS = 0.5
 
 
 def _require_no_blind_spot(ctx: CheckContext) -> None:
-    if reason := ctx.blind_spot():
+    if reason := blind_spot(ctx):
         raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: unsuitable samples")
 
 
@@ -41,7 +45,8 @@ def deterministic(ctx: CheckContext, sample: Sample) -> None:
             _compare_calls(ctx, sample, other, calls[0])
         except Mismatch as mismatch:
             ctx.calls_differ = True
-            why = _why_they_differ(ctx, sample, calls)
+            is_unwritten = _reads_unwritten(ctx, sample, calls)
+            why = UNWRITTEN if is_unwritten else _why_they_differ(ctx, sample, calls)
             raise mismatch.diagnosed(why) from None
     apart = max(_furthest(other, calls[0]) for other in calls[1:])
     if apart:
@@ -96,6 +101,15 @@ def _why_they_differ(ctx: CheckContext, sample: Sample, calls: Sequence[_Call]) 
         f"random, or it remembers earlier calls, in {part}: draw random numbers outside the call "
         f"and pass them as an argument, or seed them inside it"
     )
+
+
+def _reads_unwritten(ctx: CheckContext, sample: Sample, calls: Sequence[_Call]) -> bool:
+    """Whether a call gives nan once new memory is filled with it, and did not before."""
+    if any(_flat(call).isnan().any() for call in calls):
+        return False
+    with filled_memory():
+        result, found = gradients(ctx.call, leaves(sample), ctx.upstream(ctx.call, sample))
+    return bool(_flat((tensors_of(result), found)).isnan().any())
 
 
 def _grows(calls: Sequence[_Call]) -> bool:

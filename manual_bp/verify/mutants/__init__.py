@@ -1,15 +1,21 @@
 """Functions and modules that are wrong on purpose, by kind of mistake, and their right twins."""
 
 from manual_bp.verify.mutants import (
+    aliases,
+    arguments,
     batches,
+    caches,
     calls,
     compiler,
     edges,
     first_order,
+    global_state,
     graphs,
     layouts,
+    module_state,
     modules,
     needs_input_grad,
+    operators,
     orders,
     precision,
     shapes,
@@ -29,7 +35,10 @@ _KINDS = (
     layouts,
     uninformative_samples,
     side_effects,
+    global_state,
+    aliases,
     calls,
+    caches,
     graphs,
     orders,
     batches,
@@ -37,6 +46,9 @@ _KINDS = (
     compiler,
     edges,
     modules,
+    module_state,
+    arguments,
+    operators,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
