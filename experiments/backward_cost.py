@@ -28,8 +28,8 @@ from experiments.benchmark.backward import autograd_passes, bare_passes, operati
 from experiments.benchmark.contender import Contender
 from experiments.benchmark.measure import Conditions, limited_to, measure
 from experiments.benchmark.problem import Problem, problem
-from experiments.board import Row
 from experiments.command_line import parse
+from experiments.curves import Row
 from experiments.findings import Findings, Options, middle, require_range
 from manual_bp import convert
 

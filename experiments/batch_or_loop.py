@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from experiments.benchmark.contender import Contender
 from experiments.benchmark.measure import Conditions, limited_to, measure
-from experiments.board import Row
 from experiments.command_line import parse, require_seed
+from experiments.curves import Row
 from experiments.findings import Findings, Options, middle, require_range
 from experiments.networks import build_net
 from manual_bp import QuadraticCost, backprop

@@ -1,7 +1,6 @@
 """What a run logs to TensorBoard in addition to its Traces."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from manual_bp.board import TraceBoard
 
 IMAGE_SCALE = 8
-
-Row = dict[str, Any]  # of a table: texts, integers and floats by the names of their columns
 
 # Training and test in one chart.
 LAYOUT = {
@@ -41,7 +38,6 @@ class Board:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._writer = SummaryWriter(str(folder))
         self.traces = TraceBoard(self._writer, LAYOUT)
 
@@ -83,7 +79,7 @@ class Board:
             ax=axes,
         )
         axes.set(title="Which classes are confused, on the test set?")
-        figure.savefig(self._folder / "confusion.png")
+        figure.savefig(Path(self._writer.log_dir) / "confusion.png")
         self._writer.add_figure("confusion", figure, step)
 
     def log_config(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -99,28 +95,3 @@ class Board:
             file_writer.add_summary(summary)
         for name, value in final.items():
             self._writer.add_scalar(name, value)
-
-
-def log_curves(folder: Path, rows: Iterable[Row], over: str) -> None:
-    """Log a table: a chart for each column of floats, in it a curve for each combination of texts.
-
-    Numbers that are not finite are left out.
-
-    Args:
-        folder: Where the event file is written.
-        rows: The table. The texts of a row name its curves.
-        over: The column of integers that are the steps of the curves.
-    """
-    charts: dict[str, dict[str, None]] = {}
-    with SummaryWriter(str(folder)) as writer:
-        for row in rows:
-            curve = "-".join(text for text in row.values() if isinstance(text, str))
-            for column, value in row.items():
-                if isinstance(value, float) and math.isfinite(value):
-                    tag = f"{column}/{curve}"
-                    writer.add_scalar(tag, value, row[over])
-                    charts.setdefault(column, {})[tag] = None
-        layout = {
-            column: ["Multiline", [f"^{tag}$" for tag in tags]] for column, tags in charts.items()
-        }
-        writer.add_custom_scalars({f"over {over}": layout})

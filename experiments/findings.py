@@ -12,8 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.board import Row, log_curves
 from experiments.command_line import refuse
+from experiments.curves import Row, log_curves
 from experiments.run_folder import RunFolder, can_be_made, run_path
 
 # Large enough to be read from the back of a lecture hall.

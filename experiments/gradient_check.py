@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from experiments.board import Row
 from experiments.command_line import parse, require_seed
+from experiments.curves import Row
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import build_net
 from manual_bp import QuadraticCost, SigmoidFunction, backprop, verify

@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from experiments.board import Row
 from experiments.command_line import parse
+from experiments.curves import Row
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import build_cost, build_net
 from manual_bp import Sigmoid, Trace, backprop

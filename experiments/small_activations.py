@@ -23,8 +23,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.board import Row
 from experiments.command_line import parse, require_seed
+from experiments.curves import Row
 from experiments.data import load
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import build_cost, build_net, targets

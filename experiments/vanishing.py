@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import nn
 
-from experiments.board import Row
 from experiments.command_line import parse, require_seed
+from experiments.curves import Row
 from experiments.data import Data, load
 from experiments.findings import Findings, Options, require_range
 from experiments.networks import activations, build_cost, build_net

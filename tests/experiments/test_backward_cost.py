@@ -2,7 +2,7 @@ import pytest
 
 from experiments.backward_cost import Config, conclusion, timed
 from experiments.benchmark import measure as measuring
-from experiments.board import Row
+from experiments.curves import Row
 
 
 def measured(*layers: int) -> list[Row]:

@@ -3,7 +3,7 @@ import torch
 
 from experiments.batch_or_loop import COST, Config, conclusion, differences, timed
 from experiments.benchmark import measure as measuring
-from experiments.board import Row
+from experiments.curves import Row
 from experiments.networks import build_net
 
 

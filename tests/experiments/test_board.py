@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.board import Board, log_curves
+from experiments.board import Board
 from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
 from tests.helpers import logged_in
 
@@ -45,20 +45,6 @@ def test_weights_and_confusion_become_images(tmp_path: Path) -> None:
     logged = logged_in(tmp_path)
     assert [image.step for image in logged.Images("first_layer")] == [0, 1, 2]
     assert len(logged.Images("confusion")) == 1
-
-
-def test_a_table_becomes_a_curve_for_each_text_and_column(tmp_path: Path) -> None:
-    rows = [
-        {"who": who, "step": step, "size": size * step, "seen": nan}
-        for who, size in (("one", 1.5), ("two", 2.5))
-        for step, nan in ((1, 0.5), (2, float("nan")))
-    ]
-    log_curves(tmp_path, rows, over="step")
-    logged = logged_in(tmp_path)
-    assert set(logged.Tags()["scalars"]) == {"size/one", "size/two", "seen/one", "seen/two"}
-    assert [(p.step, p.value) for p in logged.Scalars("size/two")] == [(1, 2.5), (2, 5)]
-    assert [p.step for p in logged.Scalars("seen/two")] == [1]  # nan is left out
-    assert "custom_scalars__config__" in logged.Tags()["tensors"]
 
 
 def test_the_confusion_is_also_written_as_a_picture(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.board import Row
+from experiments.curves import Row
 from experiments.gradient_check import (
     EQUATIONS,
     FORGOTTEN,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.board import Row
+from experiments.curves import Row
 from experiments.small_activations import Config, columns, conclusion, measure
 
 CONFIG = Config(hidden=8, batch_size=20)

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.board import Row
+from experiments.curves import Row
 from experiments.vanishing import Config, conclusion, deepest, gain, measure, typical
 
 
