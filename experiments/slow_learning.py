@@ -49,7 +49,7 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, -100, 100, "weight", "bias")
+        require_range(self, -15, 15, "weight", "bias")  # beyond, float64 rounds σ' to 0
         require_range(self, 1, 100_000, "epochs")
         require_range(self, 1e-6, 1e6, "learning_rate")
 

@@ -170,11 +170,9 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
             for row in rows
             if (row["activation"], row["start"], row["layer"]) == (activation, start, 1)
         ]
-        by_w, by_sigma_prime = (typical(those, name) for name in ("by_w", "by_sigma_prime"))
         lines += [
             f"{activation}, {STARTS[start]}: {_listed(f'{value:.2g}' for value in arrived)}",
-            f"    In a layer, wᵀ multiplies the error by {by_w:.2f} and σ' by "
-            f"{by_sigma_prime:.2f}, together {by_w * by_sigma_prime:.2f}: {_fate(those)}.",
+            f"    {_fate(those)}",
         ]
     return lines
 
@@ -185,14 +183,18 @@ def _listed(values: Iterable[str]) -> str:
 
 
 def _fate(those: Sequence[Row]) -> str:
-    by_w, by_sigma_prime = (typical(those, name) for name in ("by_w", "by_sigma_prime"))
     arrived = those[0]["delta"]
     if arrived == 0:
-        return "none of it arrives"
-    if arrived > 1 / FADED:
-        return "it grows, because of wᵀ"  # no σ' here is more than 1
+        return "None of it arrives."
+    by_w, by_sigma_prime = (typical(those, name) for name in ("by_w", "by_sigma_prime"))
     cause = "wᵀ" if by_w < by_sigma_prime else "σ'"
-    return f"it fades, mostly because of {cause}" if arrived < FADED else "it arrives"
+    fate = f"it fades, mostly because of {cause}" if arrived < FADED else "it arrives"
+    if arrived > 1 / FADED:
+        fate = "it grows, because of wᵀ"  # no σ' here is more than 1
+    return (
+        f"In a layer, wᵀ multiplies the error by {by_w:.2f} and σ' by {by_sigma_prime:.2f}, "
+        f"together {by_w * by_sigma_prime:.2f}: {fate}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

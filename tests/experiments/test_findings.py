@@ -24,7 +24,7 @@ WRONG = {
     "backward_cost": ("--widths 0", "--widths must be from 1 to 2048; got (0,)"),
     "batch_or_loop": ("--samples", "--samples must be from 1 to 10000; got ()"),
     "gradient_check": ("--excess nan", "--excess must be from 1e-15 to 1; got nan"),
-    "slow_learning": ("--weight 200", "--weight must be from -100 to 100; got 200.0"),
+    "slow_learning": ("--weight 200", "--weight must be from -15 to 15; got 200.0"),
     "small_activations": ("--dim 1", "--dim must be from 0 to 0.99; got 1.0"),
     "vanishing": ("--layers 1 2", "--layers must be from 2 to 200; got (1, 2)"),
 }

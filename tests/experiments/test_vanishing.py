@@ -50,4 +50,4 @@ def test_an_error_that_does_not_arrive_at_all_is_called_so() -> None:
     """ReLUs of one neuron each, one of which is off."""
     rows = list(measure(Config(layers=(12,), width=1, samples=8)))
     assert deepest(rows)["relu", "scaled"][0]["delta"] == 0
-    assert conclusion(rows)[-1].endswith("none of it arrives.")
+    assert conclusion(rows)[-1].endswith("    None of it arrives.")
