@@ -65,7 +65,7 @@ class Board:
     def log_confusion(
         self, labels: Tensor, predictions: Tensor, class_names: tuple[str, ...], step: int
     ) -> None:
-        """Log the confusion matrix of the test set."""
+        """Log the confusion matrix of the test set, and write it as confusion.png."""
         figure = Figure(figsize=(6, 6), layout="constrained")
         axes = figure.add_subplot()
         ConfusionMatrixDisplay.from_predictions(
@@ -78,6 +78,8 @@ class Board:
             cmap="Blues",
             ax=axes,
         )
+        axes.set(title="Which classes are confused, on the test set?")
+        figure.savefig(Path(self._writer.log_dir) / "confusion.png")
         self._writer.add_figure("confusion", figure, step)
 
     def log_config(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

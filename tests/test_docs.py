@@ -1,6 +1,7 @@
 """README and docs: their code runs as printed, their options exist, their links have targets."""
 
 import dataclasses
+import importlib
 import importlib.util
 import re
 import tomllib
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import train_onnx, training
+from experiments.__main__ import experiments
 from experiments.benchmark import __main__ as benchmark
 from experiments.walk import __main__ as walk
 from manual_bp.verify import __main__ as verify
@@ -124,7 +125,9 @@ def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         verify.main(["--help"])
     found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    for config in (benchmark.Config, training.Config, train_onnx.Config, walk.Config):
+    modules: list[Any] = [importlib.import_module(command.split()[-1]) for command in experiments()]
+    configs = [module.Config for module in modules if hasattr(module, "Config")]
+    for config in (benchmark.Config, walk.Config, *configs):
         found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
     return found
 
@@ -168,13 +171,16 @@ def test_a_page_that_mentions_the_notes_links_to_them(page: str) -> None:
     assert NOTES in TEXTS[page]
 
 
-def test_the_package_description_has_no_relative_links() -> None:
+def test_the_package_description_has_no_relative_links_and_no_pictures() -> None:
     """A package index shows it without the files that such links lead to."""
     settings = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     (fragment,) = settings["fragments"]
     shown = (ROOT / fragment["path"]).read_text("utf-8")
     for change in settings["substitutions"]:
         shown = re.sub(change["pattern"], change["replacement"], shown)
+    assert shown.startswith("# manual_bp\n\nBackpropagation written out by hand")
+    assert "![" not in shown
+    assert "experiments.vanishing" not in shown  # the caption
     links = re.findall(r"\]\(([^)]+)\)", shown)
     assert NOTES in links
     assert all("://" in link for link in links)

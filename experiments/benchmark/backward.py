@@ -41,7 +41,7 @@ def _cells(contenders: Sequence[Contender]) -> Row:
         for what in ("products", "autograd")
     }
     if len(pairs["autograd"]) == 2:
-        forward, backward = map(_operations, pairs["autograd"])
+        forward, backward = map(operations, pairs["autograd"])
         row["operations, forward"] = f"{forward:.3g}"
         row["backward"] = f"{backward:.3g}"
         row["times forward"] = f"{backward / forward:.3f}"
@@ -51,7 +51,7 @@ def _cells(contenders: Sequence[Contender]) -> Row:
     return row | notes_of(contenders)
 
 
-def _operations(contender: Contender) -> int:
+def operations(contender: Contender) -> int:
     """How many operations its matrix products take."""
     counter: Any = FlopCounterMode(display=False)
     with counter:

@@ -45,3 +45,10 @@ def test_weights_and_confusion_become_images(tmp_path: Path) -> None:
     logged = logged_in(tmp_path)
     assert [image.step for image in logged.Images("first_layer")] == [0, 1, 2]
     assert len(logged.Images("confusion")) == 1
+
+
+def test_the_confusion_is_also_written_as_a_picture(tmp_path: Path) -> None:
+    with Board(tmp_path) as board:
+        labels = torch.tensor([0, 1, 1])
+        board.log_confusion(labels, labels, ("no", "yes"), 0)
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
