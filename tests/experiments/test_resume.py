@@ -1,5 +1,6 @@
 """A run that is stopped goes on as if it had not been, and what stops it is said in one line."""
 
+import csv
 import itertools
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 
 from experiments import checkpoint, command_line
 from experiments.board import Board
+from experiments.data import load
 from experiments.run_folder import RunFolder
 from experiments.train import main
 from experiments.training import Config, Training
@@ -223,11 +225,15 @@ def test_a_contradicting_option_is_refused_with_both_values(
 
 
 def test_options_that_agree_or_are_free_can_be_given_again(
-    stopped: Path, whole: Callable[..., dict[str, Any]]
+    stopped: Path, whole: Callable[..., dict[str, Any]], before_update: Callable[..., None]
 ) -> None:
+    """They hold from there on, even if the power is cut before the next update."""
     moved = stopped.rename(stopped.with_name("moved"))
     options = ["--batch-size", "100", "--device", "cpu", "--checkpoint-every", "5"]
-    assert main(["--resume", str(moved), *options, "--on-nan", "continue"]) == 0
+    before_update(21, cut)
+    with pytest.raises(PowerCutError):
+        main(["--resume", str(moved), *options, "--on-nan", "continue"])
+    assert main(["--resume", str(moved)]) == 0
     assert left_by(moved) == whole()
     config = RunFolder.reopened(moved).config
     assert (config["on_nan"], config["checkpoint_every"]) == ("continue", 5)
@@ -452,15 +458,25 @@ def test_a_deterministic_run_goes_on_with_its_number_of_threads(
     torch.use_deterministic_algorithms(False)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert main(["--resume", str(only(tmp_path)), "--deterministic"]) == 0
-    assert torch.are_deterministic_algorithms_enabled()
-    assert threads == [3]
+    for flag in ([], ["--deterministic"]):
+        assert main([*flag, "--resume", str(only(tmp_path))]) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    assert threads[0] == 3
 
 
-def test_the_default_checkpoints_of_a_run_suit_another_config(tmp_path: Path) -> None:
-    assert main([*QUICK, "--epochs", "1", "--run-folder", str(tmp_path)]) == 0
-    config = checkpoint.read(only(tmp_path) / "last.pt")["config"]
-    assert Config(**config | {"run_folder": tmp_path}).hidden == (8,)
+def test_the_best_checkpoint_is_of_the_first_epoch_with_the_best_accuracy(tmp_path: Path) -> None:
+    options = ["--dataset", "iris", "--epochs", "8", "--run-folder", str(tmp_path)]
+    assert main(options) == 0
+    with (only(tmp_path) / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    accuracies = [float(row["test_accuracy"]) for row in rows]
+    best = accuracies.index(max(accuracies))
+    assert best < 7
+    state = checkpoint.read(only(tmp_path) / "best.pt")
+    assert state["training"]["updates"] == int(rows[best]["step"])
+    training = Training(Config(**state["config"] | {"run_folder": tmp_path}), load("iris"))
+    training.load_state_dict(state["training"])
+    assert training.metrics()["test_accuracy"] == accuracies[best]
 
 
 def test_curves_stay_in_order_when_the_clock_was_set_back(
@@ -512,7 +528,7 @@ def test_a_reader_that_watches_the_run_sees_every_point_once(
     """It has read points from after the last checkpoint before the run goes on."""
     before_update(40, cut)
     with pytest.raises(PowerCutError):
-        main([*QUICK, "--checkpoint-every", "13", "--run-folder", str(tmp_path)])
+        main([*QUICK, "--checkpoint-every", "26", "--run-folder", str(tmp_path)])
     run = only(tmp_path)
     watched = logged_in(run)
     assert [point.step for point in watched.Scalars("delta/0")] == list(range(0, 40, 4))
