@@ -135,11 +135,11 @@ def test_every_random_number_generator_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
-@pytest.mark.parametrize("done", [0, 4, 15, 20])
+@pytest.mark.parametrize("done", [4, 15])
 def test_a_training_goes_on_with_the_same_bits(
     method: Any, done: int, tmp_path: Path, device: torch.device
 ) -> None:
-    """From the start, within an epoch of 15 updates, at its end, and within the next."""
+    """Within an epoch of 15 updates, and at its end."""
     config = Config(hidden=(8,), batch_size=100, method=method, device=str(device))
     one, other = Training(config, load("digits")), Training(config, load("digits"))
 

@@ -6,10 +6,12 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +49,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
     return run
 
 
-@pytest.fixture
-def before_update(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def let_happen(patch: pytest.MonkeyPatch, number: int, event: Callable[[], None]) -> None:
     """Let something happen before the update of a number, counted from 1, once."""
     update = Training._update
 
-    def happen(number: int, event: Callable[[], None]) -> None:
-        def patched(training: Training, *arguments: Any) -> Any:
-            if training.updates + 1 == number:
-                monkeypatch.setattr(Training, "_update", update)
-                event()
-            return update(training, *arguments)
+    def patched(training: Training, *arguments: Any) -> Any:
+        if training.updates + 1 == number:
+            patch.setattr(Training, "_update", update)
+            event()
+        return update(training, *arguments)
 
-        monkeypatch.setattr(Training, "_update", patched)
+    patch.setattr(Training, "_update", patched)
 
-    return happen
+
+@pytest.fixture
+def before_update(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    return partial(let_happen, monkeypatch)
 
 
 def cut() -> None:
@@ -76,12 +79,19 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.fixture(scope="module")
+def _stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        let_happen(patch, 20, interrupt)
+        assert main([*QUICK, "--run-folder", str(folder)]) == 130
+    return only(folder)
+
+
 @pytest.fixture
-def stopped(tmp_path: Path, before_update: Callable[..., None]) -> Path:
+def stopped(tmp_path: Path, _stopped_once: Path) -> Path:
     """A run that was stopped after update 20 of 45."""
-    before_update(20, interrupt)
-    assert main([*QUICK, "--run-folder", str(tmp_path)]) == 130
-    return only(tmp_path)
+    return shutil.copytree(_stopped_once, tmp_path / "runs" / _stopped_once.name)
 
 
 @pytest.mark.parametrize("method", METHODS)
