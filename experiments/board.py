@@ -1,5 +1,7 @@
 """What a run logs to TensorBoard in addition to its Traces."""
 
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from torch.nn import functional as F
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from experiments import checkpoint
 from manual_bp.board import TraceBoard
 
 IMAGE_SCALE = 8
+
+_EVENTS = "events.out.tfevents."  # how TensorBoard recognises its files
 
 # Training and test in one chart.
 LAYOUT = {
@@ -33,19 +38,45 @@ class Board:
 
     The step of everything logged is the number of updates so far.
 
+    Args:
+        folder: The folder of the run.
+        step: From which step on to log. If it is not 0, the folder already has what an earlier
+            Board logged before that step, and nothing else (see `keep_events`).
+        history: The `traces.history` of the earlier Board at that step.
+
     Attributes:
         traces: Logs the Traces.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder))
-        self.traces = TraceBoard(self._writer, LAYOUT)
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        history: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        self._folder = folder
+        if step:
+            _sort_before_now(folder)
+        # For a TensorBoard that shows the run already, and has read what was dropped since. The
+        # first purge_step that it reads does not count as a restart, hence one at step 0, too.
+        self._writer = SummaryWriter(str(folder), purge_step=step)
+        self.traces = TraceBoard(self._writer, LAYOUT, history)
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
+
+    def size(self) -> int:
+        """The bytes of all event files so far; all of them are then in the files."""
+        self._writer.flush()
+        return sum(path.stat().st_size for path in _event_files(self._folder))
+
+    def sync(self) -> None:
+        """Wait until the event files are on the disk, as far as `size` has counted them."""
+        for path in _event_files(self._folder):
+            checkpoint.sync(path)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log cost and accuracy on training and test set: "train_cost" becomes cost/train."""
@@ -95,3 +126,34 @@ class Board:
             file_writer.add_summary(summary)
         for name, value in final.items():
             self._writer.add_scalar(name, value)
+
+
+def keep_events(folder: Path, size: int) -> bool:
+    """Keep the first bytes of the event files of a run, in order; return whether there were enough.
+
+    Killed at any moment and called again, it has the same result.
+    """
+    for path in _event_files(folder):
+        kept = min(size, path.stat().st_size)
+        size -= kept
+        if kept:
+            os.truncate(path, kept)
+        else:
+            path.unlink()
+    return size == 0
+
+
+def _event_files(folder: Path) -> list[Path]:
+    """The event files in the order in which TensorBoard reads them."""
+    return sorted(folder.glob(f"{_EVENTS}*"))
+
+
+def _sort_before_now(folder: Path) -> None:
+    """Rename event files, in the same order, if one that is made now would not be the last.
+
+    Their names begin with the second in which they were made: the clock may have been set back.
+    """
+    files = _event_files(folder)
+    if files and files[-1].name >= f"{_EVENTS}{int(time.time()):010}":
+        for number, path in enumerate(files):
+            path.rename(folder / f"{_EVENTS}{0:010}.{number:06}")

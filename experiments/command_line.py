@@ -11,17 +11,24 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
-def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -> Config:
+def parse(
+    config: type[Config],
+    arguments: Sequence[str] | None,
+    program: str,
+    default: Config | None = None,
+) -> Config:
     """Parse the options of a dataclass; a ValueError that it raises counts as a wrong option.
+
+    Options that are not among the arguments have the values of `default`, if it is given.
 
     Raises:
         SystemExit: With code 2, after one line on stderr, if an option is unknown or a value
@@ -42,6 +49,7 @@ def parse(config: type[Config], arguments: Sequence[str] | None, program: str) -
                 config,
                 args=given,
                 prog=program,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
@@ -93,7 +101,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     received: list[KeyboardInterrupt] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-        received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        received.append(_interrupt(number))
         raise received[-1]
 
     signal.signal(signal.SIGTERM, stop)
@@ -122,6 +130,38 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 class Terminated(KeyboardInterrupt):
     """The signal SIGTERM, which ends a program in the same way as Ctrl-C."""
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+@contextlib.contextmanager
+def finish_first() -> Iterator[list[KeyboardInterrupt]]:
+    """Let the body finish what it is doing when SIGINT or SIGTERM arrives.
+
+    Yields an empty list, to which the first signal is added instead of being raised. A second one
+    is raised at once. Signals that are ignored still are.
+    """
+    received: list[KeyboardInterrupt] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(_interrupt(number))
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:

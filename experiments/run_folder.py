@@ -9,12 +9,16 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 import manual_bp
+from experiments import checkpoint
 
 _PACKAGES = ("torch", "numpy", "tensorboard", "scikit-learn", "matplotlib", "tyro")
 
@@ -46,30 +50,78 @@ def can_be_made(folder: Path) -> bool:
 class RunFolder:
     """The folder of one run: `config.json` from the start, then `metrics.csv`, a row at a time.
 
-    The folder never exists without its config.json, even if the program is killed. Rows are on the
-    disk as soon as they are written, so an interrupted run keeps the rows that it finished.
+    The folder never exists without its config.json, even if the program is killed. Rows are written
+    at once, so an interrupted run keeps the rows that it finished.
 
     Args:
         path: The folder to create. If it exists, it is left alone, and a number is appended.
         config: The settings of the run.
+        files: Other files that the folder has from the start, by name.
 
     Raises:
         OSError: The folder cannot be created.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
         self.config = dict(config)
         description = {
             "config": self.config,
-            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": {"manual_bp": manual_bp.__version__} | versions(_PACKAGES),
+            **_circumstances("started"),
             "git": _git(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
         }
-        text = json.dumps(description, indent=2, default=str)
-        self.path = _make(path, {"config.json": text + "\n"})
-        self._metrics = self.path / "metrics.csv"
+        self.path = _make(path, {"config.json": _json(description), **(files or {})})
+
+    @classmethod
+    def reopened(cls, path: Path) -> "RunFolder":
+        """The existing folder of a run, with the settings that it was last trained with.
+
+        Raises:
+            OSError: There is no config.json in it that can be read.
+            ValueError: Its config.json is not what a run writes.
+        """
+        folder = cls.__new__(cls)
+        folder.path = path
+        try:
+            folder.config = dict(folder._description()["config"])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path / 'config.json'} is damaged") from None
+        return folder
+
+    def lock(self) -> AbstractContextManager[object]:
+        """Keep other processes out of the folder, until the context or this process ends.
+
+        Raises:
+            BlockingIOError: Another process has locked it.
+            OSError: The folder cannot be written to.
+        """
+        try:
+            return FileLock(self.path / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"another process is training in {self.path}") from None
+
+    def go_on(self, config: Mapping[str, Any], step: int) -> None:
+        """Go on after a number of updates: drop later rows, and note in config.json that it did.
+
+        metrics.csv must have a column named step; rows at `step` itself are dropped, too.
+
+        Raises:
+            OSError: A file cannot be read or written.
+            ValueError: metrics.csv is not what a run writes.
+        """
+        try:
+            self._drop_rows(step)
+        except (ValueError, IndexError):
+            raise ValueError(f"{self._metrics} is damaged") from None
+        description = self._description()
+        again = {"step": step, **_circumstances("resumed")}
+        self.config = description["config"] = dict(config)
+        description["resumed"] = [*description.get("resumed", []), again]
+        checkpoint.write(self.path / "config.json", _json(description))
+        for left_over in self.path.glob(checkpoint.UNFINISHED.format("*")):
+            left_over.unlink()
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
         """Append a row to metrics.csv, after a header if it is the first one."""
@@ -80,19 +132,61 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
+    def sync(self) -> None:
+        """Wait until metrics.csv is on the disk."""
+        if self._metrics.exists():
+            checkpoint.sync(self._metrics)
 
-def _make(path: Path, files: Mapping[str, str]) -> Path:
+    def _drop_rows(self, step: int) -> None:
+        if not self._metrics.exists():
+            return
+        with self._metrics.open(newline="", encoding="utf-8") as file:
+            header, *rows = file.read().splitlines(keepends=True) or [""]
+        column = next(csv.reader([header]), []).index("step") if rows else 0
+        # A row without its end was being written when the power went.
+        kept = [r for r in rows if r.endswith("\n") and int(r.split(",")[column]) < step]
+        if not kept:
+            self._metrics.unlink()
+        elif kept != rows:
+            checkpoint.write(self._metrics, "".join([header, *kept]).encode())
+
+    def _description(self) -> dict[str, Any]:
+        text = (self.path / "config.json").read_text(encoding="utf-8")
+        description: dict[str, Any] = json.loads(text)
+        return description
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+
+def _circumstances(event: str) -> dict[str, Any]:
+    """The command, the time of an event, and the versions."""
+    return {
+        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+        event: datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"manual_bp": manual_bp.__version__} | versions(_PACKAGES),
+    }
+
+
+def _json(description: Mapping[str, Any]) -> bytes:
+    return (json.dumps(description, indent=2, default=str) + "\n").encode()
+
+
+def _make(path: Path, files: Mapping[str, bytes]) -> Path:
     """Create a folder with its files in one step: under a temporary name, and then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
-        for name, text in files.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        return _rename(unfinished, path)
+        for name, data in files.items():
+            checkpoint.write(unfinished / name, data)
+        made = _rename(unfinished, path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    checkpoint.sync_names(path.parent)
+    return made
 
 
 def _rename(folder: Path, path: Path) -> Path:

@@ -3,6 +3,10 @@
     python -m experiments.train
 
 trains 64-30-10 on the digits of scikit-learn, and writes what happened to a folder in `runs/`.
+
+    python -m experiments.train --resume runs/...
+
+goes on with an interrupted run, and ends with the same bits as if it had not been interrupted.
 """
 
 if __name__ == "__main__":  # first, so that it can be interrupted while PyTorch is imported
@@ -12,90 +16,34 @@ if __name__ == "__main__":  # first, so that it can be interrupted while PyTorch
 
     run(lambda: import_module("experiments.train").main())
 
-import math
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from experiments.board import Board
-from experiments.command_line import parse, refuse, stopped
+from experiments import checkpoint
+from experiments.board import Board, keep_events
+from experiments.checkpoint import BEST, LAST
+from experiments.command_line import finish_first, parse, refuse, stopped
 from experiments.data import load
 from experiments.run_folder import RunFolder, run_path
+from experiments.session import Session, state_of
 from experiments.training import Config, Training
-from experiments.verdicts import line, print_verdicts, warn
+from experiments.verdicts import is_good, line, origin, print_verdicts, warn
 
 PROGRAM = "python -m experiments.train"
 
-
-def observe(board: Board, training: Training, step: int) -> dict[str, float]:
-    """Log what is logged once per epoch; return the metrics."""
-    metrics = training.metrics()
-    board.log_metrics(metrics, step)
-    trace = training.trace(training.data.x_test, training.y_test)
-    board.traces.log_histograms(trace, step)
-    if training.data.image_shape is not None:
-        board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
-    return metrics
-
-
-def draw(board: Board, training: Training, step: int) -> None:
-    """Log the pictures that are drawn only at the end; each takes as long as a small epoch."""
-    board.traces.log_heat_map(step)
-    data = training.data
-    predictions = training.trace(data.x_test, training.y_test).output.argmax(-1)
-    board.log_confusion(data.label_test, predictions, data.class_names, step)
-
-
-def train(
-    config: Config, training: Training, folder: RunFolder
-) -> tuple[dict[str, float], float, float]:
-    """Train for all epochs, or until the cost is not finite.
-
-    Shows a progress bar on a terminal; if the output goes elsewhere, prints a line for each epoch.
-
-    Returns:
-        The last metrics, the cost of the last batch, and the seconds that it took to log what the
-        layers did.
-    """
-    on_terminal = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
-    total = config.epochs * training.updates_per_epoch
-    step = 0
-    with (
-        Board(folder.path) as board,
-        tqdm(total=total, unit=" updates", disable=not on_terminal) as bar,
-    ):
-        metrics = observe(board, training, step)
-        for epoch in range(1, config.epochs + 1):
-            for x, y in training.epoch():
-                look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
-                cost = training.update(x, y, look if step % config.log_every == 0 else None)
-                step += 1
-                bar.update()
-                if not math.isfinite(cost):
-                    break
-            metrics = observe(board, training, step)
-            folder.add_metrics({"epoch": epoch, "step": step} | metrics)
-            bar.set_postfix_str(f"test accuracy {metrics['test_accuracy']:.2%}")
-            if not on_terminal:
-                print(f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}  {line(metrics)}")
-            if not (math.isfinite(cost) and math.isfinite(metrics["train_cost"])):
-                break
-        draw(board, training, step)
-        board.log_config(folder.config, metrics)
-    return metrics, cost, board.traces.seconds
+# What may have another value when a run goes on; it then has that value from there on.
+_FREE = {"epochs", "log_every", "checkpoint_every", "on_nan", "device", "resume"}
 
 
 def settings(config: Config, training: Training) -> dict[str, Any]:
     """The options of the run, and what follows from them."""
     options = asdict(config)
-    del options["dry_run"]
+    del options["dry_run"], options["resume"]
     return options | {
         "net": training.net_name,
         "output": _output(config.cost),
@@ -110,12 +58,22 @@ def _output(cost: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
     config = parse(Config, arguments, PROGRAM)
+    if config.resume is not None:
+        if config.dry_run:
+            refuse(PROGRAM, "--dry-run trains a new network; it does not go with --resume")
+        return _resume(config, config.resume, arguments)
+    training = _prepare(config)
+    name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
+    path = run_path(config.run_folder, name)
+    return _dry_run(config, training, path) if config.dry_run else _start(config, training, path)
+
+
+def _prepare(config: Config) -> Training:
+    """The network and its data; says what they are."""
     try:
         training = Training(config, load(config.dataset))
     except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
         refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
-    name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
-    path = run_path(config.run_folder, name)
     print(
         f"{training.net_name} {config.activation}, output {_output(config.cost)}, "
         f"{config.cost} cost, on {config.dataset}: "
@@ -124,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"on {training.device}",
         flush=True,
     )
-    return _dry_run(config, training, path) if config.dry_run else _run(config, training, path)
+    return training
 
 
 def _dry_run(config: Config, training: Training, path: Path) -> int:
     for x, y in training.epoch():
         cost = training.update(x, y)
-        if not math.isfinite(cost):
+        if not is_good(cost):
             break
     metrics = training.metrics()
     print(training.diagnostics(config.learning_rate))
@@ -139,29 +97,146 @@ def _dry_run(config: Config, training: Training, path: Path) -> int:
     return warn(training, metrics, cost)
 
 
-def _run(config: Config, training: Training, path: Path) -> int:
+def _start(config: Config, training: Training, path: Path) -> int:
+    state = state_of(config, training)
     try:
-        folder = RunFolder(path, settings(config, training))
+        folder = RunFolder(path, settings(config, training), {LAST: checkpoint.pack(state)})
+        lock = folder.lock()
     except OSError as error:
         refuse(PROGRAM, f"--run-folder must be a place to write to: {error}")
-    kept = f"the results so far are in {folder.path}"
-    started = time.perf_counter()
+    with lock:
+        return _run(config, training, folder, state)
+
+
+def _resume(given: Config, path: Path, arguments: Sequence[str] | None) -> int:
+    if not _is_run(path):
+        refuse(PROGRAM, f"--resume must be the folder of a run, with a file {LAST}; got {path}")
     try:
-        metrics, cost, observing = train(config, training, folder)
+        folder = RunFolder.reopened(path)
+        lock = folder.lock()
+    except (OSError, ValueError) as error:
+        refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
+    with lock:
+        state = _read(path)
+        config = _continued(given, state, path, arguments)
+        training = _prepare(config)
+        training.load_state_dict(state["training"])
+        done, total = training.updates, config.epochs * training.updates_per_epoch
+        if done > total:
+            least = -(-done // training.updates_per_epoch)
+            refuse(PROGRAM, f"--epochs must be at least {least} in {path}; got {config.epochs}")
+        try:
+            folder.go_on(settings(config, training), done)
+            has_all = keep_events(path, state["events"])
+        except (OSError, ValueError) as error:
+            refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
+        print(f"going on after update {done} of {total}", flush=True)
+        _warn_of_changes(state, has_all)
+        return _run(config, training, folder, state)
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return (path / LAST).is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The last checkpoint of a run."""
+    try:
+        return checkpoint.read(path / LAST)
+    except (OSError, ValueError) as error:
+        refuse(PROGRAM, f"--resume: {error}{_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    """How to go on without the last checkpoint, if the best one is there."""
+    try:
+        step = checkpoint.read(path / BEST)["training"]["updates"]
+    except (OSError, ValueError):
+        return ""
+    copy = shlex.join(["cp", str(path / BEST), str(path / LAST)])
+    return f"; {BEST} is whole: to go on after its update {step}, first {copy}"
+
+
+def _continued(
+    given: Config, state: dict[str, Any], path: Path, arguments: Sequence[str] | None
+) -> Config:
+    """The options of the run, and those of the free ones that are given now."""
+    here: dict[str, Any] = {"run_folder": path.parent}  # it may have been moved
+    if given.device != "auto":
+        here["device"] = given.device  # the one that it was on may be missing here
+    try:
+        before = Config(**state["config"] | here)
+    except (TypeError, ValueError) as error:
+        refuse(PROGRAM, f"--resume: the options in {path / LAST} do not suit: {error}")
+    # A flag that is set by default could not be given again.
+    now = parse(Config, arguments, PROGRAM, replace(before, deterministic=False))
+    now = replace(now, deterministic=now.deterministic or before.deterministic)
+    for name, value in asdict(now).items():
+        if name not in _FREE and value != getattr(before, name):
+            option = "--" + name.replace("_", "-")
+            refuse(PROGRAM, f"{option} is {getattr(before, name)} in {path}; got {value}")
+    return replace(now, device=before.device)
+
+
+def _warn_of_changes(state: dict[str, Any], has_all: bool) -> None:
+    now, before = checkpoint.versions(), state["versions"]
+    changes = [
+        f"{name} {before[name]} before, {now[name]} now"
+        for name in now
+        if before[name] != now[name]
+    ]
+    if changes:
+        print(f"warning: the last digits may change: {'; '.join(changes)}", file=sys.stderr)
+    if not has_all:
+        print("warning: files of TensorBoard are missing; its curves have a gap", file=sys.stderr)
+
+
+def _run(config: Config, training: Training, folder: RunFolder, state: dict[str, Any]) -> int:
+    """Train, from the state on that the training is in."""
+    started = time.perf_counter()
+    session = Session(config, training, folder, state)
+    try:
+        with (
+            finish_first() as received,
+            Board(folder.path, training.updates, state["curves"]) as board,
+        ):
+            metrics, cost = session.train(board, received)
+            seconds = time.perf_counter() - started
     except KeyboardInterrupt as stop:
-        return stopped(stop, kept)
+        return stopped(stop, _how_to_go_on(session))
     except BrokenPipeError:  # the reader of the output has left
         raise
     except OSError as error:
-        where = kept if folder.path.is_dir() else f"{folder.path} is no longer there"
-        print(f"stopped: {error}; {where}", file=sys.stderr)
+        is_there = folder.path.is_dir()
+        kept = _how_to_go_on(session) if is_there else f"{folder.path} is no longer there"
+        print(f"stopped: {error}; {kept}", file=sys.stderr)
         return 1
-    seconds = time.perf_counter() - started
     print(
         f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s; "
-        f"{observing:.1f} s of that was spent on logging what the layers did"
+        f"{board.traces.seconds:.1f} s of that was spent on logging what the layers did"
     )
     print_verdicts(training.diagnostics(config.learning_rate))
     print(f"run folder: {folder.path}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
-    return warn(training, metrics, cost)
+    began = _origin(session) if session.is_stopped else ""
+    return warn(training, metrics, cost, began, session.is_stopped)
+
+
+def _how_to_go_on(session: Session) -> str:
+    python = Path(sys.executable).name
+    again = shlex.join([python, *PROGRAM.split()[1:], "--resume", str(session.folder.path)])
+    return f"update {session.saved} of {session.total} is saved; to go on: {again}"
+
+
+def _origin(session: Session) -> str:
+    """Where the cost stopped being a number, and what there is from before that."""
+    last = session.folder.path / LAST
+    try:
+        before = checkpoint.read(last)["training"]
+    except (OSError, ValueError) as error:
+        return str(error)
+    began = origin(session.training, before, session.training.updates)
+    return f"{began}; {last} is from before that, after update {before['updates']}"

@@ -1,18 +1,21 @@
 """What the main job trains: its options, and one network with its data and optimiser."""
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
 from tyro.extras import literal_type_from_choices
 
+from experiments import checkpoint
 from experiments.command_line import require_counts, require_rate, require_seed, require_sizes
 from experiments.data import Data, Dataset
 from experiments.networks import activations, build_cost, build_net, targets
@@ -58,15 +61,26 @@ class Config:
     rounding."""
     log_every: int = 100
     """Updates between two points of the curves that show the terms of the four equations."""
+    checkpoint_every: int = 1000
+    """Updates between two checkpoints, from which an interrupted run can go on."""
+    on_nan: Literal["stop", "continue"] = "stop"
+    """What to do when the cost is nan or infinite. stop: say in which update and layer it began,
+    and keep the last checkpoint before that."""
+    deterministic: bool = False
+    """Use only operations of PyTorch that give the same bits each time, also on a GPU; some are
+    slower."""
     run_folder: Path = Path("runs")
     """Where the folder of the run is created."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
+    """Go on with the interrupted run in this folder, with its own options. Of these, epochs,
+    log-every, checkpoint-every, on-nan and device may be given again with other values."""
     dry_run: bool = False
     """Train for one epoch, show how well each layer learns, and write nothing."""
 
     def __post_init__(self) -> None:
         require_sizes(self.hidden)
         require_rate(self.learning_rate)
-        require_counts(self, "batch_size", "epochs", "log_every")
+        require_counts(self, "batch_size", "epochs", "log_every", "checkpoint_every")
         require_seed(self.seed)
         if not can_be_made(self.run_folder):
             raise ValueError(
@@ -97,10 +111,23 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
     yield from torch.split(torch.randperm(count, generator=generator), batch_size)
 
 
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 class Training:
-    """A network with its data and its optimiser, ready for one update after another."""
+    """A network with its data and its optimiser, ready for one update after another.
+
+    Attributes:
+        updates: How many updates it has made.
+    """
 
     def __init__(self, config: Config, data: Data) -> None:
+        self._is_deterministic = config.deterministic
+        if config.deterministic:
+            _be_deterministic()
         self.device = _device(config.device)
         self.data = data.to(self.device)
         sizes = (data.features, *config.hidden, data.classes)
@@ -117,6 +144,8 @@ class Training:
             self.step = TrainingStep(self.net, self.cost, config.learning_rate)
         self.batch_size = min(config.batch_size, len(self.y_train))
         self._order = torch.Generator().manual_seed(config.seed)
+        self._order_at_start = self._order.get_state()  # of the epoch
+        self.updates = 0
 
     @property
     def updates_per_epoch(self) -> int:
@@ -124,8 +153,13 @@ class Training:
         return math.ceil(len(self.y_train) / self.batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the next epoch."""
-        for indices in batches(len(self.y_train), self.batch_size, self._order):
+        """The batches of the epoch that are still to come; of the next, if none are."""
+        done = self.updates % self.updates_per_epoch
+        if done:
+            self._order.set_state(self._order_at_start)
+        else:
+            self._order_at_start = self._order.get_state()
+        for indices in islice(batches(len(self.y_train), self.batch_size, self._order), done, None):
             there = indices.to(self.device)
             yield self.data.x_train[there], self.y_train[there]
 
@@ -134,10 +168,15 @@ class Training:
 
         look is called with the Trace of the step's own pass, before the weights change.
         """
+        cost = self._update(x, y, look)
+        self.updates += 1
+        return cost.item()
+
+    def _update(self, x: Tensor, y: Tensor, look: Callable[[Trace], None] | None) -> Tensor:
         if self.step is not None:
             if look is not None:
                 look(self.trace(x, y))
-            return self.step(x, y).item()
+            return self.step(x, y)
         self.optimizer.zero_grad()
         trace: Trace | None
         if self.explicit:
@@ -151,7 +190,7 @@ class Training:
         if look is not None and trace is not None:
             look(trace)
         self.optimizer.step()
-        return cost.item()
+        return cost
 
     def trace(self, x: Tensor, y: Tensor) -> Trace:
         """Run the algorithm on a batch, and leave the network as it is."""
@@ -174,3 +213,30 @@ class Training:
     def diagnostics(self, learning_rate: float) -> Diagnostics:
         """How well each layer learns at present, over all training samples."""
         return self.trace(self.data.x_train, self.y_train).diagnostics(learning_rate)
+
+    def is_finite(self) -> bool:
+        """Whether all weights and biases are finite."""
+        return all(bool(p.isfinite().all()) for p in self.net.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that determines the updates to come, apart from the config; refers to the weights."""
+        is_within = self.updates % self.updates_per_epoch > 0
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": (self.step or self.optimizer).state_dict(),
+            "updates": self.updates,
+            "order": self._order_at_start if is_within else self._order.get_state(),
+            "random": checkpoint.random_state(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, for the same config."""
+        self.net.load_state_dict(state["net"])
+        (self.step or self.optimizer).load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        self._order.set_state(state["order"])
+        self._order_at_start = state["order"]
+        checkpoint.restore_random_state(state["random"])
+        if self._is_deterministic:  # sums of another number of threads are rounded differently
+            torch.set_num_threads(state["threads"])

@@ -2,9 +2,13 @@
 
 import math
 import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 from experiments.training import Training
-from manual_bp import Diagnostics
+from manual_bp import Diagnostics, Trace
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -24,11 +28,78 @@ def print_verdicts(diagnostics: Diagnostics) -> None:
         print(f"verdict on layer{'s' if len(those) > 1 else ''} {', '.join(those)}: {verdict}")
 
 
-def warn(training: Training, metrics: dict[str, float], cost: float) -> int:
-    """Say on stderr if something went wrong; return the exit code, 1 if a cost is not finite."""
+def is_good(cost: float) -> bool:
+    """Whether a cost is a number that one can train on."""
+    return math.isfinite(cost)
+
+
+def origin(training: Training, state: Mapping[str, Any], until: int) -> str:
+    """Find the update in which numbers stopped being finite, by repeating updates; say where.
+
+    Args:
+        training: Repeats them.
+        state: A `state_dict` of the training from before that.
+        until: After how many updates a cost was not finite.
+    """
+    training.load_state_dict(state)
+    while training.updates < until:
+        for x, y in training.epoch():
+            where = _where(training.trace(x, y), training.updates)
+            if where or training.updates == until:
+                break
+            training.update(x, y)
+        if where:
+            return where
+    trace = training.trace(training.data.x_train, training.y_train)
+    return _where(trace, until) or "it did not happen again when the updates were repeated"
+
+
+def _where(trace: Trace, updates: int) -> str:
+    """The first of the numbers of a pass that are not finite, as the pass computes them; or ""."""
+    broken = [each.name for each in trace.layers if not _are_finite(each.w, each.b)]
+    if broken:
+        layers = f"layer{'s' if len(broken) > 1 else ''} {', '.join(broken)}"
+        return f"it began with update {updates}, which made weights of {layers} infinite or nan"
+    forward = [(layer, kind) for layer in trace.layers for kind in ("z", "a")]
+    backward = [(layer, "delta") for layer in reversed(trace.layers)]
+    for layer, kind in forward + backward:
+        if not _are_finite(getattr(layer, kind)):
+            symbol = "δ" if kind == "delta" else kind
+            return f"it began in update {updates + 1}: {symbol} of layer {layer.name} is not finite"
+    if not _are_finite(trace.cost):
+        last = trace.layers[-1]
+        largest = last.a.abs().max().item()
+        return (
+            f"it began in update {updates + 1}: the cost overflowed, because outputs of layer "
+            f"{last.name} are as large as {largest:.1e}"
+        )
+    return ""
+
+
+def _are_finite(*tensors: Tensor | None) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
+
+def warn(
+    training: Training,
+    metrics: dict[str, float],
+    cost: float,
+    began: str = "",
+    is_stopped: bool = True,
+) -> int:
+    """Say on stderr if something went wrong; return the exit code, 1 if a cost is not finite.
+
+    Args:
+        training: As it is now.
+        metrics: The last metrics.
+        cost: The cost of the last batch.
+        began: Where a cost that is not finite comes from, if that is known.
+        is_stopped: Whether training was stopped because of such a cost.
+    """
     for value in (cost, metrics["train_cost"]):
-        if not math.isfinite(value):
-            reason = f"stopped: the cost is {value}; a smaller learning rate may help"
+        if not is_good(value):
+            verb, where = "stopped" if is_stopped else "warning", f"{began}; " if began else ""
+            reason = f"{verb}: the cost is {value}; {where}a smaller learning rate may help"
             print(reason, file=sys.stderr)
             return 1
     labels = training.data.label_train

@@ -52,8 +52,12 @@ class TraceBoard:
         writer: Yours; it is neither opened nor closed here.
         layout: Further charts for the tab of custom scalars, in the form that
             `SummaryWriter.add_custom_scalars` takes, since a writer has only one layout.
+        history: The `history` of a TraceBoard that logged earlier steps to the same folder, to go
+            on with. The layout, which is in the folder already, is then not written again.
 
     Attributes:
+        history: ‖δ‖ of every layer by its name, for each step that `log` was called with. It
+            consists of plain numbers and strings, so it can be part of a checkpoint.
         seconds: The time that logging has taken so far.
 
     Raises:
@@ -61,14 +65,18 @@ class TraceBoard:
     """
 
     def __init__(
-        self, writer: "SummaryWriter", layout: Mapping[str, Mapping[str, list[Any]]] | None = None
+        self,
+        writer: "SummaryWriter",
+        layout: Mapping[str, Mapping[str, list[Any]]] | None = None,
+        history: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         if not hasattr(writer, "add_custom_scalars"):
             raise TypeError(f"writer must be a SummaryWriter; got {type(writer).__name__}")
         self._writer: Any = writer
-        self._history: dict[int, dict[str, float]] = {}
+        self.history = {step: dict(norms) for step, norms in (history or {}).items()}
         self.seconds = 0.0
-        self._writer.add_custom_scalars({**(layout or {}), **LAYOUT})
+        if history is None:
+            self._writer.add_custom_scalars({**(layout or {}), **LAYOUT})
 
     def log(self, trace: Trace, step: int, learning_rate: float | None = None) -> None:
         """Log the numbers of one pass for every layer. Call it before the weights are updated.
@@ -94,7 +102,7 @@ class TraceBoard:
                 for kind, value in numbers.items():
                     if value is not None:
                         self._writer.add_scalar(_tag(kind, layer.name), value, step)
-            self._history[step] = {layer.name: layer.delta_norm for layer in found.layers}
+            self.history[step] = {layer.name: layer.delta_norm for layer in found.layers}
 
     def log_histograms(self, trace: Trace, step: int) -> None:
         """Log histograms of the weights, biases, activations and errors of every layer.
@@ -119,7 +127,7 @@ class TraceBoard:
         Raises:
             RuntimeError: `log` has not been called.
         """
-        if not self._history:
+        if not self.history:
             raise RuntimeError("log must have been called before log_heat_map; it was not")
         with self._timed():
             self._writer.add_figure("error_of_every_layer", self._heat_map(), step)
@@ -127,9 +135,9 @@ class TraceBoard:
     def _heat_map(self) -> "Figure":
         from matplotlib.figure import Figure
 
-        names = list(dict.fromkeys(name for norms in self._history.values() for name in norms))
-        steps = sorted(self._history)
-        logs = [[_log(self._history[s].get(name)) for s in steps] for name in names]
+        names = list(dict.fromkeys(name for norms in self.history.values() for name in norms))
+        steps = sorted(self.history)
+        logs = [[_log(self.history[s].get(name)) for s in steps] for name in names]
         labels = [_label(name) for name in names]
         size = (8 + 0.1 * max(map(len, labels)), 1.5 + 0.3 * len(names))
         figure = Figure(figsize=size, layout="constrained")

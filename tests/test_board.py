@@ -115,7 +115,7 @@ class TestHeatMap:
                 else:
                     # log would refuse, since the weights were changed after these.
                     norms = {layer.name: layer.delta.norm().item() for layer in trace.layers}
-                    board._history[step] = norms
+                    board.history[step] = norms
             (axes, _) = board._heat_map().axes
             board.log_heat_map(60)
         (mesh,) = axes.collections
@@ -224,3 +224,28 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path: Path, net: nn.Sequent
         for log in (board.log, board.log_histograms):
             with pytest.raises(TypeError, match="trace must be a Trace; got Sequential"):
                 log(net, 0)  # type: ignore[arg-type]
+
+
+def test_a_board_goes_on_with_the_history_of_an_earlier_one(
+    tmp_path: Path, net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[int, dict[str, float]]] = []
+    heat_map = TraceBoard._heat_map
+
+    def note(board: TraceBoard) -> Any:
+        drawn.append(dict(board.history))
+        return heat_map(board)
+
+    monkeypatch.setattr(TraceBoard, "_heat_map", note)
+    with SummaryWriter(str(tmp_path)) as writer:
+        earlier = TraceBoard(writer)
+        earlier.log(trace_of(net), 0)
+        later = TraceBoard(writer, history=earlier.history)
+        later.log(trace_of(net), 1)
+        later.log_heat_map(1)
+    assert list(earlier.history) == [0]  # it is copied
+    (history,) = drawn
+    assert list(history) == [0, 1]
+    assert history[0] == earlier.history[0]
+    assert set(history[1]) == {"0", "2", "4"}
+    assert len(logged_in(tmp_path).Tensors("custom_scalars__config__")) == 1

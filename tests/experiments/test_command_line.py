@@ -3,13 +3,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from experiments.command_line import parse, refuse
+from experiments.command_line import finish_first, parse, refuse
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Options:
 
 def test_options_are_parsed_into_the_dataclass() -> None:
     assert parse(Options, [], "prog") == Options()
+    assert parse(Options, ["--count", "5"], "prog", Options("fancy", 4)) == Options("fancy", 5)
     arguments = ["--kind", "fancy", "--count", "5", "--loud"]
     assert parse(Options, arguments, "prog") == Options("fancy", 5, loud=True)
     assert parse(Options, ["--sizes", "5", "4"], "prog").sizes == (5, 4)
@@ -147,6 +149,63 @@ def test_a_signal_ends_a_program_in_one_line(
         run.send_signal(number)
         assert run.communicate() == ("", f"{word}\n")
     assert run.returncode == code
+
+
+FINISHES = """
+from experiments.command_line import finish_first
+with finish_first() as received:
+    print("ready", flush=True)
+    while not received: time.sleep(0.01)
+    print("finishing", flush=True)
+    time.sleep(60 if "twice" in sys.argv else 0)
+    print("finished", flush=True)
+raise received[0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"),
+    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+)
+def test_what_must_be_finished_first_is_finished(
+    number: signal.Signals, word: str, code: int
+) -> None:
+    with started(FINISHES) as run:
+        assert run.stdout is not None
+        assert [run.stdout.readline() for _ in range(2)] == ["started\n", "ready\n"]
+        run.send_signal(number)
+        assert run.communicate() == ("finishing\nfinished\n", f"{word}\n")
+    assert run.returncode == code
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with started(f"sys.argv.append('twice')\n{FINISHES}") as run:
+        assert run.stdout is not None
+        assert [run.stdout.readline() for _ in range(2)] == ["started\n", "ready\n"]
+        run.send_signal(signal.SIGTERM)
+        assert run.stdout.readline() == "finishing\n"
+        run.send_signal(signal.SIGINT)
+        assert run.communicate() == ("", "interrupted\n")
+    assert run.returncode == 130
+
+
+def test_signals_that_are_ignored_stay_ignored_and_others_are_restored() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with finish_first() as received:
+            assert signal.getsignal(signal.SIGTERM) is not handler
+            signal.raise_signal(signal.SIGINT)
+        assert received == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_leave_the_signals_alone() -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: list(finish_first().__enter__())).result() == []
 
 
 @pytest.mark.parametrize(

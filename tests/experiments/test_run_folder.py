@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import manual_bp
-from experiments import run_folder
+from experiments import checkpoint, run_folder
 from experiments.run_folder import RunFolder, can_be_made, run_path
 
 
@@ -115,7 +115,7 @@ def test_a_folder_never_exists_without_its_description(
         seen.append([each.name for each in tmp_path.iterdir()])
         raise error
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(checkpoint, "write", fail)
     with pytest.raises(type(error)):
         RunFolder(tmp_path / "run", {})
     # If the program is killed, what remains has a hidden name.
@@ -135,3 +135,59 @@ def test_a_folder_inside_a_file_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         RunFolder(tmp_path / "file" / "run", {})
+
+
+CSV = "epoch,step,cost\r\n1,15,0.5\r\n2,30,0.25\r\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "step", "kept"),
+    [
+        (CSV, 31, CSV),
+        (CSV, 30, CSV[:-11]),
+        (CSV[:-3], 99, CSV[:-11]),  # the power went while the row was written
+        (CSV, 15, None),
+        (CSV[:9], 99, None),
+        ("", 99, None),
+        (None, 99, None),
+    ],
+)
+def test_a_run_that_goes_on_keeps_the_whole_rows_from_before(
+    there: str | None, step: int, kept: str | None, tmp_path: Path
+) -> None:
+    path = RunFolder(tmp_path / "run", {"epochs": 2}).path
+    if there is not None:
+        (path / "metrics.csv").write_bytes(there.encode())
+    folder = RunFolder.reopened(path)
+    assert folder.config == {"epochs": 2}
+    folder.go_on({"epochs": 3}, step)
+    assert (path / "metrics.csv").exists() == (kept is not None)
+    if kept is not None:
+        assert (path / "metrics.csv").read_bytes() == kept.encode()
+    description = json.loads((path / "config.json").read_text("utf-8"))
+    assert description["config"] == folder.config == {"epochs": 3}
+    assert [again["step"] for again in description["resumed"]] == [step]
+
+
+@pytest.mark.parametrize("there", ["a,b\n1,2\n", "epoch,step\n1,two\n", "epoch,step\n1\n"])
+def test_a_table_of_another_kind_is_left_alone(there: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {})
+    (folder.path / "metrics.csv").write_text(there)
+    before = (folder.path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):
+        folder.go_on({}, 1)
+    assert (folder.path / "metrics.csv").read_text() == there
+    assert (folder.path / "config.json").read_bytes() == before
+
+
+def test_one_process_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {})
+    with folder.lock(), pytest.raises(BlockingIOError, match="another process is training in"):
+        RunFolder.reopened(folder.path).lock()
+    with RunFolder.reopened(folder.path).lock():
+        pass
+
+
+def test_a_folder_has_further_files_from_the_start(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {}, {"more": b"data"})
+    assert (folder.path / "more").read_bytes() == b"data"

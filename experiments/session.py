@@ -1,0 +1,203 @@
+"""One session of a run: it trains, from wherever the run is, to the end or until it is stopped."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import checkpoint
+from experiments.board import Board
+from experiments.checkpoint import BEST, LAST
+from experiments.run_folder import RunFolder
+from experiments.training import Config, Training
+from experiments.verdicts import is_good, line
+
+
+def state_of(
+    config: Config,
+    training: Training,
+    best: float = -1.0,
+    events: int = 0,
+    curves: dict[int, dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """What is in a checkpoint. Everything logged before its last update is in the run folder.
+
+    Args:
+        config: The options.
+        training: As it is now.
+        best: The best test accuracy so far.
+        events: How many bytes of events TensorBoard had by now.
+        curves: The `history` of the TraceBoard.
+    """
+    options = asdict(config) | {
+        "run_folder": str(config.run_folder),
+        "device": str(training.device),
+    }
+    del options["dry_run"], options["resume"]
+    return {
+        "config": options,
+        "training": training.state_dict(),
+        "best": best,
+        "events": events,
+        "curves": curves,
+    }
+
+
+class Session:
+    """Trains, logs and writes checkpoints.
+
+    A checkpoint is made before anything is logged for the number of updates that it has, so that
+    whoever goes on from it logs that, too.
+
+    Args:
+        config: The options.
+        training: What is trained, in the state that the run is in.
+        folder: The run folder, where last.pt is of this state.
+        state: The contents of last.pt.
+
+    Attributes:
+        training, folder: As given.
+        total: How many updates the run has in the end.
+        saved: After how many updates last.pt was written.
+        is_stopped: Whether training was stopped because a cost was not finite.
+    """
+
+    def __init__(
+        self, config: Config, training: Training, folder: RunFolder, state: dict[str, Any]
+    ) -> None:
+        self.training, self.folder = training, folder
+        self.total = config.epochs * training.updates_per_epoch
+        self.saved = training.updates
+        self.is_stopped = False
+        self._config = config
+        self._best: float = state["best"]
+        self._best_to_write: bytes | None = None
+        self._has_warned = False
+        # On a terminal a progress bar; elsewhere a line for each epoch.
+        self._on_terminal = all(s and s.isatty() for s in (sys.stdout, sys.stderr))
+
+    def train(
+        self, board: Board, received: Sequence[KeyboardInterrupt]
+    ) -> tuple[dict[str, float], float]:
+        """Train for the remaining epochs, or until the cost is not finite.
+
+        Args:
+            board: Logs from the present number of updates on.
+            received: Once this is not empty, a last checkpoint is written, and its first is raised.
+
+        Returns:
+            The last metrics, and the cost of the last batch.
+        """
+        if self.training.updates:
+            self._save(board)  # options may have changed
+        cost = 0.0
+        with tqdm(
+            total=self.total,
+            initial=self.training.updates,
+            unit=" updates",
+            disable=not self._on_terminal,
+        ) as bar:
+            if self.training.updates % self.training.updates_per_epoch == 0:
+                metrics = self._end_epoch(board, bar)
+            while self.training.updates < self.total and not self.is_stopped:
+                cost = self._rest_of_epoch(board, bar, received)
+                metrics = self._end_epoch(board, bar)
+        draw(board, self.training)
+        board.log_config(self.folder.config, metrics)
+        self._save_best()
+        return metrics, cost
+
+    def _rest_of_epoch(
+        self, board: Board, bar: "tqdm[Any]", received: Sequence[KeyboardInterrupt]
+    ) -> float:
+        training, config = self.training, self._config
+        for x, y in training.epoch():
+            step = training.updates
+            look = partial(board.traces.log, step=step, learning_rate=config.learning_rate)
+            cost = training.update(x, y, look if step % config.log_every == 0 else None)
+            bar.update()
+            self._judge(cost)
+            if self.is_stopped:
+                break
+            step += 1
+            if received or step % config.checkpoint_every == 0 or step == self.total:
+                self._save(board)
+            if received:
+                raise received[0]
+        return cost
+
+    def _end_epoch(self, board: Board, bar: "tqdm[Any]") -> dict[str, float]:
+        """Log and print what is known at the end of an epoch, or before the first."""
+        step, epochs = self.training.updates, self._config.epochs
+        events = board.size()
+        metrics = observe(board, self.training)
+        if step == 0:
+            return metrics
+        epoch = -(-step // self.training.updates_per_epoch)
+        self.folder.add_metrics({"epoch": epoch, "step": step} | metrics)
+        bar.set_postfix_str(f"test accuracy {metrics['test_accuracy']:.2%}")
+        if not self._on_terminal:
+            print(f"epoch {epoch:{len(str(epochs))}}/{epochs}  {line(metrics)}")
+        self._judge(metrics["train_cost"])
+        if metrics["test_accuracy"] > self._best and not self.is_stopped:
+            self._best_to_write = self._packed(board, events)
+            self._best = metrics["test_accuracy"]
+        return metrics
+
+    def _judge(self, cost: float) -> None:
+        if is_good(cost):
+            return
+        if self._config.on_nan == "stop":
+            self.is_stopped = True
+        elif not self._has_warned:
+            self._has_warned = True
+            print(
+                f"warning: the cost is {cost} at update {self.training.updates}; going on, as "
+                "--on-nan says",
+                file=sys.stderr,
+            )
+
+    def _packed(self, board: Board, events: int) -> bytes:
+        return checkpoint.pack(
+            state_of(self._config, self.training, self._best, events, board.traces.history)
+        )
+
+    def _save(self, board: Board) -> None:
+        """Write last.pt, unless a cost that is no number would be sure to follow from it."""
+        if self._config.on_nan == "stop" and not self.training.is_finite():
+            return
+        packed = self._packed(board, board.size())
+        self.folder.sync()
+        board.sync()
+        self._save_best()
+        checkpoint.write(self.folder.path / LAST, packed)
+        self.saved = self.training.updates
+
+    def _save_best(self) -> None:
+        """Write best.pt if it has changed; not each time that it does, because that takes time."""
+        if self._best_to_write is not None:
+            checkpoint.write(self.folder.path / BEST, self._best_to_write)
+            self._best_to_write = None
+
+
+def observe(board: Board, training: Training) -> dict[str, float]:
+    """Log what is logged once per epoch; return the metrics."""
+    step = training.updates
+    metrics = training.metrics()
+    board.log_metrics(metrics, step)
+    trace = training.trace(training.data.x_test, training.y_test)
+    board.traces.log_histograms(trace, step)
+    if training.data.image_shape is not None:
+        board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
+    return metrics
+
+
+def draw(board: Board, training: Training) -> None:
+    """Log the pictures that are drawn only at the end; each takes as long as a small epoch."""
+    board.traces.log_heat_map(training.updates)
+    data = training.data
+    predictions = training.trace(data.x_test, training.y_test).output.argmax(-1)
+    board.log_confusion(data.label_test, predictions, data.class_names, training.updates)
