@@ -8,7 +8,7 @@ if __name__ == "__main__":  # first, so that it can be interrupted while everyth
     run(lambda: import_module("experiments.walk.__main__").main())
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tyro.extras import literal_type_from_choices
 
+from experiments import checkpoint
 from experiments.command_line import parse, refuse, require_counts, require_rate, require_seed
+from experiments.data import load
 from experiments.networks import activations, build_cost, build_net
 from experiments.run_folder import can_be_made
 from experiments.walk.page import page
@@ -54,6 +56,9 @@ class Config:
     """η, the step size of gradient descent."""
     seed: int = 0
     """Determines the weights, the inputs and the targets."""
+    checkpoint: Path | None = None
+    """Walk through the network of a run of experiments.train, with the first samples of its test
+    data: the run's folder, for its last state, or one of the checkpoints in it."""
     output: Path = Path("runs/walk.html")
     """Where the page is written; an existing file is replaced."""
 
@@ -64,8 +69,15 @@ class Config:
         require_counts(self, "batch_size")
         require_rate(self.learning_rate)
         require_seed(self.seed)
+        if self.checkpoint is not None:
+            self._require_nothing_of_the_run()
         if self.output.is_dir() or not can_be_made(self.output.parent):
             raise ValueError(f"--output must be a file to write to; got {str(self.output)!r}")
+
+    def _require_nothing_of_the_run(self) -> None:
+        for name in ("sizes", "activation", "cost", "seed"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name} is the run's own; it does not go with --checkpoint")
 
 
 class Subject(NamedTuple):
@@ -89,6 +101,31 @@ def invent(config: Config) -> Subject:
     labels = torch.randint(config.sizes[-1], (config.batch_size,))
     y = F.one_hot(labels, config.sizes[-1]).float()
     return Subject(net, x, y, build_cost(config.cost), f"seed {config.seed}")
+
+
+def trained(config: Config, run: Path) -> tuple[Config, Subject]:
+    """The network of a run and the first samples of its test data; and the options of that net.
+
+    Raises:
+        OSError: The checkpoint cannot be read.
+        ValueError: It is damaged, or not one of experiments.train.
+    """
+    state = checkpoint.read(run / checkpoint.LAST if run.is_dir() else run)
+    try:
+        options, training = state["config"], state["training"]
+        data = load(options["dataset"])
+        sizes = (data.features, *options["hidden"], data.classes)
+        net = build_net(sizes, options["activation"], options["cost"])
+        net.load_state_dict(training["net"])
+        source = f"{options['dataset']} after {training['updates']} updates"
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{run} is not a checkpoint of experiments.train") from None
+    x = data.x_test[: config.batch_size]
+    y = F.one_hot(data.label_test[: config.batch_size], data.classes).float()
+    subject = Subject(net, x, y, build_cost(options["cost"]), source)
+    return replace(
+        config, sizes=sizes, activation=options["activation"], cost=options["cost"], checkpoint=None
+    ), subject
 
 
 def write(config: Config, subject: Subject) -> tuple[str, bool]:
@@ -122,7 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return the exit code."""
     config = parse(Config, arguments, PROGRAM)
     try:
-        subject = invent(config)
+        if config.checkpoint is None:
+            subject = invent(config)
+        else:
+            config, subject = trained(config, config.checkpoint)
+    except (OSError, ValueError) as error:
+        refuse(PROGRAM, f"--checkpoint must be the folder of a run: {error}")
     except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
         refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
     text, has_samples = write(config, subject)
@@ -131,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(
             PROGRAM,
             f"--sizes and --batch-size must make a page below {LARGEST:,} bytes; got "
-            f"{size:,} for {'-'.join(map(str, config.sizes))} and {config.batch_size} samples",
+            f"{size:,} for {'-'.join(map(str, config.sizes))} and {len(subject.x)} samples",
         )
     try:
         config.output.parent.mkdir(parents=True, exist_ok=True)

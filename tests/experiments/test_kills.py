@@ -14,7 +14,7 @@ from tests.experiments.runs import QUICK, left_by, only
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.kills)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.kills)])
 def test_a_killed_run_ends_with_the_same_bits(kills: int, tmp_path: Path) -> None:
     options = [*QUICK, "--epochs", str(5 * kills), "--log-every", "5"]
     for name in ("whole", "killed"):

@@ -399,7 +399,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_go_on(
     assert left_by(run[0]) == whole()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["autograd", "step"])  # they find out in different places
 def test_a_cost_that_is_no_number_is_traced_to_its_update_and_layer(
     method: str,
     tmp_path: Path,

@@ -1,7 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from experiments import checkpoint, train
+from experiments.data import load
 from experiments.walk.__main__ import LARGEST, Config, invent, main, write
 from tests.helpers import refusal
 
@@ -41,6 +45,62 @@ def test_a_wrong_option_is_refused_in_one_line(
     said = refusal(main, arguments, capsys)
     assert reason in said
     assert said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run of the main job."""
+    runs = tmp_path_factory.mktemp("runs")
+    arguments = "--dataset iris --hidden 3 --epochs 2 --cost softmax-cross-entropy"
+    assert train.main([*arguments.split(), "--run-folder", str(runs), "--device", "cpu"]) == 0
+    (folder,) = runs.iterdir()
+    return folder
+
+
+def test_a_checkpoint_gives_the_net_and_the_test_data_of_its_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "walk.html"
+    options = ["--batch-size", "4", "--output", str(file)]
+    assert main(["--checkpoint", str(run), *options]) == 0
+    page = file.read_text(encoding="utf-8")
+    numbers = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    assert numbers["net"] == {
+        "sizes": [4, 3, 3],
+        "activation": "sigmoid",
+        "output": "none",
+        "cost": "softmax-cross-entropy",
+        "learning_rate": 3.0,
+        "samples": 4,
+        "source": "iris after 24 updates",
+    }
+    state = checkpoint.read(run / checkpoint.LAST)
+    w, b = (state["training"]["net"][f"2.{name}"] for name in ("weight", "bias"))
+    assert numbers["shared"]["w2"] == [[float(f"{v:.6g}") for v in row] for row in w.tolist()]
+    data = load("iris")
+    hidden = torch.tensor(numbers["passes"][0]["a1"])
+    torch.testing.assert_close(torch.tensor(numbers["passes"][0]["a0"]), data.x_test[:4])
+    torch.testing.assert_close(torch.tensor(numbers["passes"][0]["z2"]), hidden @ w.mT + b)
+    assert numbers["passes"][3]["y"] == [[float(c == data.label_test[2]) for c in range(3)]]
+    assert main(["--checkpoint", str(run / checkpoint.LAST), *options]) == 0
+    assert file.read_text(encoding="utf-8") == page
+    capsys.readouterr()
+
+
+def test_a_checkpoint_that_cannot_be_walked_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(main, ["--checkpoint", str(run), "--sizes", "4", "2"], capsys)
+    assert said.endswith(": --sizes is the run's own; it does not go with --checkpoint\n")
+    said = refusal(main, ["--checkpoint", str(tmp_path)], capsys)
+    assert "--checkpoint must be the folder of a run: [Errno 2] No such file" in said
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes((run / checkpoint.LAST).read_bytes()[:-50])
+    said = refusal(main, ["--checkpoint", str(broken)], capsys)
+    assert f"{broken} is damaged" in said
+    broken.write_bytes(checkpoint.pack({"config": {"dataset": "iris"}}))
+    said = refusal(main, ["--checkpoint", str(broken)], capsys)
+    assert said.endswith(f"{broken} is not a checkpoint of experiments.train\n")
 
 
 def test_a_net_too_large_for_a_page_is_refused(
