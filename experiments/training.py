@@ -113,7 +113,6 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
 
 def _be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 

@@ -262,7 +262,7 @@ def _follow(outcomes: Iterable[Outcome], checks: Iterable[Check]) -> Iterator[Ou
 
 def _as_declared(case: Case, check: Check, status: Status, message: str) -> tuple[Status, str]:
     """The status in view of what the case supports, and of what is expected to fail."""
-    if status == "not applicable" and check.name in case.supports:
+    if status == "not applicable" and check.name in case.supports and _is_for(check, case):
         status, message = "failed", f"{NOT_JUDGED}: {message}"
     reason = case.expected_failures.get(check.name)
     if reason is not None and status == "failed":

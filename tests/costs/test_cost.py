@@ -112,7 +112,6 @@ def kit_case(name: str, reduction: str, on: str) -> KitCase:
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         return [sample(case, 5)]
 
-    unlike = {"infinite_values": "for z = -inf PyTorch says nan, where the cost is inf"}
     return function_case(
         ours(case, reduction),
         draw,
@@ -121,7 +120,6 @@ def kit_case(name: str, reduction: str, on: str) -> KitCase:
         supports=CAPABILITIES - {"factory_kwargs"},
         in_dims=(0, 0),
         device=on,
-        expected_failures=unlike if name == "sigmoid" else {},
     )
 
 
