@@ -5,8 +5,9 @@ either falls back to something slower that gives the same numbers, or raises an 
 ("refuses", below). `tests/test_torch.py` hides each name in turn.
 """
 
+import importlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -221,6 +222,26 @@ def tree_leaves(tree: Any) -> list[Any]:
     return leaves
 
 
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers, and the structure from which `unflatten_tree` makes more."""
+    flat: tuple[list[Any], Any] = _need(_pytree, "tree_flatten", "look into nested containers")(
+        tree
+    )
+    return flat
+
+
+def unflatten_tree(leaves: Iterable[Any], structure: Any) -> Any:
+    """Nested containers of this structure that hold these leaves."""
+    return _need(_pytree, "tree_unflatten", "nest arguments")(leaves, structure)
+
+
+def tree_paths(arguments: tuple[Any, ...]) -> list[tuple[int, str]]:
+    """For every leaf, the position of its argument, and the path from there, such as `['h'][0]`."""
+    pairs = _need(_pytree, "tree_flatten_with_path", "name nested arguments")(arguments)[0]
+    text = _need(_pytree, "keystr", "name nested arguments")
+    return [(path[0].idx, text(path[1:])) for path, _ in pairs]
+
+
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tuples, lists and dicts with other tensors. Without it, refuses."""
     return _need(_pytree, "tree_map_only", "look into nested containers")(Tensor, change, tree)
@@ -292,6 +313,46 @@ def seeing_operators(see: Callable[[str], object]) -> AbstractContextManager[Any
     return Seeing()
 
 
+def is_pytorchs_function(node: object) -> bool:
+    """Whether a node belongs to a Function that is part of PyTorch, such as that of checkpointing.
+
+    The backward of an operator made with torch.library is its author's. Without the private name,
+    none does.
+    """
+    return module_of(node).split(".")[0] == "torch" and not is_of_operator(node)
+
+
+def module_of(node: object) -> str:
+    """The name of the module with the Function of a node; empty without the private name."""
+    return str(getattr(getattr(type(node), "_forward_cls", None), "__module__", ""))
+
+
+def is_of_operator(node: object) -> bool:
+    """Whether a node belongs to an operator made with torch.library.
+
+    Without the private name, none does: the kit blames operators for what PyTorch drops.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("torch._library.")
+
+
+def operator_of(fn: object) -> Any:
+    """The operator of torch.library that this is, as its default overload; None if it is none.
+
+    Without the names, None: the kit judges it as any other call.
+    """
+    overload = getattr(fn, "_opoverload", fn)
+    overload = getattr(overload, "default", overload)
+    kind = getattr(getattr(torch, "_ops", None), "OpOverload", None)
+    return overload if kind is not None and isinstance(overload, kind) else None
+
+
+def operator_arguments(operator: Any) -> list[str]:
+    """The names of an operator's arguments. Without the name, none is known."""
+    schema = getattr(operator, "_schema", None)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
+
+
 def expected_gradient(node: object, slot: int) -> Any:
     """The shape, dtype and device that a node of autograd's graph wants its gradient to have.
 
@@ -299,3 +360,38 @@ def expected_gradient(node: object, slot: int) -> Any:
     """
     metadata: Any = getattr(node, "_input_metadata", None)
     return None if metadata is None else metadata[slot]
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd knows. Without it, always 0."""
+    return int(getattr(value, "_version", 0))
+
+
+def own_test_samples() -> tuple[list[Any], list[Any]]:
+    """PyTorch's samples for its own tests: of operators (OpInfo) and of modules (ModuleInfo).
+
+    Without the names, refuses. They need packages that PyTorch does not install.
+
+    Raises:
+        ModuleNotFoundError: Such a package is missing.
+    """
+    return (
+        _need(_testing("common_methods_invocations"), "op_db", "judge PyTorch's functions"),
+        _need(_testing("common_modules"), "module_db", "judge PyTorch's modules"),
+    )
+
+
+def _testing(name: str) -> Any:
+    """A module of PyTorch's own tests; None if this version has none of the name."""
+    path = f"torch.testing._internal.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if path.startswith(missing):
+            return None
+        raise ModuleNotFoundError(
+            f"{missing} must be installed, since PyTorch's own test samples need it: install "
+            f"manual-bp[test]",
+            name=missing,
+        ) from None

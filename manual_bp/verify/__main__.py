@@ -38,16 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compiler", action="store_true", help="leave out the slow checks")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--self-test", action="store_true", help="judge the kit itself")
+    parser.add_argument(
+        "--sweep", action="store_true", help="in the self-test: judge PyTorch's functions instead"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds in the self-test (3)")
     options = parser.parse_args(arguments)
     if options.self_test == (options.case is not None):
         refuse("give either package.module:Name of a Case or --self-test")
+    if options.sweep and not options.self_test:
+        refuse("--sweep is a part of --self-test; give both")
     if options.seeds < 1:
         refuse(f"--seeds must be at least 1; got {options.seeds}")
     if options.self_test:
-        from manual_bp.verify.self_test import self_test
-
-        return 0 if self_test(options.seeds) else 1
+        return 0 if _judge_the_kit(options.seeds, is_sweep=options.sweep) else 1
     names = {check.name for check in CHECKS}
     unknown = sorted(set(options.check or ()) - names)
     if unknown:
@@ -55,12 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = find(options.case)
     if options.seed is not None:
         cases = [replace(case, seed=options.seed) for case in cases]
-    reports = [run(case, options.check, slow=not options.no_compiler) for case in cases]
+    reports = []
+    for case in cases:
+        try:
+            reports.append(run(case, options.check, slow=not options.no_compiler))
+        except (TypeError, ValueError) as error:
+            refuse(f"{case.name}: {error}")
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
     else:
         print("\n\n".join(map(str, reports)))
     return 0 if all(report.ok for report in reports) else 1
+
+
+def _judge_the_kit(seeds: int, *, is_sweep: bool) -> bool:
+    """Whether the kit catches every planted mistake, or raises no alarm in the sweep."""
+    if not is_sweep:
+        from manual_bp.verify.self_test import self_test
+
+        return self_test(seeds)
+    from manual_bp.verify.sweep import sweep
+
+    try:
+        return sweep(seeds)
+    except ImportError as error:
+        refuse(str(error))
 
 
 def find(location: str) -> list[Case]:

@@ -1,6 +1,6 @@
 """Arguments that require gradients, the gradients themselves, and the graph between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,15 +8,40 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from manual_bp._torch import tree_leaves
+from manual_bp._torch import is_pytorchs_function, module_of, tree_leaves
+from manual_bp.verify._arguments import hides_tensors
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 Gradients = dict[int, Tensor | None]
 
+# The module with the one Function of this kit, which stands around the code under test.
+_NOT_JUDGED = "manual_bp.verify._calling"
+
+
+class HiddenTensorsError(TypeError):
+    """A result holds tensors where nobody looks for them."""
+
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
-    """All tensors in a result, however they are nested."""
-    return tuple(t for t in tree_leaves(value) if isinstance(t, Tensor))
+    """All tensors in a result, however they are nested. Those of a dict are sorted by key.
+
+    Raises a HiddenTensorsError if a class holds some that is not registered as a pytree.
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = [value[key] for key in sorted(value, key=str)]
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif (found := tree_leaves(value)) and found[0] is not value:
+        parts = found
+    elif name := hides_tensors(value):
+        raise HiddenTensorsError(
+            f"the result must hold its tensors in lists, tuples, dicts or classes registered as "
+            f"pytrees; got some in a {name}"
+        )
+    return tuple(t for part in parts for t in tensors_of(part))
 
 
 def outputs_of(value: Any) -> tuple[Tensor, ...]:
@@ -45,9 +70,24 @@ def leaves(sample: Sample, wanted: Sequence[int] | None = None) -> Sample:
     """The arguments as new leaves. Those at `wanted` (by default all) require gradients."""
     chosen = positions(sample) if wanted is None else wanted
     return tuple(
-        t.detach().clone().requires_grad_(i in chosen) if is_differentiable(t) else t
+        copied(t).requires_grad_(i in chosen and is_differentiable(t))
+        if isinstance(t, Tensor)
+        else t
         for i, t in enumerate(sample)
     )
+
+
+def copied(
+    value: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy with the same strides, even if elements lie apart or share memory."""
+    value = value.detach()
+    copy = value.to(device or value.device, dtype or value.dtype, copy=True)
+    if copy.stride() == value.stride():
+        return copy
+    size = value.untyped_storage().nbytes() // value.dtype.itemsize
+    memory = value.as_strided((size,), (1,), 0).to(copy.device, copy.dtype, copy=True)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset()).detach()
 
 
 def gradients(
@@ -90,7 +130,7 @@ def with_tangents(sample: Sample, tangents: Mapping[int, Tensor | None]) -> Samp
 
 
 def custom_nodes(result: Any) -> list[Any]:
-    """The nodes of hand-written Functions in the graph of a result."""
+    """The nodes of hand-written Functions in the graph of a result, without PyTorch's own."""
     seen: set[Any] = set()
     queue = [t.grad_fn for t in outputs_of(result) if t.grad_fn is not None]
     while queue:
@@ -98,7 +138,12 @@ def custom_nodes(result: Any) -> list[Any]:
         if node not in seen:
             seen.add(node)
             queue += [below for below, _ in node.next_functions if below is not None]
-    return [node for node in seen if isinstance(node, FunctionCtx)]
+    functions = [node for node in seen if isinstance(node, FunctionCtx)]
+    return [
+        node
+        for node in functions
+        if not (is_pytorchs_function(node) or module_of(node) == _NOT_JUDGED)
+    ]
 
 
 def node_name(node: Any) -> str:

@@ -35,9 +35,12 @@ class Budget:
         return self.rtol * size + self.atol + extra
 
     def wrong(self, got: Tensor, expected: Tensor) -> Tensor:
-        """Which elements differ by more than is allowed. Those not finite must be the same."""
+        """Which elements differ by more than is allowed. Infinite ones must be the same.
+
+        Nothing is asked where nan is expected.
+        """
         finite = expected.isfinite() & got.isfinite()
-        same = (got == expected) | (got.isnan() & expected.isnan())
+        same = (got == expected) | expected.isnan()
         return torch.where(finite, (got - expected).abs() > self.allowed(expected), ~same)
 
     def widened_by(self, rtol: float, atol: float, expected: Tensor) -> "Budget":
@@ -98,8 +101,9 @@ def reference_budget(
         pairs: Results of the reference in the dtype, each with the exact one.
         expected: The exact result, in float64.
         terms: How many terms the longest sum has.
-        slack: A factor for higher derivatives and large arguments, where other operations than the
-            reference's round differently.
+        slack: A factor of what is allowed for rounding, where other operations than the reference's
+            may round differently: higher derivatives, large arguments, and dtypes that a case does
+            not name.
         least: The reference's error is taken to be at least this.
     """
     eps = torch.finfo(dtype).eps
@@ -117,8 +121,8 @@ def reference_budget(
         atol=sums * size + _smallest(dtype),
         extra=slack * (5 * absolute + eps * size),
         cap=5 * relative if is_exact else math.inf,
-        norm=slack * (2 * max(_norm(error) for error, _ in errors) + eps * norm)
-        + sums * norm
+        norm=2 * max(_norm(error) for error, _ in errors)
+        + (slack * eps + sums) * norm
         + (slack * least + _smallest(dtype)) * math.sqrt(max(expected.numel(), 1)),
         dtype=dtype,
     )

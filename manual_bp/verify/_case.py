@@ -28,8 +28,16 @@ class Case:
     rtol, atol: A tolerance in addition to the allowance for rounding.
     varying: As in_dims, for each group of other dimensions that may have any size.
     labels: Names of the arguments in messages.
+    project: For positions of arguments, a function that maps a tensor into the domain.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
+    nested_inputs: Nests a module's inputs in a sample as its forward takes them.
+    parameters: How many of the last arguments are parameters of a module.
+    module, reference_module: What call and reference run, with the parameters and buffers that
+        their last call left.
+    operator: The operator of `torch.library` that is judged, if the call is one.
+    gradient_of: A function that has the intended gradient, if that is not the derivative.
+    is_random: Whether it draws global random numbers, so the call and the reference set the seeds.
     location: Where the command line found the case, as package.module:Name.
     """
 
@@ -47,8 +55,16 @@ class Case:
     atol: float = 0.0
     varying: tuple[tuple[int | None, ...], ...] = ()
     labels: tuple[str, ...] = ()
+    project: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     factory: Callable[[], nn.Module] | None = None
     reference_factory: Callable[[], nn.Module] | None = None
+    nested_inputs: Callable[[Sample], Sample] = tuple
+    parameters: int = 0
+    module: nn.Module | None = None
+    reference_module: nn.Module | None = None
+    operator: Any = None
+    gradient_of: Call | None = None
+    is_random: bool = False
     location: str = ""
 
     def label(self, position: int) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.func import functional_call
 
-from manual_bp._torch import tree_leaves
+from manual_bp._torch import operator_arguments, operator_of, tree_leaves
+from manual_bp.verify._arguments import Structure, per_leaf, structure_of
 from manual_bp.verify._case import (
     Call,
     Case,
@@ -19,6 +19,8 @@ from manual_bp.verify._case import (
     Samples,
     is_differentiable,
 )
+from manual_bp.verify._domain import Project, by_position, require_domains
+from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
 
@@ -31,24 +33,28 @@ def function_case(
     *,
     name: str = "",
     supports: Iterable[str] = (),
-    in_dims: tuple[int | None, ...] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
     dtypes: Iterable[Dtypes] = (torch.float64,),
     rtol: float = 0.0,
     atol: float = 0.0,
-    varying: Sequence[tuple[int | None, ...]] = (),
+    varying: Sequence[tuple[Any, ...]] = (),
+    project: Mapping[str | int, Project] | None = None,
+    gradient_of: Call | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
 ) -> Case:
-    """A case of a callable or of an `autograd.Function` class.
+    """A case of a callable, an `autograd.Function` class or an operator of `torch.library`.
 
     Args:
         fn: What is judged.
-        samples: A list of argument tuples, or a function that makes one from a generator.
+        samples: A list of argument tuples, or a function that makes one from a generator. Arguments
+            may be nested in lists, tuples, dicts and registered classes, in all samples alike.
         reference: The same function in ordinary differentiable PyTorch.
         name: The name of the case; by default that of fn.
         supports: Capabilities that must work.
-        in_dims: As for `torch.vmap`: the sample dimension of each argument.
+        in_dims: As for `torch.vmap`: the sample dimension of each argument, nested as the argument
+            is, or one for all its tensors.
         dtypes: In which dtypes fn works. The floating arguments are converted to each of them in
             turn, complex ones to the complex dtype of the same precision. A tuple has one dtype for
             each argument, or None for one that stays as it is. The reference runs in float64, from
@@ -57,35 +63,52 @@ def function_case(
         atol: An absolute one, likewise.
         varying: Other dimensions that may have any size: as in_dims, once for each group of
             dimensions that have the same size.
+        project: For arguments with a domain, by name or position: a function that maps a tensor
+            into the domain (positive, sorted, symmetric ...). Every check that moves a sample uses
+            it.
+        gradient_of: For a gradient that is not the derivative on purpose (straight-through,
+            surrogate): an ordinary PyTorch function that has the intended one. Its value does not
+            matter; that is the reference's.
         device: Where to run.
         seed: The seed of all random numbers.
         expected_failures: Names of checks that are known to fail, with the reason.
 
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
-        ValueError: A capability is unknown, a tolerance is negative, or in_dims, dtypes or varying
-            do not fit the samples.
+        ValueError: A capability is unknown, a tolerance is negative, in_dims, dtypes, varying or
+            project do not fit the samples, or gradient_of was given without a reference.
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
     if reference is not None:
         _callable("reference", reference)
-    draw, count = _as_draw(samples)
+    _require_reference(gradient_of, reference)
+    drawn = _drawn(samples)
+    structure = structure_of(drawn)
+    operator = operator_of(fn)
+    labels = structure.labels(
+        operator_arguments(operator)
+        or _argument_names(fn.forward if is_function else fn, is_function)
+    )
+    own_name = getattr(fn, "__name__", type(fn).__name__) if operator is None else operator.name()
     return Case(
-        name=name or getattr(fn, "__name__", type(fn).__name__),
-        call=call,
-        draw=draw,
-        reference=reference,
+        name=name or own_name,
+        call=structure.call(call),
+        draw=_as_draw(samples, structure),
+        reference=None if reference is None else structure.call(reference),
         supports=_known_capabilities(supports),
-        in_dims=_per_argument("in_dims", in_dims, count),
-        dtypes=_known_dtypes(dtypes, count),
+        in_dims=_dims("in_dims", in_dims, drawn[0]),
+        dtypes=_known_dtypes(dtypes, drawn[0]),
         rtol=_tolerance("rtol", rtol),
         atol=_tolerance("atol", atol),
-        varying=tuple(_per_argument("varying", group, count) for group in varying),
+        varying=tuple(_dims("varying", group, drawn[0]) for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
-        labels=_argument_names(fn.forward if is_function else fn, is_function),
+        labels=labels,
+        operator=operator,
+        project=_domains(project, labels, structure, drawn),
+        gradient_of=None if gradient_of is None else structure.call(gradient_of),
     )
 
 
@@ -97,11 +120,13 @@ def module_case(
     *,
     name: str = "",
     supports: Iterable[str] = (),
-    in_dims: tuple[int | None, ...] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
     dtypes: Iterable[Dtypes] = (torch.float64,),
     rtol: float = 0.0,
     atol: float = 0.0,
-    varying: Sequence[tuple[int | None, ...]] = (),
+    varying: Sequence[tuple[Any, ...]] = (),
+    project: Mapping[str | int, Project] | None = None,
+    gradient_of: Callable[[], nn.Module] | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
@@ -112,6 +137,7 @@ def module_case(
         factory: Makes the module.
         samples: Arguments of its forward.
         reference: Makes a module that is trusted, with the same parameter names.
+        gradient_of: Makes a module that has the intended gradient, likewise.
         dtypes: A tuple has one dtype for each input. Then the parameters stay as they are made.
 
     Raises:
@@ -119,27 +145,38 @@ def module_case(
         ValueError: As for `function_case`, or module and reference have different parameters.
     """
     module = _built("factory", factory, seed, device)
+    trusted = _built_like("reference", reference, module, seed, device)
+    intended = _built_like("gradient_of", gradient_of, module, seed, device)
+    _require_reference(gradient_of, reference)
     parameters = dict(module.named_parameters())
-    draw, count = _as_draw(samples, need_floats=not parameters)
+    drawn = _drawn(samples, need_floats=not parameters)
+    structure = structure_of(drawn)
+    inputs = structure.labels([f"input {i}" for i in range(len(drawn[0]))])
     nones = (None,) * len(parameters)
     return Case(
         name=name or type(module).__name__,
-        call=_lifted(module, list(parameters)),
-        draw=_with_parameters(draw, list(parameters.values())),
-        reference=_lifted_reference(reference, list(parameters), seed, device),
+        call=lifted(module, list(parameters), structure),
+        draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
+        reference=trusted and lifted(trusted, list(parameters), structure),
         supports=_known_capabilities(supports),
-        in_dims=None if in_dims is None else _per_argument("in_dims", in_dims, count) + nones,
+        in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn[0]) + nones,
         dtypes=tuple(
             entry + nones if isinstance(entry, tuple) else entry
-            for entry in _known_dtypes(dtypes, count)
+            for entry in _known_dtypes(dtypes, drawn[0])
         ),
         rtol=_tolerance("rtol", rtol),
         atol=_tolerance("atol", atol),
-        varying=tuple(_per_argument("varying", group, count) + nones for group in varying),
+        varying=tuple(_dims("varying", group, drawn[0]) + nones for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
-        labels=(*[f"input {i}" for i in range(count)], *parameters),
+        labels=(*inputs, *parameters),
+        project=_domains(project, (*inputs, *parameters), structure, drawn, parameters.values()),
+        gradient_of=intended and lifted(intended, list(parameters), structure),
+        nested_inputs=structure.unflatten,
+        parameters=len(parameters),
+        module=module,
+        reference_module=trusted,
         factory=factory,
         reference_factory=reference,
     )
@@ -155,33 +192,24 @@ def _argument_names(fn: Any, is_forward: bool) -> tuple[str, ...]:
     return tuple(names[1:] if is_forward and names[:1] == ["ctx"] else names)
 
 
-def _lifted(module: nn.Module, names: list[str]) -> Call:
-    """The module as a function of its inputs and the parameters of these names."""
-
-    def call(*arguments: Any) -> Any:
-        count = len(arguments) - len(names)
-        values = dict(zip(names, arguments[count:], strict=True))
-        floats = [t.dtype for t in arguments if is_differentiable(t) and not t.is_complex()]
-        buffers = {
-            name: buffer.to(floats[0] if buffer.is_floating_point() and floats else buffer.dtype)
-            for name, buffer in module.named_buffers()
-        }
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return functional_call(module, values | copies, arguments[:count])
-
-    return call
-
-
-def _lifted_reference(factory: Any, names: list[str], seed: int, device: Any) -> Call | None:
+def _built_like(
+    name: str, factory: Any, module: nn.Module, seed: int, device: torch.device | str | None
+) -> nn.Module | None:
+    """A module with the same parameters; None if no factory was given."""
     if factory is None:
         return None
-    module = _built("reference", factory, seed, device)
-    found = sorted(name for name, _ in module.named_parameters())
-    if found != sorted(names):
-        raise ValueError(
-            f"reference must have the parameters of the module, {sorted(names)}; got {found}"
-        )
-    return _lifted(module, names)
+    built = _built(name, factory, seed, device)
+    wanted, found = (sorted(dict(m.named_parameters())) for m in (module, built))
+    if found != wanted:
+        raise ValueError(f"{name} must have the parameters of the module, {wanted}; got {found}")
+    return built
+
+
+def _require_reference(gradient_of: Any, reference: Any) -> None:
+    if gradient_of is not None:
+        _callable("gradient_of", gradient_of)
+        if reference is None:
+            raise ValueError("gradient_of must come with a reference, which gives the value")
 
 
 def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:
@@ -207,48 +235,74 @@ def _built(name: str, factory: Any, seed: int, device: torch.device | str | None
     return module.to(device or "cpu")
 
 
-def _as_draw(samples: Any, *, need_floats: bool = True) -> tuple[Draw, int]:
-    """The samples as a function of a generator, and how many arguments each has."""
+def _drawn(samples: Any, *, need_floats: bool = True) -> Sequence[Sample]:
+    """The first samples, which must be ones that can be judged."""
     drawn = samples(torch.Generator().manual_seed(0)) if callable(samples) else samples
     if not isinstance(drawn, Sequence) or not drawn:
         raise TypeError(f"samples must be a sequence of argument tuples; got {drawn!r:.80}")
     for sample in drawn:
-        _require_arguments(sample)
-    if need_floats and not all(any(map(is_differentiable, sample)) for sample in drawn):
+        if not isinstance(sample, tuple):
+            kind = type(sample).__name__
+            raise TypeError(f"samples must be a sequence of argument tuples; got a {kind}")
+    floats = [any(map(is_differentiable, tree_leaves(sample))) for sample in drawn]
+    if need_floats and not all(floats):
         raise TypeError("samples must each hold a floating or complex tensor; got none")
     counts = sorted({len(sample) for sample in drawn})
     if len(counts) > 1:
         raise ValueError(f"samples must all have the same number of arguments; got {counts}")
-    return samples if callable(samples) else lambda _: drawn, counts[0]
+    return drawn
 
 
-def _per_argument(name: str, dims: Any, count: int) -> Any:
-    """Dimensions as given, one (or None) for each argument."""
-    fits = isinstance(dims, tuple) and len(dims) == count
-    if dims is not None and not (fits and all(d is None or isinstance(d, int) for d in dims)):
-        raise ValueError(
-            f"{name} must have a dimension or None for each argument, in a tuple of {count}; "
-            f"got {dims}"
-        )
-    return dims
+def _as_draw(samples: Any, structure: Structure) -> Draw:
+    draw = samples if callable(samples) else lambda _: samples
+    return lambda generator: [structure.flatten(sample) for sample in draw(generator)]
 
 
-def _known_dtypes(dtypes: Any, count: int) -> tuple[Dtypes, ...]:
+def _dims(name: str, dims: Any, sample: Sample) -> Any:
+    """A dimension or None for each tensor in a sample."""
+    if dims is None:
+        return None
+    found = per_leaf(name, dims, sample)
+    if not all(d is None or isinstance(d, int) for d in found):
+        raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
+    leaves = zip(found, tree_leaves(sample), strict=True)
+    return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
+
+
+def _domains(
+    project: Any,
+    labels: Sequence[str],
+    structure: Structure,
+    drawn: Sequence[Sample],
+    parameters: Iterable[Tensor] = (),
+) -> dict[int, Project]:
+    """The projection of each tensor that has one. Parameters come after the inputs."""
+    samples = [(*structure.flatten(sample), *parameters) for sample in drawn]
+    count = len(samples[0])
+    names = [labels[i] if i < len(labels) else f"argument {i}" for i in range(count)]
+    found: dict[int, Project] = by_position("project", project, names, structure.owners(count))
+    require_domains(found, names, samples)
+    return found
+
+
+def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:
     """The entries of dtypes, the widest first."""
 
     def eps(entry: Dtypes) -> float:
         members = entry if isinstance(entry, tuple) else (entry,)
         return min([torch.finfo(dtype).eps for dtype in members if dtype], default=0.0)
 
-    entries = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
+    entries = tuple(
+        per_leaf("dtypes", entry, sample) if isinstance(entry, tuple) else entry
+        for entry in (dtypes if isinstance(dtypes, Iterable) else ())
+    )
     for entry in entries or (None,):
-        members = entry if isinstance(entry, tuple) and len(entry) == count else (entry,)
-        for dtype in members:
+        for dtype in entry if isinstance(entry, tuple) else (entry,):
             is_none = dtype is None and isinstance(entry, tuple)
             if not is_none and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise ValueError(
-                    f"dtypes must list floating dtypes, or tuples of {count} with a floating dtype "
-                    f"or None for each argument; got {dtypes}"
+                    f"dtypes must list floating dtypes, or tuples with a floating dtype or None "
+                    f"for each argument; got {dtypes}"
                 )
     return tuple(sorted(entries, key=eps))
 
@@ -257,21 +311,6 @@ def _tolerance(name: str, value: float) -> float:
     if not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a number that is not negative; got {value}")
     return float(value)
-
-
-def _require_arguments(sample: Any) -> None:
-    if not isinstance(sample, tuple):
-        raise TypeError(
-            f"samples must be a sequence of argument tuples; got a {type(sample).__name__}"
-        )
-    for value in sample:
-        holds_one = any(map(is_differentiable, tree_leaves(value)))
-        if holds_one and not isinstance(value, Tensor):
-            raise TypeError(
-                f"samples must hold each floating or complex tensor as a separate argument, "
-                f"since only those are judged; got one in a {type(value).__name__}, which "
-                f"lambda *tensors: call(list(tensors)) would make"
-            )
 
 
 def _known_capabilities(supports: Iterable[str]) -> frozenset[str]:

@@ -77,7 +77,7 @@ class Loss:
         return max([largest(widen(peer) - exact) for peer, exact in pairs], default=0.0)
 
     def _least(self, i: int | None, dtype: torch.dtype, expected: Tensor) -> float:
-        if self.usual is None:
+        if self.usual is None or not self.usual.is_low:
             return 0.0
         least = self.usual.noise(i, dtype) * largest(expected)
         if self.factor > 1:

@@ -1,36 +1,73 @@
 """The outcome of each check, and the report of a case."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Status = Literal["passed", "failed", "not applicable", "expected failure", "unexpected pass"]
 
+NOT_JUDGED = "declared, but it cannot be judged"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check found, with the number of comparisons and the seconds it took."""
+    """What one check found, with the number of comparisons and the seconds it took.
+
+    message: What was found. For a failure, lines with the diagnosis, with where it fails, and with
+        how to run it again may follow.
+    notes: What else there is to say.
+    follows_from: The failed check on which this failure builds; empty if there is none.
+    """
 
     check: str
     status: Status
     comparisons: int
     seconds: float
     message: str = ""
+    notes: tuple[str, ...] = ()
+    follows_from: str = ""
 
     @property
     def is_failure(self) -> bool:
         """Whether it counts against the case. An unexpected pass does."""
         return self.status in ("failed", "unexpected pass")
 
+    @property
+    def diagnosis(self) -> str:
+        """The mistake that a failure looks like; empty if nothing is known."""
+        return self._line("diagnosis: ")
+
+    @property
+    def where(self) -> str:
+        """At which samples, in which dtypes or where else it fails; empty if nothing is known."""
+        return self._line("where: ")
+
+    @property
+    def verdict(self) -> str:
+        """A failure in one sentence: what is wrong, why, and where."""
+        finding = self.message.partition("\n")[0]
+        if finding.startswith("sample ") and self.where:
+            finding = finding.partition(": ")[2]
+        if not self.diagnosis:
+            return ", ".join(filter(None, [f"{self.check}: {finding}", self.where]))
+        what = finding.partition(", at index")[0].partition(": expected")[0]
+        return ", ".join(filter(None, [f"{what} – {self.diagnosis}", self.where]))
+
+    def _line(self, start: str) -> str:
+        lines = self.message.splitlines()
+        return next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
+
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all checks of a case, which was judged in these dtypes."""
+    """The outcomes of all checks of a case, the dtypes it was judged in, and how it was called."""
 
     case: str
     seed: int
     device: str
     outcomes: tuple[Outcome, ...]
     dtypes: tuple[str, ...] = ("float64",)
+    notes: tuple[str, ...] = ()
 
     @property
     def ran(self) -> int:
@@ -43,9 +80,23 @@ class Report:
         return tuple(outcome for outcome in self.outcomes if outcome.is_failure)
 
     @property
+    def causes(self) -> tuple[Outcome, ...]:
+        """The failures that follow from no other failure, those that say most first."""
+        roots = [outcome for outcome in self.failures if not outcome.follows_from]
+        # A declared capability that cannot be judged says nothing about the code.
+        return tuple(sorted(roots, key=lambda outcome: outcome.message.startswith(NOT_JUDGED)))
+
+    @property
     def ok(self) -> bool:
         """Whether something ran and nothing failed."""
         return self.ran > 0 and not self.failures
+
+    @property
+    def verdict(self) -> str:
+        """Whether the case is ok; if not, what is wrong with it, in one sentence."""
+        if self.ok:
+            return "ok"
+        return f"NOT OK: {self.causes[0].verdict if self.causes else 'nothing was compared'}"
 
     def raise_if_failed(self) -> None:
         """Raise an AssertionError with the whole report, unless it is ok."""
@@ -60,28 +111,58 @@ class Report:
             "device": self.device,
             "dtypes": list(self.dtypes),
             "ok": self.ok,
+            "verdict": self.verdict,
+            "causes": [outcome.check for outcome in self.causes],
             "ran": self.ran,
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "notes": list(self.notes),
+            "outcomes": [
+                {**asdict(outcome), "diagnosis": outcome.diagnosis, "where": outcome.where}
+                for outcome in self.outcomes
+            ],
         }
 
     def __str__(self) -> str:
+        lines = [
+            self.verdict,
+            f"{self.case} on {self.device} in {', '.join(self.dtypes)}, seed {self.seed}",
+            *(f"note: {note}" for note in self.notes),
+            "",
+        ]
+        for cause in self.causes:
+            lines += [*self._explanation(cause), ""]
+        return "\n".join([*lines, *self._table(), self._summary()])
+
+    def _explanation(self, cause: Outcome) -> Iterator[str]:
+        """A failure with its whole message, and what follows from it."""
+        first, *rest = cause.message.splitlines() or [""]
+        yield f"{cause.check}: {first}"
+        yield from (f"    {line}" for line in rest)
+        names = [o.check for o in self.failures if o.follows_from == cause.check]
+        if len(names) == 1:
+            yield f"    1 check that builds on it fails too: {names[0]}"
+        if len(names) > 1:
+            yield f"    {len(names)} checks that build on it fail too: {', '.join(names)}"
+
+    def _table(self) -> Iterator[str]:
+        """A line for each check."""
         width = max((len(outcome.check) for outcome in self.outcomes), default=0)
-        lines = [f"{self.case} on {self.device} in {', '.join(self.dtypes)}, seed {self.seed}"]
         for outcome in self.outcomes:
-            first, *rest = outcome.message.splitlines() or [""]
-            lines.append(
+            text = outcome.message.partition("\n")[0]
+            if outcome.is_failure:
+                text = outcome.follows_from and f"follows from {outcome.follows_from}"
+            yield (
                 f"  {outcome.check:{width}}  {outcome.status:16}  {outcome.comparisons:4}  "
-                f"{outcome.seconds:6.2f} s  {first}".rstrip()
-            )
-            lines += [f"      {line}" for line in rest]
+                f"{outcome.seconds:6.2f} s  {text}"
+            ).rstrip()
+
+    def _summary(self) -> str:
         counts = {
             status: sum(outcome.status == status for outcome in self.outcomes)
             for status in ("passed", "failed", "expected failure", "unexpected pass")
         }
         summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         skipped = len(self.outcomes) - self.ran
-        lines.append(
+        return (
             f"{'ok' if self.ok else 'NOT OK'}: {self.ran} checks ran ({summary or 'none'}), "
             f"{skipped} not applicable"
         )
-        return "\n".join(lines)

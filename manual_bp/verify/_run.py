@@ -1,20 +1,33 @@
 """Runs the checks on a case."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from manual_bp.verify._autograd import HiddenTensorsError
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
-from manual_bp.verify._check import Check, CheckContext
+from manual_bp.verify._check import STATE, Check, CheckContext
 from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._evidence import blind_spot, most_informative
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
-from manual_bp.verify._report import Outcome, Report, Status
+from manual_bp.verify._prepare import prepared
+from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
+from manual_bp.verify._where import narrower, passes, pattern
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.checks._shared import first_line
+
+_FLAKY = (
+    "flaky: the same check with the same arguments passed the second time, so it is random, or it "
+    "remembers earlier calls"
+)
+
+_DETERMINISTIC = next(check for check in CHECKS if check.name == "deterministic")
 
 
 @without_pytorch_warnings()
@@ -23,30 +36,48 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
 
     Args:
         case: What is judged.
-        only: Names of checks; by default all that apply to functions or to modules.
+        only: Names of checks; by default all that apply to functions, modules or operators.
         slow: Whether to run the compiler checks, if `only` is not given.
 
     Raises:
-        TypeError: only is a string.
+        TypeError: only is a string, or a result holds tensors that would not be judged.
         ValueError: A check is unknown, or PyTorch cannot use the device here.
     """
     if isinstance(only, str):
         raise TypeError(f"only must be names in a list or tuple; got {only!r}")
-    _require_device(case.device)
     only = None if only is None else list(only)
-    names = [check.name for check in CHECKS]
-    unknown = sorted({*(only or ()), *case.expected_failures} - set(names))
-    if unknown:
-        raise ValueError(f"only and expected_failures must name checks of {names}; got {unknown}")
+    require_usable(case, only or ())
     if only is None:
-        is_module = case.factory is not None
-        chosen = [c for c in CHECKS if (slow or not c.slow) and (is_module or not c.for_modules)]
+        chosen = [c for c in CHECKS if (slow or not c.slow) and _is_for(c, case)]
     else:
         chosen = [c for c in CHECKS if c.name in only]
-    forked = [] if case.device.type == "cpu" else [case.device]
-    with torch.random.fork_rng(forked, device_type=case.device.type if forked else "cuda"):
-        outcomes = tuple(_outcomes(case, chosen))
-    return Report(case.name, case.seed, str(case.device), outcomes, _names(case.dtypes))
+    dtypes = _names(case.dtypes)
+    with restored(case.device):
+        # Before anything else calls the code, so that what its first call leaves behind shows.
+        first = _outcome(case, _DETERMINISTIC)
+        with restored(case.device):
+            ready, notes = prepared(case, first.calls_differ)
+        known = {_DETERMINISTIC.name: first} if ready.call is case.call else {}
+        outcomes = tuple(_follow(_outcomes(ready, chosen, known), chosen))
+    return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
+
+
+def require_usable(case: Case, only: Iterable[str] = ()) -> None:
+    """Refuse what `run` cannot judge.
+
+    Raises:
+        ValueError: A check is unknown, or PyTorch cannot use the device here.
+    """
+    names = [check.name for check in CHECKS]
+    unknown = sorted({*only, *case.expected_failures} - set(names))
+    if unknown:
+        raise ValueError(f"only and expected_failures must name checks of {names}; got {unknown}")
+    try:
+        torch.zeros(1, device=case.device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(
+            f"device must be one that PyTorch can use here; got {case.device}"
+        ) from None
 
 
 def check_function(
@@ -97,27 +128,46 @@ def _names(dtypes: Iterable[Dtypes]) -> tuple[str, ...]:
     return tuple(str(dtype).replace("torch.", "").replace("None", "as given") for dtype in dtypes)
 
 
-def _require_device(device: torch.device) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"device must be one that PyTorch can use here; got {device}") from None
+class _Judged(NamedTuple):
+    """An outcome, and whether two calls with the same arguments gave different results."""
+
+    outcome: Outcome
+    calls_differ: bool
 
 
-def _outcomes(case: Case, checks: list[Check]) -> Iterator[Outcome]:
+def _outcomes(
+    case: Case, checks: Iterable[Check], known: Mapping[str, _Judged]
+) -> Iterator[Outcome]:
     """The outcome of each check. If two calls differ, nothing else can be compared."""
     calls_differ = False
+    failed: set[str] = set()
     for check in checks:
         if calls_differ:
             message = "two calls with the same arguments differ: see deterministic"
             yield Outcome(check.name, "not applicable", 0, 0.0, message)
             continue
-        started = time.perf_counter()
-        ctx = CheckContext(case, check.name)
+        judged = known.get(check.name) or _outcome(case, check, failed)
+        if judged.outcome.status == "failed":
+            failed.add(check.name)
+            calls_differ = judged.calls_differ
+        yield judged.outcome
+
+
+def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> _Judged:
+    started = time.perf_counter()
+    ctx = CheckContext(case, check.name)
+    ctx.is_cause = failed.isdisjoint(check.builds_on)
+    with restored(case.device):
         status, message = _as_declared(case, check, *_judge(ctx, check))
-        calls_differ = ctx.calls_differ and status == "failed"
-        seconds = time.perf_counter() - started
-        yield Outcome(check.name, status, ctx.comparisons, seconds, message)
+    seconds, notes = time.perf_counter() - started, tuple(dict.fromkeys(ctx.notes))
+    outcome = Outcome(check.name, status, ctx.comparisons, seconds, message, notes)
+    return _Judged(outcome, ctx.calls_differ)
+
+
+def _is_for(check: Check, case: Case) -> bool:
+    """Whether a check applies to a function, a module or an operator, as the case is one."""
+    is_module, is_operator = case.factory is not None, case.operator is not None
+    return (is_module or not check.for_modules) and (is_operator or not check.for_operators)
 
 
 def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
@@ -126,17 +176,17 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
         _run_on_samples(ctx, check)
     except NotApplicable as reason:
         return "not applicable", str(reason)
+    except HiddenTensorsError:
+        raise
     except Mismatch as mismatch:
-        message = ctx.located(str(mismatch))
         if check.only_if_declared and not declared:
-            return "not applicable", f"not declared; {message.splitlines()[0]}"
-        return "failed", f"{message}\n{_reproduction(ctx.case, check)}"
+            return "not applicable", f"not declared; {ctx.located(mismatch.finding)}"
+        return "failed", _failure(ctx, check, mismatch)
     except Exception as error:
         if not declared:
             refusal = ctx.located(first_line(error))
             return "not applicable", f"not declared; it refuses: {refusal}"
-        message = ctx.located(f"raised {_description(error)}")
-        return "failed", f"{message}\n{_reproduction(ctx.case, check)}"
+        return "failed", _failure(ctx, check, Mismatch(f"raised {_description(error)}"))
     if ctx.kinks:
         ctx.notes.append(f"{ctx.kinks} directions start at a kink, which at_zero judges")
     if not declared:
@@ -147,24 +197,72 @@ def _judge(ctx: CheckContext, check: Check) -> tuple[Status, str]:
 def _run_on_samples(ctx: CheckContext, check: Check) -> None:
     """Run a check on the samples. It must compare something, and a mistake must be able to show."""
     reasons: dict[str, None] = {}
-    for sample in ctx.each([ctx.most_informative()] if check.best_sample else ctx.samples):
+    for sample in ctx.each([most_informative(ctx)] if check.best_sample else ctx.samples):
+        if ctx.failed and not ctx.may_go_on():
+            break
         try:
             check.run(ctx, sample)
             ctx.judged.append(sample)
         except NotApplicable as reason:
             reasons[str(reason)] = None
+        except Exception as problem:
+            ctx.failed.append((ctx.current or sample, problem))
+    if ctx.failed:
+        ctx.current, first = ctx.failed[0]
+        raise first
     if check.after_all is not None:
         check.after_all(ctx)
     if not ctx.comparisons:
         raise NotApplicable("; ".join(reasons) or "nothing to compare")
-    if "informative_samples" not in ctx.case.expected_failures and (blind := ctx.blind_spot()):
+    if "informative_samples" not in ctx.case.expected_failures and (blind := blind_spot(ctx)):
         raise NotApplicable(f"inconclusive: {blind}")
+
+
+def _failure(ctx: CheckContext, check: Check, mismatch: Mismatch) -> str:
+    """The whole message of a failed check: what was found, why, where, and how to run it again."""
+    lines = [ctx.located(mismatch.finding)]
+    can_repeat = "deterministic" in check.builds_on and bool(ctx.failed) and ctx.may_go_on()
+    # Checks of what one call does to another may well pass the second time.
+    is_flaky = can_repeat and check.name not in STATE and passes(ctx.case, check)
+    if is_flaky:
+        lines.append(f"diagnosis: {_FLAKY}")
+    elif mismatch.diagnosis:
+        lines.append(f"diagnosis: {mismatch.diagnosis}")
+    where = pattern(ctx.case, [sample for sample, _ in ctx.failed], ctx.judged)
+    if where in ("", "at every sample") and can_repeat and not is_flaky:
+        where = narrower(ctx.case, check) or where
+    if where:
+        lines.append(f"where: {where}")
+    return "\n".join([*lines, _reproduction(ctx.case, check)])
+
+
+def _follow(outcomes: Iterable[Outcome], checks: Iterable[Check]) -> Iterator[Outcome]:
+    """The outcomes; those that follow from another failure say from which."""
+    outcomes = list(outcomes)
+    findings = {o.check: o.message.partition("\n")[0] for o in outcomes if o.status == "failed"}
+    builds_on = {check.name: check.builds_on for check in checks}
+
+    def cause(name: str) -> str:
+        causes = (other for other in builds_on[name] if other in findings and not cause(other))
+        return next(causes, "")
+
+    raised: dict[str, str] = {}
+    for outcome in outcomes:
+        finding = findings.get(outcome.check)
+        if finding is None:
+            yield outcome
+            continue
+        root = cause(outcome.check)
+        if not root and "raised " in finding:
+            root = raised.get(finding, "")  # the same error has the same cause
+            raised.setdefault(finding, outcome.check)
+        yield replace(outcome, follows_from=root)
 
 
 def _as_declared(case: Case, check: Check, status: Status, message: str) -> tuple[Status, str]:
     """The status in view of what the case supports, and of what is expected to fail."""
     if status == "not applicable" and check.name in case.supports:
-        status, message = "failed", f"declared, but it cannot be judged: {message}"
+        status, message = "failed", f"{NOT_JUDGED}: {message}"
     reason = case.expected_failures.get(check.name)
     if reason is not None and status == "failed":
         return "expected failure", reason

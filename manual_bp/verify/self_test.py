@@ -1,4 +1,4 @@
-"""Judges the kit: it must catch every planted mistake, and find none in PyTorch's own layers."""
+"""Judges the kit: it must catch every planted mistake, and find none in what is right."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,13 +14,16 @@ from torch.autograd import gradcheck
 from manual_bp.verify._autograd import leaves
 from manual_bp.verify._case import Case
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._global_state import restored
 from manual_bp.verify._make_case import function_case, module_case
-from manual_bp.verify._report import Report
+from manual_bp.verify._report import Outcome, Report
 from manual_bp.verify._run import run
-from manual_bp.verify.checks import CAPABILITIES
-from manual_bp.verify.mutants import MUTANTS, Mutant
+from manual_bp.verify.checks import CAPABILITIES, CHECKS
+from manual_bp.verify.mutants import MUTANTS, TWINS, Mutant, Twin
 
-FUNCTION_CAPABILITIES = CAPABILITIES - {"factory_kwargs"}
+OPERATOR_CAPABILITIES = {check.name for check in CHECKS if check.for_operators}
+MODULE_CAPABILITIES = CAPABILITIES - OPERATOR_CAPABILITIES
+FUNCTION_CAPABILITIES = MODULE_CAPABILITIES - {"factory_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,31 @@ def default_gradcheck(case: Case) -> str:
     if case.factory is not None:
         torch.manual_seed(case.seed)
         call = case.factory().double()
-        count = sum(1 for _ in call.named_parameters())
-        samples = [sample[: len(sample) - count] for sample in samples]
+        samples = [sample[: len(sample) - case.parameters] for sample in samples]
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with restored(), warnings.catch_warnings(action="ignore"):
             return "missed" if all(gradcheck(call, leaves(s)) for s in samples) else "caught"
     except Exception:
         return "caught"
+
+
+def judge_twin(twin: Twin, seed: int = 0) -> Report:
+    """Judge a twin by all fast checks, and by the one it is about.
+
+    The report is not ok if that check did not apply: it must judge the twin to clear it.
+    """
+    case = replace(twin.case, seed=seed)
+    report = run(case, slow=False)
+    if twin.passed_by not in {outcome.check for outcome in report.outcomes}:
+        own = run(case, only=[twin.passed_by])
+        report = replace(report, outcomes=(*report.outcomes, *own.outcomes))
+    return replace(report, outcomes=tuple(_must_pass(o, twin) for o in report.outcomes))
+
+
+def _must_pass(outcome: Outcome, twin: Twin) -> Outcome:
+    if outcome.check != twin.passed_by or outcome.status != "not applicable":
+        return outcome
+    return replace(outcome, status="failed", message=f"it must apply: {outcome.message}")
 
 
 def pytorch_reports(seed: int = 0, *, slow: bool = False) -> Iterator[Report]:
@@ -95,7 +116,7 @@ def pytorch_cases() -> list[Case]:
         function(_softmax, one, (0,)),
         function(F.mse_loss, two, (0, 0)),
         function(F.cross_entropy, _classes, (0, 0), supports=()),
-        module(partial(nn.Linear, 3, 4), one, supports=CAPABILITIES),
+        module(partial(nn.Linear, 3, 4), one, supports=MODULE_CAPABILITIES),
         function(_two_outputs, two, (0, 0)),
         module(_mlp, one, supports=every),
         module(lambda: nn.BatchNorm1d(3), one),
@@ -157,20 +178,28 @@ def print_matrix(verdicts: list[Verdict]) -> None:
 
 
 def self_test(seeds: int) -> bool:
-    """Judge all mutants, and PyTorch's own layers with several seeds; print both.
+    """Judge all mutants, and with several seeds their twins and PyTorch's own layers; print it.
 
     Returns:
-        Whether every mutant was caught and every layer found right.
+        Whether every mutant was caught, and every twin and every layer found right.
     """
     verdicts = list(judge_mutants())
     print_matrix(verdicts)
-    reports = [report for seed in range(seeds) for report in pytorch_reports(seed, slow=seed == 0)]
+    twins = [judge_twin(twin, seed) for seed in range(seeds) for twin in TWINS]
+    layers = [report for seed in range(seeds) for report in pytorch_reports(seed, slow=seed == 0)]
+    is_right = [_print_alarms("Right twins", twins, seeds)]
+    is_right.append(_print_alarms("PyTorch's own layers", layers, seeds))
+    return all(is_right) and all(verdict.is_caught for verdict in verdicts)
+
+
+def _print_alarms(what: str, reports: list[Report], seeds: int) -> bool:
+    """Print every report with a false alarm, and a summary; return whether there was none."""
     alarms = [report for report in reports if not report.ok]
     for report in alarms:
         print(report)
     checks = sum(report.ran for report in reports)
     print(
-        f"PyTorch's own: {len(reports) // seeds} layers, {seeds} seeds, {checks} checks, "
+        f"{what}: {len(reports) // seeds} cases, {seeds} seeds, {checks} checks, "
         f"{len(alarms)} false alarms"
     )
-    return all(verdict.is_caught for verdict in verdicts) and not alarms
+    return not alarms

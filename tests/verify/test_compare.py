@@ -30,7 +30,7 @@ def message(got: Tensor | None, expected: Tensor, **options: Any) -> str:
         (RIGHT.float(), RIGHT, {}, "dtype demoted"),
         ((RIGHT / 3).float().double(), RIGHT / 3, {}, "right to float32 precision only"),
         (RIGHT * (RIGHT < 5), RIGHT, {}, "zero where it should not be"),
-        (RIGHT + 1, RIGHT, {"clues": {"one too large": RIGHT + 1}}, "one too large"),
+        (RIGHT + 1, RIGHT, {"clues": lambda: [("one too large", RIGHT + 1)]}, "one too large"),
         (SQUARE - 1j * SQUARE**2, SQUARE + 1j * SQUARE**2, {}, "equal to the complex conjugate"),
     ],
 )
@@ -54,8 +54,18 @@ def test_a_value_that_is_not_finite_is_right_only_if_expected(got: float) -> Non
     bad = RIGHT.clone()
     bad[0, 0] = got
     assert "1 of 6 elements differ" in message(bad, RIGHT)
-    assert "1 of 6 elements differ" in message(RIGHT, bad)
     compare("same", bad, bad.clone())
+
+
+def test_where_inf_is_expected_nothing_else_is_right_and_where_nan_is_everything() -> None:
+    infinite, unknown = RIGHT.clone(), RIGHT.clone()
+    infinite[0, 0], unknown[0, 0] = torch.inf, torch.nan
+    assert "1 of 6 elements differ" in message(RIGHT, infinite)
+    wrong = RIGHT.clone()
+    wrong[1, 1] = 0
+    assert "1 of 6 elements differ" in message(wrong, unknown)
+    compare("anything", RIGHT, unknown)
+    compare("anything", infinite, unknown)
 
 
 def test_rounding_and_missing_zeros_pass() -> None:

@@ -7,9 +7,10 @@ import pytest
 
 from manual_bp.verify import self_test
 from manual_bp.verify.__main__ import main
-from manual_bp.verify.mutants import MUTANTS
+from manual_bp.verify.mutants import MUTANTS, Twin
 
 CASES = """
+from dataclasses import replace
 import torch
 from manual_bp.verify import function_case
 
@@ -20,6 +21,8 @@ samples = [(torch.randn(5, 3),)]
 GOOD = function_case(torch.tanh, samples, torch.tanh)
 BAD = function_case(wrong, samples, torch.square)
 BOTH = [GOOD, BAD]
+ELSEWHERE = replace(GOOD, device=torch.device("meta"))
+MISNAMED = replace(GOOD, expected_failures={"vmpa": "a slip of the pen"})
 NONE = []
 NUMBER = 3
 """
@@ -39,10 +42,10 @@ def test_the_exit_code_tells_right_from_wrong(
     module: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([f"{module}:GOOD", "--no-compiler"]) == 0
-    assert "tanh on cpu, seed 0" in capsys.readouterr().out
+    assert "tanh on cpu in float64, seed 0" in capsys.readouterr().out
     assert main([f"{module}:BAD", "--check", "gradients_match_reference", "--seed", "5"]) == 1
     printed = capsys.readouterr().out
-    assert "wrong on cpu, seed 5" in printed
+    assert "wrong on cpu in float64, seed 5" in printed
     assert "NOT OK: 1 checks ran (1 failed), 0 not applicable" in printed
 
 
@@ -64,12 +67,16 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
     """Some mutants only; `test_self_test.py` judges all of them."""
     some = [MUTANTS[0], next(m for m in MUTANTS if m.caught_by == "compile")]
     monkeypatch.setattr(self_test, "MUTANTS", some)
+    twin = Twin("right", "deterministic", self_test.pytorch_cases()[0], "")
+    monkeypatch.setattr(self_test, "TWINS", [twin, twin])
     cases = self_test.pytorch_cases()[:2]
     monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
     assert main(["--self-test", "--seeds", "2"]) == 0
-    *_, mutants, layers = capsys.readouterr().out.splitlines()
+    *_, mutants, twins, layers = capsys.readouterr().out.splitlines()
     assert mutants.startswith("2 mistakes: the kit caught 2, default gradcheck ")
-    assert re.fullmatch(r"PyTorch's own: 2 layers, 2 seeds, \d+ checks, 0 false alarms", layers)
+    alarms = r"2 cases, 2 seeds, \d+ checks, 0 false alarms"
+    assert re.fullmatch(f"Right twins: {alarms}", twins)
+    assert re.fullmatch(f"PyTorch's own layers: {alarms}", layers)
 
     missed = replace(some[0], caught_by="pickle")
     monkeypatch.setattr(self_test, "MUTANTS", [missed])
@@ -79,6 +86,11 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
     monkeypatch.setattr(self_test, "pytorch_cases", lambda: [some[0].case])
     assert main(["--self-test", "--seeds", "1"]) == 1
     assert capsys.readouterr().out.endswith(" 1 false alarms\n")
+    monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
+    for accused in (replace(twin, case=some[0].case), replace(twin, passed_by="pickle")):
+        monkeypatch.setattr(self_test, "TWINS", [accused])
+        assert main(["--self-test", "--seeds", "1"]) == 1
+        assert "Right twins: 1 cases, 1 seeds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,8 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
         (["{}:MISSING"], "has no MISSING"),
         (["{}:NUMBER"], "must be a Case (function_case, module_case) or a list of them; got int"),
         (["{}:NONE"], "must be a Case (function_case, module_case) or a list of them; got list"),
+        (["{}:ELSEWHERE"], "tanh: device must be one that PyTorch can use here; got meta"),
+        (["{}:MISNAMED"], "tanh: only and expected_failures must name checks of "),
         (["{}:GOOD", "--check", "vmpa"], "--check must be one of "),
         (["{}:GOOD", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--self-test", "--seeds", "0"], "--seeds must be at least 1; got 0"),

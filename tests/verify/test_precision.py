@@ -101,6 +101,66 @@ def test_a_small_error_of_scale_in_a_gradient_is_found(
     assert "times the right one, everywhere" in found[check]
 
 
+def many_rows(g: Generator) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(200, 10, generator=g), torch.randn(10, generator=g))]
+
+
+def centred(x: Tensor, s: Tensor) -> Tensor:
+    return x - x.mean(0) + s
+
+
+class Centred(HalfPrecisionScale):
+    """x less its mean over rows, plus s: what is left of two terms that cancel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, s)
+        return centred(x.float(), s.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        wide = grad.float()
+        return (wide - wide.mean(0)).to(grad.dtype), wide.sum(0).to(grad.dtype)
+
+
+@pytest.mark.parametrize(
+    ("right", "reference", "error"),
+    [(HalfPrecisionScale, scaled, (1.06, 0.0)), (Centred, centred, (1.0, 0.3))],
+    ids=["relative", "absolute"],
+)
+def test_one_wrong_element_of_many_is_found(right: Any, reference: Any, error: Any) -> None:
+    factor, added = error
+
+    class Wrong(right):  # type: ignore[misc]
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            grad_x, grad_s = right.backward(ctx, grad)
+            grad_x[3, 4] = factor * grad_x[3, 4] + added
+            return grad_x, grad_s
+
+    options: Any = {"dtypes": [torch.bfloat16], "only": ["gradients_match_reference"]}
+    assert check_function(right, many_rows, reference, **options).ok
+    (outcome,) = check_function(Wrong, many_rows, reference, **options).failures
+    assert "gradient of x, at index (3, 4)" in outcome.message
+    assert "1 of 2000 elements differ" in outcome.message
+
+
+def test_errors_too_small_for_one_element_are_found_in_all_of_them() -> None:
+    class Wrong(HalfPrecisionScale):
+        """Every second element is 2 % too large, the others as much too small."""
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            grad_x, grad_s = HalfPrecisionScale.backward(ctx, grad)
+            signs = torch.tensor([1.0, -1.0]).repeat(grad_x.numel() // 2).view(grad_x.shape)
+            return (grad_x * (1 + 0.02 * signs)).to(grad_x.dtype), grad_s
+
+    options: Any = {"dtypes": [torch.bfloat16], "only": ["gradients_match_reference"]}
+    (outcome,) = check_function(Wrong, many_rows, scaled, **options).failures
+    assert "gradient of x: expected a difference whose norm is at most" in outcome.message
+    assert "larger rounding errors than the reference's" in outcome.message
+
+
 def test_a_message_counts_units_in_the_last_place() -> None:
     class Wrong(HalfPrecisionScale):
         @staticmethod
@@ -182,14 +242,47 @@ def test_a_module_is_judged_in_bfloat16_with_its_parameters() -> None:
         ({"dtypes": torch.float32}, "dtypes must list floating dtypes"),
         ({"dtypes": [torch.int64]}, "dtypes must list floating dtypes"),
         ({"dtypes": [None]}, "dtypes must list floating dtypes"),
-        ({"dtypes": [(torch.float32,)]}, "or tuples of 2 with a floating dtype or None"),
+        ({"dtypes": [(torch.float32,)]}, "dtypes must be a tuple with an entry for each argument"),
         ({"rtol": -1e-3}, "rtol must be a number that is not negative; got -0.001"),
         ({"atol": float("nan")}, "atol must be a number that is not negative; got nan"),
-        ({"varying": [(1,)]}, "varying must have a dimension or None for each argument"),
+        ({"varying": [(1,)]}, "varying must be a tuple with an entry for each argument"),
         ({"varying": [(1, "rows")]}, "varying must have a dimension or None for each argument"),
-        ({"in_dims": (0,)}, "in_dims must have a dimension or None for each argument"),
+        ({"in_dims": (0,)}, "in_dims must be a tuple with an entry for each argument"),
     ],
 )
 def test_unusable_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function_case(HalfPrecisionScale, operands, scaled, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_call_that_rounds_as_its_reference_does_is_right(dtype: torch.dtype) -> None:
+    """Its derivatives by the upstream gradient have the lower dtype too."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype) ** 2
+
+    def samples(g: Generator) -> list[tuple[Tensor]]:
+        return [(torch.randn(shape, generator=g),) for shape in ((5, 3), ())]
+
+    for seed in range(3):
+        check_function(rounded, samples, rounded, seed=seed, slow=False).raise_if_failed()
+
+
+def test_a_missing_second_derivative_of_a_call_that_rounds_is_found() -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16() ** 2
+
+    class Detached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return rounded(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            x: Tensor = ctx.saved_tensors[0]
+            return 2 * x.detach().bfloat16() * grad
+
+    report = check_function(Detached, [(torch.randn(5, 3),)], rounded, only=["double_backward"])
+    assert not report.ok

@@ -1,4 +1,4 @@
-"""Every planted mistake is caught by the check meant for it, and PyTorch's layers pass."""
+"""Every planted mistake is caught by the check meant for it; twins and PyTorch's layers pass."""
 
 from collections import Counter
 
@@ -6,8 +6,8 @@ import pytest
 
 from manual_bp.verify import Case, run
 from manual_bp.verify.checks import CHECKS
-from manual_bp.verify.mutants import MUTANTS, Mutant
-from manual_bp.verify.self_test import pytorch_cases, pytorch_reports
+from manual_bp.verify.mutants import MUTANTS, TWINS, Mutant, Twin
+from manual_bp.verify.self_test import judge_twin, pytorch_cases, pytorch_reports
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -23,6 +23,15 @@ def test_every_check_has_a_mutant() -> None:
     assert set(meant) == {check.name for check in CHECKS} - {"device_parity"}
     assert len(MUTANTS) >= 25
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
+def test_no_check_accuses_a_right_twin(twin: Twin) -> None:
+    judge_twin(twin, seed=11).raise_if_failed()
+
+
+def test_every_twin_has_its_own_name() -> None:
+    assert len({twin.name for twin in TWINS}) == len(TWINS) > 0
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])

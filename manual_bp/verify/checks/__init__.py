@@ -2,6 +2,7 @@
 
 from manual_bp.verify._check import Check
 from manual_bp.verify.checks import (
+    aliases,
     batches,
     bias,
     calls,
@@ -9,7 +10,13 @@ from manual_bp.verify.checks import (
     cost,
     edges,
     first_order,
+    forward_mode,
+    global_state,
+    graphs,
+    layouts,
+    module_state,
     modules,
+    operators,
     orders,
     precision,
     preconditions,
@@ -20,19 +27,26 @@ from manual_bp.verify.checks import (
 
 _FILES = (
     preconditions,
+    global_state,
     first_order,
+    layouts,
     cost,
     upstream,
     shapes,
     side_effects,
+    aliases,
     calls,
+    graphs,
     orders,
+    forward_mode,
     batches,
     precision,
     bias,
     compiler,
     edges,
     modules,
+    module_state,
+    operators,
 )
 
 CHECKS: tuple[Check, ...] = tuple(

@@ -1,6 +1,7 @@
 """What several checks share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp._torch import expected_gradient
+from manual_bp._torch import expected_gradient, is_of_operator
 from manual_bp.verify._autograd import (
     Gradients,
     custom_nodes,
@@ -22,23 +23,14 @@ from manual_bp.verify._autograd import (
 from manual_bp.verify._budget import Budget, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import CheckContext
+from manual_bp.verify._clues import Clue, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
 
+UNWRITTEN = "memory of torch.empty is read before all of it is written"
+
 Derivatives = list[Tensor | None]
 Change = Callable[[Sequence[Any]], tuple[Any, ...]]
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
-    "strided": lambda t: torch.stack([torch.ones_like(t), t], -1)[..., 1],
-    "shifted": lambda t: torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape),
-    "expanded": lambda t: t[:1].expand(t.shape) if t.ndim and t.shape[0] else t,
-}
-
-
-def is_plain(value: Tensor) -> bool:
-    """Whether a tensor is contiguous and starts where its memory starts."""
-    return value.is_contiguous() and not value.storage_offset()
 
 
 def compare_with_reference(
@@ -48,14 +40,17 @@ def compare_with_reference(
     *,
     change: Callable[[Call], Call] = lambda call: call,
     wanted: Sequence[int] | None = None,
-    same_dtype: bool = False,
+    is_cast: bool = False,
     factor: float = 1.0,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
+    The arguments are mapped into the domains of the case. Where the reference gives nan, though no
+    argument is nan, nothing is asked, and no gradient if an output is nan.
+
     The reference runs in float64, from the arguments as they are. In a lower precision the budget
     is what the reference itself loses there. Where its output is not finite (a logarithm below
-    0), the call may refuse the arguments too.
+    0) or it refuses the gradient, the call may refuse the arguments too.
 
     Args:
         ctx: The context.
@@ -63,12 +58,13 @@ def compare_with_reference(
         where: Added to the names in messages.
         change: What is done to the call and the reference alike.
         wanted: The positions of the arguments that require gradients; by default all.
-        same_dtype: Whether outputs must have the dtype of the reference's; if not, they may be
-            wider.
+        is_cast: Whether the check chose the dtype, not the case. Then outputs must have the dtype
+            of the reference's, and four times the rounding is allowed for.
         factor: How many times the sample an argument is. Large ones may pass a threshold, and what
             cancels is as much larger.
     """
     call, reference = change(ctx.call), change(ctx.reference)
+    arguments = ctx.in_domain(arguments)
     try:
         right = reference(*leaves(widened(arguments), ()))
     except Exception:
@@ -79,15 +75,55 @@ def compare_with_reference(
         upstream = [ctx.random_like(t) for t in outputs_of(result)]
         found = gradients_of(result, variables, upstream)
     except Exception:
-        if all(t.isfinite().all() for t in outputs_of(right)):
+        is_finite = all(t.isfinite().all() for t in outputs_of(right))
+        ones = [torch.ones_like(t) for t in outputs_of(right)]
+        if is_finite and _gradients_of_reference(reference, arguments, ones, wanted) is not None:
             raise
         return
     lost = ctx.loss(arguments, [upstream], reference, wanted)
     is_large = factor > 1
-    lost.usual, lost.factor, lost.slack = ctx.usual_loss(), factor, 4.0 if is_large else 1.0
-    compare_values(ctx, result, right, lost, where, same_dtype=same_dtype)
-    _, expected = exact(reference, arguments, upstream, wanted)
-    compare_slopes(ctx, arguments, found, expected, lost, where, is_large=is_large)
+    lost.usual, lost.factor = ctx.usual_loss(), factor
+    lost.slack = 4.0 if is_large or is_cast else 1.0
+    expected = _gradients_of_reference(reference, arguments, upstream, wanted)
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
+    is_undefined = _has_nan(tensors_of(right)) and not _has_nan(arguments)
+    if expected is None or is_undefined:
+        return
+    clues = clues_from(ctx, reference, arguments, upstream, expected)
+    compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
+
+
+def clues_from(
+    ctx: CheckContext,
+    reference: Call,
+    arguments: Sample,
+    upstream: Sequence[Tensor],
+    expected: Gradients,
+) -> Callable[[], Iterator[Clue]]:
+    """The gradients that known mistakes would give, computed with the reference when asked for."""
+
+    def right(changed: Sample, other: Sequence[Tensor]) -> Gradients:
+        return exact(reference, changed, other)[1]
+
+    wide = widened(arguments)
+    return partial(known_mistakes, wide, widened(upstream), expected, right, ctx.label)
+
+
+def _has_nan(values: Sequence[Any]) -> bool:
+    return any(is_differentiable(t) and bool(t.isnan().any()) for t in values)
+
+
+def _gradients_of_reference(
+    reference: Call,
+    arguments: Sample,
+    upstream: Sequence[Tensor],
+    wanted: Sequence[int] | None,
+) -> Gradients | None:
+    """Its gradients in float64; None if it refuses, such as for a matrix that became singular."""
+    try:
+        return exact(reference, arguments, upstream, wanted)[1]
+    except Exception:
+        return None
 
 
 def compare_values(
@@ -103,7 +139,7 @@ def compare_values(
     ours = list(tensors_of(got))
     for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
         if is_differentiable(one) and one.shape == expected.shape:
-            _require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
+            require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
             ours[j] = judged(one, peer, expected)
     ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
 
@@ -139,7 +175,8 @@ def against_reference(
     """
     expected = run(ctx.reference, widened)
     found = run(ctx.call, tuple)
-    if narrowest(sample) is None:
+    # A call may round to a lower precision than that of its arguments, as a cast does.
+    if narrowest((*sample, *found)) is None:
         return found, expected, [None] * len(expected)
     try:
         peers = run(ctx.reference, tuple)
@@ -161,14 +198,33 @@ def changed(values: Mapping[int, Tensor | None], change: Change) -> Gradients:
     return dict(zip(values, change(list(values.values())), strict=True))
 
 
-def _require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
-    """The dtype of the reference's output; or a wider one, up to float32."""
-    is_wider = peer.itemsize < got.itemsize <= 4
-    if got != peer and (same_dtype or not is_wider):
-        demoted = "dtype demoted" if got.itemsize < peer.itemsize else "promoted by a wider dtype"
+def require_dtype(what: str, got: torch.dtype, peer: torch.dtype, *, same_dtype: bool) -> None:
+    """Raise a Mismatch unless a result has the dtype of the reference's, or one up to float32."""
+    more = got.itemsize - peer.itemsize
+    if got != peer and (same_dtype or not 0 < more <= 4 - peer.itemsize):
+        diagnosis = "dtype demoted" if more < 0 else "promoted by a wider dtype"
         raise Mismatch(
-            f"{what}: expected {peer}, as the reference, got {got}\ndiagnosis: {demoted}"
+            f"{what}: expected {peer}, as the reference, got {got}\n"
+            f"diagnosis: {diagnosis if more else 'wrong dtype'}"
         )
+
+
+def refuse_operators(ctx: CheckContext, sample: Sample) -> None:
+    """Refuse a call of operators of torch.library, for checks of forward mode."""
+    if any(map(is_of_operator, custom_nodes(ctx.call(*leaves(sample))))):
+        raise NotApplicable(
+            "PyTorch drops the tangents of operators made with torch.library, without a warning: "
+            "that is a fault of PyTorch, which offers no way to give an operator a forward mode"
+        )
+
+
+@contextmanager
+def diagnosed(diagnosis: str) -> Iterator[None]:
+    """Give a mismatch that is raised inside this diagnosis, unless it is empty."""
+    try:
+        yield
+    except Mismatch as mismatch:
+        raise (mismatch.diagnosed(diagnosis) if diagnosis else mismatch) from None
 
 
 def require_custom_nodes(result: Any) -> list[Any]:

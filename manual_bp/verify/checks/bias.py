@@ -17,7 +17,7 @@ from manual_bp.verify._autograd import (
     tangents_of,
 )
 from manual_bp.verify._case import Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 
@@ -29,7 +29,7 @@ _MOST_DRAWS = 64
 _SECONDS = 4
 
 
-@check()
+@check(builds_on=SLOPE)
 def unbiased(ctx: CheckContext, sample: Sample) -> None:
     """In half precision, rounding hides an error of 1 %. On average over many draws it shows."""
     low = narrowest(sample)
@@ -114,12 +114,13 @@ class _Ratios:
             if is_differentiable(one) and one.shape == other.shape
         ):
             return new
-        return tuple(
+        moved = tuple(
             (t * (1 + 0.05 * ctx.random_like(t).clamp(-2, 2))).to(t.dtype)
             if is_differentiable(t)
             else t
             for t in new
         )
+        return ctx.in_domain(moved)
 
     def _upstream(self, arguments: Sample, place: int, outputs: Sequence[Tensor]) -> list[Tensor]:
         """An upstream gradient for which sums in the gradient of an argument do not cancel."""

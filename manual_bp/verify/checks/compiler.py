@@ -10,10 +10,11 @@ from torch import nn
 from manual_bp.verify._autograd import gradients, leaves
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._random import reseed
 from manual_bp.verify.checks._shared import pairs_of_one_shape, tied
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(capability=True, slow=True, best_sample=True, builds_on=("writes_nothing", "deterministic"))
 def compile_(ctx: CheckContext, sample: Sample) -> None:
     """One compiled graph gives the values and gradients of eager mode, also for tied arguments."""
     _compare_compiled(ctx, ctx.call, [sample], dynamic=False)
@@ -22,7 +23,12 @@ def compile_(ctx: CheckContext, sample: Sample) -> None:
             _compare_compiled(ctx, tied(ctx.call, i, j), [other], dynamic=False)
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(
+    capability=True,
+    slow=True,
+    best_sample=True,
+    builds_on=("writes_nothing", "deterministic", "compile"),
+)
 def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
     """Compiled with dynamic shapes, the same holds for another number of rows."""
     fewer = tuple(
@@ -32,7 +38,7 @@ def compile_dynamic(ctx: CheckContext, sample: Sample) -> None:
     _compare_compiled(ctx, ctx.call, [sample, fewer], dynamic=True)
 
 
-@check(capability=True, slow=True, best_sample=True)
+@check(capability=True, slow=True, best_sample=True, builds_on=("writes_nothing", "deterministic"))
 def export(ctx: CheckContext, sample: Sample) -> None:
     """The exported program gives the same values."""
 
@@ -42,6 +48,7 @@ def export(ctx: CheckContext, sample: Sample) -> None:
 
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(Exported(), sample)
+    reseed(ctx.case.seed)
     ctx.compare_outputs(program.module()(*sample), ctx.call(*sample), " of the export")
 
 
@@ -53,6 +60,7 @@ def _compare_compiled(
         whole = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for sample in samples:
             upstream = ctx.upstream(call, sample)
+            reseed(ctx.case.seed)
             result, found = gradients(whole, leaves(sample), upstream)
             expected_result, expected = gradients(call, leaves(sample), upstream)
             ctx.compare_outputs(result, expected_result, " when compiled")

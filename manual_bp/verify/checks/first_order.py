@@ -1,7 +1,7 @@
 """The value, and the first derivative."""
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,41 +14,46 @@ from manual_bp.verify._autograd import (
     positions,
     subsets,
 )
-from manual_bp.verify._budget import largest
-from manual_bp.verify._case import Call, Sample, is_differentiable
-from manual_bp.verify._check import CheckContext, check
-from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._budget import Budget, largest
+from manual_bp.verify._case import Call, Sample
+from manual_bp.verify._check import VALUE, CheckContext, check
+from manual_bp.verify._clues import is_linear, known_mistakes
+from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._diagnose import DEMOTED
+from manual_bp.verify._numeric import numeric_gradients
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._shared import LAYOUTS, compare_slopes, compare_values, is_plain
+from manual_bp.verify.checks._digits import is_demoted, results_of
+from manual_bp.verify.checks._shared import (
+    Change,
+    changed,
+    clues_from,
+    compare_slopes,
+    compare_values,
+)
+from manual_bp.verify.checks._slopes import (
+    Slope,
+    fault_of_reference,
+    inner,
+    slope,
+    step_for,
+    supported,
+)
 
 _NO_GRADIENT = (
-    "\ndiagnosis: no gradient at all; close over an argument that never has one, "
+    "no gradient at all; close over an argument that never has one, "
     "as in lambda x: Layer.apply(x, mask.to(x.dtype))"
 )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def forward_matches_reference(ctx: CheckContext, sample: Sample) -> None:
     """The value equals the reference's."""
     right = ctx.reference(*leaves(widened(sample), ()))
-    compare_values(ctx, ctx.call(*leaves(sample, ())), right, ctx.loss(sample))
-
-
-@check()
-def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
-    """The strides of the arguments do not matter: a contiguous copy gives the same."""
-    tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
-    for name, layout in LAYOUTS.items():
-        for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
-            arguments = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
-            if all(is_plain(arguments[i]) for i in chosen):
-                continue
-            where = f" for {name} {', '.join(map(ctx.label, chosen))}"
-            try:
-                _compare_with_copy(ctx, ctx.call, arguments, where)
-            except Exception as problem:
-                if not _reference_fails_too(ctx, arguments, problem):
-                    raise
+    found = ctx.call(*leaves(sample, ()))
+    try:
+        compare_values(ctx, found, right, ctx.loss(sample))
+    except Mismatch as mismatch:
+        raise mismatch.diagnosed(_lost_digits(ctx, sample) or mismatch.diagnosis) from None
 
 
 def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
@@ -60,7 +65,10 @@ def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
         )
 
 
-@check(after_all=_require_a_slope_for_every_argument)
+@check(
+    after_all=_require_a_slope_for_every_argument,
+    builds_on=("writes_nothing", "deterministic", "without_graph", "gradients_match_reference"),
+)
 def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     """The gradient is the slope: in random directions, and along every axis of small arguments.
 
@@ -69,26 +77,46 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     upstream = ctx.upstream(ctx.call, sample)
     result, found = gradients(ctx.call, leaves(sample), upstream)
     upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
-    differ = _Differences(ctx, sample, upstream)
     for i in positions(sample):
         before = ctx.comparisons
-        for direction in _directions(ctx, differ.sample[i]):
-            differ.compare(i, direction, found[i])
+        for direction in _directions(ctx, sample[i]):
+            along = _slope_along(ctx, sample, upstream, i, direction, found[i])
+            if along.jumps:
+                ctx.kinks += along.has_quotient
+                continue
+            ctx.comparisons += 1
+            if not along.agrees:
+                _excuse(ctx, sample, upstream, i, direction, along)
+            try:
+                along.require("slope")
+            except Mismatch as mismatch:
+                is_missing = found[i] is None
+                why = _NO_GRADIENT if is_missing else _mistake(ctx, sample, upstream, found, i)
+                raise mismatch.diagnosed(why) from None
         ctx.slopes[ctx.label(i)] += ctx.comparisons - before
 
 
-@check()
+@check(builds_on=VALUE)
 def gradients_match_reference(ctx: CheckContext, sample: Sample) -> None:
     """The gradients equal those that autograd finds through the reference."""
     upstream = ctx.upstream(ctx.call, sample)
     _, expected = exact(ctx.reference, sample, upstream)
     _, found = gradients(ctx.call, leaves(sample), upstream)
-    clues = _clues(ctx.reference, sample, upstream, expected)
+    clues = clues_from(ctx, ctx.reference, sample, upstream, expected)
     lost = ctx.loss(sample, [upstream])
-    compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    try:
+        compare_slopes(ctx, sample, found, expected, lost, clues=clues)
+    except Mismatch as mismatch:
+        why = (
+            _fault_of_reference(ctx, sample, upstream, found, expected)
+            or _lost_digits(ctx, sample)
+            or mismatch.diagnosis
+            or _nonlinearity(ctx, sample, upstream, found)
+        )
+        raise mismatch.diagnosed(why) from None
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic"))
 def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
     """Each gradient is the same, whichever arguments require one."""
     upstream = ctx.upstream(ctx.call, sample)
@@ -99,32 +127,6 @@ def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
         ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
 
 
-def _reference_fails_too(ctx: CheckContext, arguments: Sample, problem: Exception) -> bool:
-    """Whether the reference also refuses these strides or values, or is wrong for them."""
-    if ctx.case.reference is None:
-        return not isinstance(problem, Mismatch)
-    try:
-        _compare_with_copy(ctx, ctx.case.reference, arguments, "")
-    except Exception:
-        return True
-    return False
-
-
-def _compare_with_copy(ctx: CheckContext, call: Call, arguments: Sample, where: str) -> None:
-    copied = tuple(
-        t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t
-        for t in arguments
-    )
-    upstream = ctx.upstream(call, copied)
-    result, expected = gradients(call, leaves(copied), upstream)
-    # leaves() would copy the arguments, and lose their strides.
-    views = tuple(t.detach().requires_grad_() if is_differentiable(t) else t for t in arguments)
-    found_result, found = gradients(call, views, upstream)
-    ctx.compare_outputs(found_result, result, where)
-    diagnosis = "right only for contiguous arguments"
-    ctx.compare_gradients(copied, found, expected, where, diagnosis=diagnosis)
-
-
 def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
     directions = [ctx.random_like(value) for _ in range(3)]
     if value.numel() <= 24:
@@ -133,79 +135,152 @@ def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
     return directions
 
 
-class _Differences:
-    """Difference quotients of a call at a sample, weighted by upstream gradients.
+def _slope_along(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    i: int,
+    direction: Tensor,
+    gradient: Tensor | None,
+) -> Slope:
+    """The slope of gradient_of, or, for a low precision, of the reference; else of the call."""
+    low = narrowest(sample)
+    reference = ctx.case.gradient_of or (None if low is None else ctx.case.reference)
+    call, start = ctx.call, sample
+    if reference is not None:
+        call, start = reference, ctx.in_domain(widened(sample))
+    # A call may round to a lower precision than that of its arguments.
+    coarsest = narrowest((*sample, *upstream) if reference is None else start)
+    eps = torch.finfo(coarsest or torch.float64).eps
+    step = step_for([start[i]], eps)
+    noise = 0.0
+    if coarsest is not None or i in ctx.case.project:
+        # Moved arguments are rounded, and kept in their domain: not exactly along the direction.
+        ahead, behind = (_shifted(ctx, start, i, direction, shift)[i] for shift in (step, -step))
+        direction = (widen(ahead) - widen(behind)) / (2 * step)
+    if low is not None:
+        noise = 8 * torch.finfo(low).eps * largest(gradient) * float(direction.abs().norm())
+    return slope(
+        ctx.label(i),
+        partial(_terms, ctx, call, start, upstream, i, direction),
+        [inner(gradient, direction)],
+        step,
+        eps=eps,
+        rtol=ctx.case.rtol,
+        atol=ctx.case.atol + noise,
+    )
 
-    In a low precision they are the reference's, in float64. Without a reference they are those of
-    the call, with a step that balances rounding, eps / step, and curvature, step².
+
+def _terms(
+    ctx: CheckContext,
+    call: Call,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    i: int,
+    direction: Tensor,
+    shift: float,
+) -> Tensor:
+    """The terms of the sum of the outputs, weighted by upstream gradients, at a moved sample."""
+    with torch.no_grad():
+        results = outputs_of(call(*_shifted(ctx, sample, i, direction, shift)))
+    return torch.cat([inner(t, u) for t, u in zip(results, upstream, strict=True)])
+
+
+def _shifted(ctx: CheckContext, sample: Sample, i: int, direction: Tensor, shift: float) -> Sample:
+    """The sample with one argument moved along a direction, in its dtype and its domain."""
+    moved = (sample[i] + shift * direction).to(sample[i].dtype)
+    moved = ctx.in_domain((*sample[:i], moved, *sample[i + 1 :]))[i]
+    return leaves((*sample[:i], moved, *sample[i + 1 :]), ())
+
+
+def _excuse(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    i: int,
+    direction: Tensor,
+    along: Slope,
+) -> None:
+    """Ask nothing if the reference's gradient is the same, and known not to be the slope.
+
+    In a module with buffers, a state that forward updates counts as a constant, as in
+    `spectral_norm`. A gradient that is not the derivative on purpose may need detach().
     """
+    case, low = ctx.case, narrowest(sample)
+    module = case.reference_module
+    has_state = module is not None and any(True for _ in module.buffers())
+    if not has_state and case.gradient_of is None:
+        return
+    gradient = exact(ctx.reference, sample, upstream)[1][i]
+    claimed = _slope_along(ctx, sample, upstream, i, direction, gradient).claimed
+    noise = 0.0 if low is None else 8 * torch.finfo(low).eps
+    if abs(along.claimed - claimed) <= (1e-6 + noise) * abs(along.claimed):
+        raise NotApplicable("the gradient is not the slope, but nor is the reference's")
 
-    def __init__(self, ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> None:
-        low, reference = narrowest(sample), ctx.case.reference
-        uses_reference = low is not None and reference is not None
-        self.ctx, self.call = ctx, reference if uses_reference and reference else ctx.call
-        self.sample = widened(sample) if uses_reference else sample
-        self.upstream = widened(upstream)
-        self.is_low = narrowest(self.sample) is not None
-        self.eps = torch.finfo(narrowest(self.sample) or torch.float64).eps
-        self.step = self.eps ** (1 / 3) if self.is_low else 1e-6
-        self.noise = 0.0 if low is None else torch.finfo(low).eps
 
-    def value(self, i: int, argument: Tensor) -> tuple[Tensor, float]:
-        """The weighted sum of the outputs, and its rounding error."""
-        arguments = tuple(argument if j == i else t for j, t in enumerate(self.sample))
-        with torch.no_grad():
-            results = outputs_of(self.call(*arguments))
-        terms = [(u.conj() * widen(t)).real for u, t in zip(self.upstream, results, strict=True)]
-        rounding = self.eps * math.hypot(*(float(t.norm()) for t in terms))
-        return torch.stack([t.sum() for t in terms]).sum(), rounding
+def _lost_digits(ctx: CheckContext, sample: Sample) -> str:
+    """Why results are right to about seven digits only; empty if they are not."""
+    if narrowest(sample) is not None:
+        return ""
+    upstream = ctx.upstream(ctx.call, sample)
+    got = results_of(ctx, ctx.call, sample, upstream)
+    expected = results_of(ctx, ctx.reference, sample, upstream)
+    return DEMOTED if is_demoted(ctx, sample, upstream, got, expected) else ""
 
-    def compare(self, i: int, direction: Tensor, gradient: Tensor | None) -> None:
-        """Compare <gradient, direction> with the quotient, unless the slope jumps there."""
-        ctx, start = self.ctx, self.sample[i]
-        step = self.step * max(1.0, largest(start))
-        moved = [(start + shift * direction).to(start.dtype) for shift in (-step, step)]
-        (here, rounding), (behind, _), (ahead, _) = (self.value(i, t) for t in (start, *moved))
-        right, left = (ahead - here) / step, (here - behind) / step
-        numeric = (ahead - behind) / (2 * step)
-        # The arguments were rounded, so the step was not exactly along the direction.
-        along = (widen(moved[1]) - widen(moved[0])) / (2 * step) if self.is_low else direction
-        slope = torch.zeros_like(along.real)
-        if gradient is not None:
-            slope = (widen(gradient).conj() * along).real
-        size = slope.abs().sum() + numeric.abs()
-        kink, rtol = (2 * self.step, 3 * self.step**2) if self.is_low else (1e-3, 1e-6)
-        rounding = max(1e-9 * float(here.abs()) + 1e-9, 4 * rounding / step)
-        if (right - left).abs() > kink * size + 1e3 * rounding:
-            ctx.kinks += 1
-            return
-        ctx.comparisons += 1
-        allowed = (rtol + ctx.case.rtol) * size + rounding + ctx.case.atol
-        if self.is_low:
-            allowed += (right - left).abs() / 2
-        if gradient is not None:
-            allowed += 8 * self.noise * largest(gradient) * float(along.abs().norm())
-        if (slope.sum() - numeric).abs() > allowed:
-            ratio = (slope.sum() / numeric).item()
-            raise Mismatch(
-                f"slope along a direction of {ctx.label(i)}: expected {numeric.item():.10g} by "
-                f"finite differences, got {slope.sum().item():.10g}, ratio {ratio:.6g}"
-                + ("" if gradient is not None else _NO_GRADIENT)
+
+def _fault_of_reference(
+    ctx: CheckContext,
+    sample: Sample,
+    upstream: Sequence[Tensor],
+    found: Gradients,
+    expected: Gradients,
+) -> str:
+    """What finite differences say of the reference, if they support the call; else empty."""
+    if ctx.case.gradient_of is not None:
+        return ""  # the gradient is not the slope, on purpose
+    directions = {i: ctx.random_like(sample[i]) for i in found}
+
+    def slopes(call: Call, change: Change, gradient: Gradients) -> list[Slope]:
+        start, given = change(sample), change(upstream)
+        moved = {i: v for i, v in changed(directions, change).items() if v is not None}
+        return [
+            slope(
+                ctx.label(i),
+                partial(_terms, ctx, call, start, given, i, along),
+                [inner(gradient[i], along)],
+                step_for([start[i]]),
             )
+            for i, along in ctx.directions_in_domain(start, moved).items()
+        ]
+
+    ours = None if narrowest(sample) else slopes(ctx.call, tuple, found)
+    theirs = slopes(ctx.reference, widened, expected)
+    is_theirs = supported(ours, theirs) == "call"
+    return fault_of_reference("gradient", theirs) if is_theirs else ""
 
 
-def _clues(
-    reference: Call, sample: Sample, upstream: Sequence[Tensor], expected: Gradients
-) -> dict[str, Gradients]:
-    """The gradients that known mistakes would give."""
-    scale = upstream[0].flatten()[0].item() if upstream[0].numel() else 1.0
-    clues: dict[str, Gradients] = {
-        "everything is scaled by the first element of the upstream gradient": {
-            i: None if g is None else g * scale for i, g in expected.items()
-        }
-    }
-    if upstream[0].ndim and upstream[0].shape[0] > 1:
-        first = [u if not u.ndim else torch.cat([u[:1], torch.zeros_like(u[1:])]) for u in upstream]
-        _, only_first = exact(reference, sample, first)
-        clues["only the first row of the batch counts: missing a sum over the batch"] = only_first
-    return clues
+def _mistake(
+    ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor], found: Gradients, i: int
+) -> str:
+    """The diagnosis of a wrong slope, from a gradient by finite differences."""
+    if narrowest(sample) is not None or ctx.case.project:
+        return ""
+    try:
+        expected = numeric_gradients(ctx.call, sample, upstream)
+    except Exception:
+        return ""
+    right = partial(numeric_gradients, ctx.call)
+    clues = partial(known_mistakes, sample, upstream, expected, right, ctx.label)
+    budgets = {i: Budget(1e-5, 1e-6 * largest(expected[i]))}
+    try:
+        ctx.compare_gradients(sample, {i: found[i]}, {i: expected[i]}, clues=clues, budgets=budgets)
+    except Mismatch as mismatch:
+        return mismatch.diagnosis or _nonlinearity(ctx, sample, upstream, found)
+    return ""
+
+
+def _nonlinearity(
+    ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor], found: Gradients
+) -> str:
+    is_right = is_linear(ctx.call, sample, upstream, found)
+    return "" if is_right else "not linear in the upstream gradient"

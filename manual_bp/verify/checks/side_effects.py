@@ -2,13 +2,17 @@
 
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from manual_bp._torch import seeing_operators
 from manual_bp.verify._autograd import (
+    Gradients,
     gradients,
     gradients_of,
     leaves,
@@ -16,13 +20,19 @@ from manual_bp.verify._autograd import (
     outputs_of,
     positions,
 )
-from manual_bp.verify._case import Sample
-from manual_bp.verify._check import CheckContext, check
+from manual_bp.verify._case import Call, Sample
+from manual_bp.verify._check import STATE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
-from manual_bp.verify.checks._shared import compare_raw, require_custom_nodes
+from manual_bp.verify._global_state import filled_memory
+from manual_bp.verify.checks._shared import UNWRITTEN, compare_raw, diagnosed, require_custom_nodes
+
+_SO_DOES_THE_REFERENCE = (
+    "changed in place, by the reference too (as nn.Embedding does with max_norm), so the gradient "
+    "is not the slope"
+)
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "gradients_match_reference", *STATE))
 def raw_backward(ctx: CheckContext, sample: Sample) -> None:
     """What a backward returns has the shape, dtype and device of its argument, before any cast."""
     arguments = leaves(sample)
@@ -34,17 +44,54 @@ def raw_backward(ctx: CheckContext, sample: Sample) -> None:
 @check()
 def writes_nothing(ctx: CheckContext, sample: Sample) -> None:
     """Neither forward nor backward changes an argument, an output or the upstream gradient."""
+    try:
+        _require_no_writes(ctx, ctx.call, sample)
+    except Mismatch as mismatch:
+        if _writes(ctx, ctx.case.reference, sample):
+            raise mismatch.diagnosed(_SO_DOES_THE_REFERENCE) from None
+        raise
+
+
+def _writes(ctx: CheckContext, call: Call | None, sample: Sample) -> bool:
+    try:
+        if call is not None:
+            _require_no_writes(ctx, call, sample)
+    except Mismatch:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def _require_no_writes(ctx: CheckContext, call: Call, sample: Sample) -> None:
+    with torch.no_grad():
+        frozen = leaves(sample, ())
+        before = {name: t.clone() for name, t in _named(ctx, frozen).items()}
+        call(*frozen)
+    _compare_unchanged(ctx, before, _named(ctx, frozen), "forward without gradients")
     arguments = leaves(sample)
-    upstream = ctx.upstream(ctx.call, sample)
-    before = {ctx.label(i): arguments[i].detach().clone() for i in positions(sample)}
-    result = ctx.call(*arguments)
-    now = {ctx.label(i): arguments[i] for i in positions(sample)}
+    upstream = ctx.upstream(call, sample)
+    now = _named(ctx, arguments)
+    before = {name: t.detach().clone() for name, t in now.items()}
+    result = call(*arguments)
     _compare_unchanged(ctx, before, now, "forward")
     for i, (u, output) in enumerate(zip(upstream, outputs_of(result), strict=True)):
         before |= {f"upstream gradient {i}": u.clone(), f"output {i}": output.detach().clone()}
         now |= {f"upstream gradient {i}": u, f"output {i}": output}
     gradients_of(result, arguments, upstream)
     _compare_unchanged(ctx, before, now, "backward")
+
+
+@check(builds_on=("writes_nothing", "deterministic"))
+def uninitialized_memory(ctx: CheckContext, sample: Sample) -> None:
+    """No result depends on what torch.empty finds in memory: filled with nan, it is the same."""
+    upstream = ctx.upstream(ctx.call, sample)
+    result, expected = gradients(ctx.call, leaves(sample), upstream)
+    with filled_memory():
+        filled, found = gradients(ctx.call, leaves(sample), upstream)
+    with diagnosed(UNWRITTEN):
+        ctx.compare_outputs(filled, result, " with new memory filled with nan")
+        ctx.compare_gradients(sample, found, expected, " with new memory filled with nan")
 
 
 @check()
@@ -62,21 +109,28 @@ def saves_nothing_on_ctx(ctx: CheckContext, sample: Sample) -> None:
             )
 
 
-@check()
+@check(builds_on=("writes_nothing", "deterministic", "saves_nothing_on_ctx"))
 def stale_inputs_raise(ctx: CheckContext, sample: Sample) -> None:
     """Backward notices an argument that was changed in place after forward, or does not use it."""
     upstream = ctx.upstream(ctx.call, sample)
     _, expected = gradients(ctx.call, leaves(sample), upstream)
     for i in positions(sample):
         arguments = leaves(sample)
-        result = ctx.call(*arguments)
-        with torch.no_grad():
-            arguments[i].mul_(2).add_(1)
+        with set_checkpoint_early_stop(False):  # so that all of it is seen to run again
+            result = ctx.call(*arguments)
+        moved = ctx.in_domain(tuple(2 * t + 1 if t is arguments[i] else t for t in arguments))
         try:
-            found = gradients_of(result, arguments, upstream)
+            with torch.no_grad():
+                arguments[i].copy_(moved[i])
+        except RuntimeError:
+            continue  # its elements share memory
+        try:
+            found, runs_again = _gradients_and_whether_it_runs_again(result, arguments, upstream)
         except RuntimeError:
             ctx.comparisons += 1
             continue
+        if runs_again and i >= len(sample) - ctx.case.parameters:
+            continue  # a checkpoint, which runs again with the parameters as they are
         where = f" after {ctx.label(i)} was changed in place"
         diagnosis = "saved as .data or on ctx: the change went unnoticed"
         ctx.compare_gradients(sample, found, expected, where, diagnosis=diagnosis)
@@ -108,6 +162,21 @@ def no_leak(ctx: CheckContext, sample: Sample) -> None:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _gradients_and_whether_it_runs_again(
+    result: Any, arguments: Sample, upstream: Sequence[Tensor]
+) -> tuple[Gradients, bool]:
+    """The gradients, and whether backward runs code with a graph of its own: a checkpoint."""
+    with_graph: list[bool] = []
+    with seeing_operators(lambda _: with_graph.append(torch.is_grad_enabled())):
+        found = gradients_of(result, arguments, upstream)
+    return found, any(with_graph)
+
+
+def _named(ctx: CheckContext, arguments: Sample) -> dict[str, Tensor]:
+    """The tensors among the arguments, those without gradients too."""
+    return {ctx.label(i): t for i, t in enumerate(arguments) if isinstance(t, Tensor)}
 
 
 def _compare_unchanged(

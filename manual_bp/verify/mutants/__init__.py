@@ -1,14 +1,21 @@
-"""Functions and modules that are wrong on purpose, by kind of mistake."""
+"""Functions and modules that are wrong on purpose, by kind of mistake, and their right twins."""
 
 from manual_bp.verify.mutants import (
+    aliases,
+    arguments,
     batches,
+    caches,
     calls,
     compiler,
     edges,
     first_order,
+    global_state,
+    graphs,
     layouts,
+    module_state,
     modules,
     needs_input_grad,
+    operators,
     orders,
     precision,
     shapes,
@@ -16,9 +23,9 @@ from manual_bp.verify.mutants import (
     uninformative_samples,
     upstream,
 )
-from manual_bp.verify.mutants._mutant import DECLARED, Mutant
+from manual_bp.verify.mutants._mutant import DECLARED, DECLARED_TWINS, Mutant, Twin
 
-__all__ = ["MUTANTS", "Mutant"]
+__all__ = ["MUTANTS", "TWINS", "Mutant", "Twin"]
 
 _KINDS = (
     first_order,
@@ -28,15 +35,25 @@ _KINDS = (
     layouts,
     uninformative_samples,
     side_effects,
+    global_state,
+    aliases,
     calls,
+    caches,
+    graphs,
     orders,
     batches,
     precision,
     compiler,
     edges,
     modules,
+    module_state,
+    arguments,
+    operators,
 )
 
 MUTANTS: tuple[Mutant, ...] = tuple(
     mutant for kind in _KINDS for mutant in DECLARED if mutant.kind == kind.__name__
+)
+TWINS: tuple[Twin, ...] = tuple(
+    twin for kind in _KINDS for twin in DECLARED_TWINS if twin.kind == kind.__name__
 )

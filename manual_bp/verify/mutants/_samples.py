@@ -44,14 +44,40 @@ def elementwise(g: Generator) -> Samples:
     return [(_randn(g, 5, 3),)]
 
 
+def with_zeros(g: Generator) -> Samples:
+    """One matrix, in which some elements are 0."""
+    x = _randn(g, 5, 3)
+    return [(x.where(torch.arange(15).view(5, 3) % 4 > 0, 0),)]
+
+
 def pair(g: Generator) -> Samples:
     """Two matrices of the same shape."""
     return [(_randn(g, 5, 3), _randn(g, 5, 3))]
 
 
+def transposed_pair(g: Generator) -> Samples:
+    """The same, transposed in memory."""
+    return [(_randn(g, 3, 5).mT, _randn(g, 3, 5).mT)]
+
+
+def columns_of_wider(g: Generator) -> Samples:
+    """The same, each every second column of a wider one."""
+    return [(_randn(g, 5, 6)[:, ::2], _randn(g, 5, 6)[:, ::2])]
+
+
+def images(g: Generator) -> Samples:
+    """Two batches of images."""
+    return [(_randn(g, 2, 3, 4, 5), _randn(g, 2, 3, 4, 5))]
+
+
 def scale(g: Generator) -> Samples:
     """A matrix and a factor for each of its columns."""
     return [(_randn(g, 5, 3), _randn(g, 3))]
+
+
+def rows_to_look_up(g: Generator) -> Samples:
+    """A table and indices of its rows, some twice, some never and one to be ignored."""
+    return [(_randn(g, 7, IN), torch.tensor([4, 1, -1, 4, 2]))]
 
 
 def dropout(g: Generator) -> Samples:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Product
 from manual_bp.verify.mutants._samples import elementwise, scale
 
@@ -101,3 +101,91 @@ class SharedWeightGradient(Product):
         a, w = ctx.saved_tensors
         apply: Any = _ScaleGradient.apply
         return delta * w, apply(delta, a)
+
+
+class _Cumsum(Function):
+    """The cumulative sum of a row."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Any:
+        return x.cumsum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        del ctx, inputs, output
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        del ctx
+        return delta.flip(-1).cumsum(-1).flip(-1)
+
+
+def _cumsum(x: Tensor) -> Tensor:
+    return x.cumsum(-1)
+
+
+@mutant("vmap", elementwise, _cumsum, supports=("vmap",), in_dims=(0,))
+class VmapOverFirst(_Cumsum):
+    """The batch rule takes the first dimension for the batch, whatever in_dims says."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> Any:
+        del info, in_dims
+        apply: Any = VmapOverFirst.apply
+        return apply(x), 0
+
+
+@twin("vmap", elementwise, _cumsum, supports=("vmap",), in_dims=(0,))
+class VmapOverAny(_Cumsum):
+    """The batch rule moves the batch to the first dimension."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> Any:
+        del info
+        apply: Any = VmapOverAny.apply
+        return apply(x.movedim(in_dims[0], 0)), 0
+
+
+class _AddsReversed(Function):
+    """x + s, with s in reverse order."""
+
+    @staticmethod
+    def forward(x: Tensor, s: Tensor) -> Any:
+        return x + s.flip(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        del output
+        ctx.shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        return delta, delta.sum_to_size(ctx.shape).flip(0)
+
+
+def _adds_reversed(x: Tensor, s: Tensor) -> Tensor:
+    return x + s.flip(0)
+
+
+@mutant("vmap", scale, _adds_reversed, supports=("vmap",), in_dims=(0, None))
+class VmapOverInputsOnly(_AddsReversed):
+    """The batch rule takes it that x is batched and s is not, and reverses a batch of s."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, s: Tensor) -> Any:
+        del info
+        apply: Any = VmapOverInputsOnly.apply
+        return apply(x if in_dims[0] is None else x.movedim(in_dims[0], 0), s), 0
+
+
+@twin("vmap", scale, _adds_reversed, supports=("vmap",), in_dims=(0, None))
+class RefusesBatchesOfScales(_AddsReversed):
+    """The batch rule refuses a batch of s."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, s: Tensor) -> Any:
+        del info
+        if in_dims[0] is None or in_dims[1] is not None:
+            raise NotImplementedError("s must not be batched")
+        apply: Any = RefusesBatchesOfScales.apply
+        return apply(x.movedim(in_dims[0], 0), s), 0

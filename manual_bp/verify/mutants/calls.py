@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Linear, Product, Sigmoid
 from manual_bp.verify.mutants._samples import dropout, elementwise, linear, pair
 
@@ -226,3 +226,34 @@ class KeyedByMemory(Product):
         x, y = ctx.saved_tensors
         table = {x.data_ptr(): delta * y, y.data_ptr(): delta * x}
         return table.pop(x.data_ptr()), table.pop(y.data_ptr(), None)
+
+
+@mutant("non_leaf_arguments", elementwise, torch.sigmoid)
+def cuts_off_what_is_no_leaf(z: Tensor) -> Any:
+    """An argument that another operation computed is detached."""
+    apply: Any = Sigmoid.apply
+    return apply(z if z.is_leaf else z.detach())
+
+
+@mutant("non_leaf_arguments", elementwise, torch.sigmoid)
+class OverwritesWhatIsNoLeaf(Sigmoid):
+    """Backward uses an argument that another operation computed as scratch space."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        Sigmoid.setup_context(ctx, inputs, output)
+        ctx.scratch = None if inputs[0].is_leaf else inputs[0].data
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (a,) = ctx.saved_tensors
+        if ctx.scratch is not None:
+            ctx.scratch.copy_(a * (1 - a))
+        return grad_a * a * (1 - a)
+
+
+@twin("non_leaf_arguments", elementwise, torch.sigmoid)
+def keeps_gradients_of_leaves(z: Tensor) -> Any:
+    """A call asks whether its argument is a leaf, and gives the same in both cases."""
+    apply: Any = Sigmoid.apply
+    return apply(z if z.is_leaf else z.view_as(z))

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Product
-from manual_bp.verify.mutants._samples import pair
+from manual_bp.verify.mutants._samples import columns_of_wider, images, pair, transposed_pair
 
 
 def _by_memory(value: Tensor) -> Tensor:
@@ -27,6 +28,81 @@ class ReadsByMemory(Product):
     def backward(ctx: Any, delta: Any) -> Any:
         x, y = map(_by_memory, ctx.saved_tensors)
         return delta * y, delta * x
+
+
+@mutant("argument_layouts", columns_of_wider, torch.mul, name="reads_given_by_memory")
+@mutant("argument_layouts", transposed_pair, torch.mul, name="reads_given_transposed_by_memory")
+class ReadsGivenByMemory(ReadsByMemory):
+    """Backward reads its saved arguments as if contiguous, and the samples are not."""
+
+
+@mutant("argument_layouts", pair, torch.mul)
+class RowsFollowEachOther(Product):
+    """Backward takes the width of a row for the distance to the next one, as in a fused tensor."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        if x.ndim == 2 and x.stride(1) == 1 and x.stride(0) > x.shape[1]:
+            x = x.as_strided(x.shape, (x.shape[1], 1))
+        return delta * y, delta * x
+
+
+@twin("argument_layouts", pair, torch.mul)
+class ReadsByStrides(Product):
+    """Backward reads its saved arguments from memory, by their strides and offset."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = (t.as_strided(t.shape, t.stride(), t.storage_offset()) for t in ctx.saved_tensors)
+        return delta * y, delta * x
+
+
+@mutant("argument_layouts", images, torch.mul)
+class FillsByMemory(Product):
+    """A gradient gets the strides of its argument, and is filled as if contiguous."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_x.as_strided((x.numel(),), (1,)).copy_((delta * y).flatten())
+        return grad_x, delta * x
+
+
+@twin("argument_layouts", images, torch.mul)
+class FillsByStrides(Product):
+    """A gradient gets the strides of its argument, and is filled by them."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        return torch.empty_like(x).copy_(delta * y), delta * x
+
+
+@mutant("argument_layouts", pair, torch.mul)
+class KeyedByStorage(Product):
+    """Gradients are stored by the memory of their argument: those of slices collide."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, y = ctx.saved_tensors
+        if x is y:
+            return delta * y, delta * x
+        table = {t.untyped_storage().data_ptr(): g for t, g in ((x, delta * y), (y, delta * x))}
+        return tuple(table[t.untyped_storage().data_ptr()] for t in (x, y))
 
 
 @mutant("argument_layouts", pair, torch.mul)

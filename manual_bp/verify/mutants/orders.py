@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from manual_bp.verify.mutants._mutant import mutant
-from manual_bp.verify.mutants._right import Cube, CubeGradient, Linear, Sigmoid, cube
-from manual_bp.verify.mutants._samples import elementwise, linear
+from manual_bp.verify.mutants._mutant import mutant, twin
+from manual_bp.verify.mutants._right import Cube, CubeGradient, Linear, Product, Sigmoid, cube
+from manual_bp.verify.mutants._samples import elementwise, linear, scale
 
 
 @mutant("double_backward", linear, F.linear, supports=("double_backward",))
@@ -22,6 +22,7 @@ class SavesDetached(Linear):
         return delta @ w, delta.mT @ a, delta.sum(0)
 
 
+@mutant("double_backward", elementwise, name="saves_prime_without_reference")
 @mutant("double_backward", elementwise, torch.sigmoid, name="saves_prime_undeclared")
 @mutant("double_backward", elementwise, torch.sigmoid, supports=("double_backward",))
 class SavesPrime(Function):
@@ -54,6 +55,7 @@ class DropsCurvature(Cube):
     backward = Cube.backward_by(Gradient)
 
 
+@mutant("third_order", elementwise, name="drops_third_order_without_reference")
 @mutant("third_order", elementwise, cube, supports=("double_backward", "third_order"))
 class DropsThirdOrder(Cube):
     """First and second derivatives are right, but the third lacks a term."""
@@ -69,6 +71,7 @@ class DropsThirdOrder(Cube):
     backward = Cube.backward_by(Gradient)
 
 
+@mutant("forward_ad", elementwise, name="wrong_jvp_without_reference")
 @mutant("forward_ad", elementwise, torch.sigmoid, supports=("double_backward", "forward_ad"))
 class WrongJvp(Sigmoid):
     """The jvp multiplies by the sigmoid, not by its derivative."""
@@ -100,6 +103,7 @@ class JvpWithoutBias(Linear):
         return da @ w.mT + a @ dw.mT
 
 
+@mutant("forward_over_reverse", elementwise, name="wrong_jvp_of_gradient_without_reference")
 @mutant(
     "forward_over_reverse",
     elementwise,
@@ -118,3 +122,67 @@ class WrongJvpOfGradient(Cube):
             return 3 * x * delta * dx + 3 * x.square() * ddelta
 
     backward = Cube.backward_by(Gradient)
+
+
+@twin("double_backward", elementwise, name="right_double_backward")
+@twin("third_order", elementwise, name="right_third_order")
+@twin("forward_ad", elementwise, name="right_forward_ad")
+@twin("forward_over_reverse", elementwise, name="right_forward_over_reverse")
+class RightCube(Cube):
+    """All derivatives are right, and there is no reference."""
+
+    backward = Cube.backward_by(CubeGradient)
+
+
+class _SquareTimes(Product):
+    """x² s."""
+
+    @staticmethod
+    def forward(x: Tensor, s: Tensor) -> Any:
+        return x.square() * s
+
+
+def _square_times(x: Tensor, s: Tensor) -> Tensor:
+    return x.square() * s
+
+
+@mutant("double_backward", scale, _square_times, supports=("double_backward",))
+class SlopeForFrozen(_SquareTimes):
+    """If only x requires a gradient, forward saves the slope, which is constant in backward."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        del output
+        x, s = inputs
+        ctx.save_for_backward(x, s, None if ctx.needs_input_grad[1] else 2 * x * s)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, s, slope = ctx.saved_tensors
+        if slope is not None:
+            return slope * delta, None
+        return 2 * x * s * delta, (x.square() * delta).sum(0)
+
+
+@twin("double_backward", scale, _square_times, supports=("double_backward",))
+class SkipsFrozen(_SquareTimes):
+    """Backward skips the gradient that is not required."""
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        x, s = ctx.saved_tensors
+        grad_x = 2 * x * s * delta if ctx.needs_input_grad[0] else None
+        grad_s = (x.square() * delta).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_s
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+@twin("third_order", elementwise, _layer_norm, supports=("double_backward", "third_order"))
+def normalizes_rows(x: Tensor) -> Tensor:
+    """Layer normalization, whose third derivative is right where that of PyTorch's is wrong."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centered = wide - wide.mean(-1, keepdim=True)
+    return (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(x.dtype)

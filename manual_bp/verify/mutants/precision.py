@@ -1,5 +1,6 @@
 """Wrong in lower precision or under autocast."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Linear, Product, Sigmoid
 from manual_bp.verify.mutants._samples import elementwise, far, linear, scale, uneven
 
@@ -141,3 +142,73 @@ class AlwaysFloat16(Linear):
         a, w = ctx.saved_tensors
         delta = delta.to(a.dtype)
         return delta @ w, delta.mT @ a, delta.sum(0)
+
+
+@mutant("full_precision", linear, F.linear)
+class SavesFloat32(Linear):
+    """What backward needs is saved in float32."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
+        del output
+        a, w, _ = inputs
+        ctx.save_for_backward(a.float(), w.float())
+
+    @staticmethod
+    def backward(ctx: Any, delta: Any) -> Any:
+        a, w = (t.to(delta.dtype) for t in ctx.saved_tensors)
+        return delta @ w, delta.mT @ a, delta.sum(0)
+
+
+@mutant("full_precision", elementwise)
+class SigmoidInFloat32(Sigmoid):
+    """The sigmoid is computed in float32, and there is no reference."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Any:
+        return torch.sigmoid(z.float()).to(z.dtype)
+
+
+def _gelu(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _gelu_slope(z: Tensor, factor: float) -> Tensor:
+    """The derivative of `_gelu`, for sqrt(2 / pi) as the factor."""
+    tanh = torch.tanh(factor * (z + 0.044715 * z**3))
+    return (1 + tanh) / 2 + z * (1 - tanh.square()) / 2 * factor * (1 + 3 * 0.044715 * z.square())
+
+
+class _Gelu(Sigmoid):
+    """GELU by the hyperbolic tangent."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Any:
+        return _gelu(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+
+@mutant("gradients_match_reference", elementwise, _gelu)
+class SevenDigits(_Gelu):
+    """A constant of the derivative is given with seven digits."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (z,) = ctx.saved_tensors
+        return grad_a * _gelu_slope(z, 0.7978845)
+
+
+@twin("gradients_match_reference", elementwise, _gelu, name="all_digits")
+@twin("full_precision", elementwise, name="all_digits_without_reference")
+class AllDigits(_Gelu):
+    """The constant is given with all digits."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Any) -> Any:
+        (z,) = ctx.saved_tensors
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        return (grad_a * _gelu_slope(wide, math.sqrt(2 / math.pi))).to(z.dtype)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from manual_bp.verify.mutants._mutant import mutant
+from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Linear, Relu, Sigmoid
-from manual_bp.verify.mutants._samples import elementwise, linear
+from manual_bp.verify.mutants._samples import elementwise, linear, rows_to_look_up
 
 
 @mutant("writes_nothing", linear, F.linear)
@@ -74,6 +75,74 @@ class ReluOverInput(Relu):
     @staticmethod
     def forward(z: Tensor) -> Any:
         return z.clamp_(min=0).clone()
+
+
+@mutant("writes_nothing", elementwise, torch.relu)
+def in_place_without_gradients(z: Tensor) -> Any:
+    """Without gradients, a call clamps its argument in place."""
+    apply: Any = Relu.apply
+    return apply(z) if torch.is_grad_enabled() else z.clamp_(min=0)
+
+
+def _look_up(w: Tensor, indices: Tensor) -> Tensor:
+    return w[indices.clamp(min=0)] * (indices >= 0)[..., None]
+
+
+class _LookUp(Function):
+    """The rows of w at indices, and zeros where the index is negative."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, indices: Tensor) -> Any:
+        ctx.save_for_backward(indices)
+        ctx.shape = w.shape
+        return _look_up(w, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        delta = delta * (indices >= 0)[..., None]
+        return delta.new_zeros(ctx.shape).index_add(0, indices.clamp(min=0), delta), None
+
+
+@twin("writes_nothing", rows_to_look_up, _look_up)
+class LooksUp(_LookUp):
+    """Ignored indices are replaced in a copy."""
+
+
+@mutant("writes_nothing", rows_to_look_up, _look_up)
+class ReplacesIgnored(_LookUp):
+    """Ignored indices are replaced in the tensor of the caller."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, indices: Tensor) -> Any:
+        was_ignored = indices < 0
+        y = _LookUp.forward(ctx, w, indices.clone())
+        indices[was_ignored] = 0
+        return y
+
+
+@mutant("uninitialized_memory", rows_to_look_up, _look_up)
+class StartsFromEmpty(_LookUp):
+    """New memory is taken for zeros, which it is if it is large and nothing fills it."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        grad_w = _LookUp.backward(ctx, delta)[0]
+        large = torch.empty(40_000_000 // grad_w.itemsize, dtype=grad_w.dtype)
+        return large[: grad_w.numel()].view(grad_w.shape) + grad_w, None
+
+
+@twin("uninitialized_memory", rows_to_look_up, _look_up)
+class FillsEmpty(_LookUp):
+    """The gradient is written into new memory, all of it."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Any) -> Any:
+        grad_w = _LookUp.backward(ctx, delta)[0]
+        return torch.empty_like(grad_w).copy_(grad_w), None
 
 
 @mutant("saves_nothing_on_ctx", linear, F.linear)

@@ -1,0 +1,85 @@
+"""The strides of the arguments."""
+
+import torch
+from torch import Tensor
+
+from manual_bp.verify._autograd import Gradients, gradients, leaves, positions
+from manual_bp.verify._case import Call, Sample, is_differentiable
+from manual_bp.verify._check import SLOPE, CheckContext, check
+from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._layouts import LAYOUTS, is_plain, windows
+
+
+@check(builds_on=SLOPE)
+def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
+    """The strides of the arguments do not matter: a contiguous copy gives the same."""
+    tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
+    _, usual = gradients(ctx.call, leaves(sample), ctx.upstream(ctx.call, sample))
+    layouts = {"given": lambda t: t, **LAYOUTS}
+    if ctx.case.reference is not None:  # some of PyTorch's own functions are wrong for it
+        layouts["overlapping"] = windows
+    for chosen in [tensors, *([i] for i in tensors if len(tensors) > 1)]:
+        names = ", ".join(map(ctx.label, chosen))
+        for name, layout in layouts.items():
+            arguments = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
+            if ctx.is_in_domain(arguments) and not all(is_plain(arguments[i]) for i in chosen):
+                _compare_layout(ctx, arguments, usual, f" for {name} {names}")
+    fused = _slices_of_one_tensor(sample)
+    if fused is not None:
+        _compare_layout(ctx, fused, usual, " for arguments that are slices of one tensor")
+
+
+def _slices_of_one_tensor(sample: Sample) -> Sample | None:
+    """The arguments that differ at most in their last size, as columns of one tensor."""
+    places = [i for i in positions(sample) if sample[i].ndim]
+    chosen = [i for i in places if sample[i].shape[:-1] == sample[places[0]].shape[:-1]]
+    chosen = [i for i in chosen if sample[i].dtype == sample[chosen[0]].dtype]
+    if len(chosen) < 2:
+        return None
+    fused = torch.cat([sample[i] for i in chosen], -1)
+    slices = fused.split([sample[i].shape[-1] for i in chosen], -1)
+    laid_out = dict(zip(chosen, slices, strict=True))
+    return tuple(laid_out.get(i, t) for i, t in enumerate(sample))
+
+
+def _compare_layout(ctx: CheckContext, arguments: Sample, usual: Gradients, where: str) -> None:
+    try:
+        _compare_with_copy(ctx, ctx.call, arguments, usual, where)
+    except Exception as problem:
+        if not _reference_fails_too(ctx, arguments, usual, problem):
+            raise
+
+
+def _reference_fails_too(
+    ctx: CheckContext, arguments: Sample, usual: Gradients, problem: Exception
+) -> bool:
+    """Whether the reference also refuses these strides or values, or is wrong for them.
+
+    Random numbers may be drawn in the order of the memory, so without a reference they say nothing.
+    """
+    if ctx.case.reference is None:
+        return ctx.case.is_random or not isinstance(problem, Mismatch)
+    try:
+        _compare_with_copy(ctx, ctx.case.reference, arguments, usual)
+    except Exception:
+        return True
+    return False
+
+
+def _compare_with_copy(
+    ctx: CheckContext, call: Call, arguments: Sample, usual: Gradients, where: str = ""
+) -> None:
+    copied = tuple(
+        t.clone(memory_format=torch.contiguous_format).resolve_conj()
+        if isinstance(t, Tensor)
+        else t
+        for t in arguments
+    )
+    upstream = ctx.upstream(call, copied)
+    result, expected = gradients(call, leaves(copied), upstream)
+    # leaves() would copy the arguments, and with them lazy conjugates and offsets.
+    views = tuple(t.detach().requires_grad_() if is_differentiable(t) else t for t in arguments)
+    found_result, found = gradients(call, views, upstream)
+    ctx.compare_outputs(found_result, result, where)
+    diagnosis = "right only for contiguous arguments"
+    ctx.compare_gradients(copied, found, expected, where, diagnosis=diagnosis, scales=usual)
