@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from manual_bp.verify._autograd import Gradients, gradients, leaves, positions
+from manual_bp.verify._autograd import Gradients, gradients, leaves, positions, tensors_of
+from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import SLOPE, CheckContext, check
 from manual_bp.verify._compare import Mismatch
 from manual_bp.verify._layouts import LAYOUTS, is_plain, windows
+from manual_bp.verify._precision import narrowest, widened
 
 
 @check(builds_on=SLOPE)
@@ -46,7 +48,8 @@ def _compare_layout(ctx: CheckContext, arguments: Sample, usual: Gradients, wher
     try:
         _compare_with_copy(ctx, ctx.call, arguments, usual, where)
     except Exception as problem:
-        if not _reference_fails_too(ctx, arguments, usual, problem):
+        blameless = _reference_fails_too(ctx, arguments, usual, problem)
+        if not blameless and not (isinstance(problem, Mismatch) and _amplifies(ctx, arguments)):
             raise
 
 
@@ -64,6 +67,30 @@ def _reference_fails_too(
     except Exception:
         return True
     return False
+
+
+def _amplifies(ctx: CheckContext, arguments: Sample) -> bool:
+    """Whether rounding such values changes the exact result by 100 times as much.
+
+    An expanded row has equal elements, and layer_norm divides what is left of them by √ε. So the
+    order in which a sum is rounded shows, and it may depend on the strides.
+    """
+    low = narrowest(arguments)
+    if low is None or ctx.case.reference is None:
+        return False
+    eps = torch.finfo(low).eps
+    moved = tuple(
+        t + eps * t.abs() * ctx.random_like(t).clamp(-1, 1) if is_differentiable(t) else t
+        for t in widened(arguments)
+    )
+    results = [
+        tensors_of(ctx.case.reference(*leaves(at, ()))) for at in (widened(arguments), moved)
+    ]
+    return any(
+        largest(there - here) > 100 * eps * largest(here)
+        for here, there in zip(*results, strict=True)
+        if is_differentiable(here)
+    )
 
 
 def _compare_with_copy(
