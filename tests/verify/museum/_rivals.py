@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify import Case
-from manual_bp.verify._autograd import gradients, leaves, outputs_of, positions
+from manual_bp.verify._autograd import gradients, leaves, outputs_of, positions, tensors_of
+from manual_bp.verify._case import Sample
 from manual_bp.verify._check import CheckContext
 from manual_bp.verify.checks._shared import cast
 from manual_bp.verify.self_test import default_gradcheck
@@ -20,9 +21,9 @@ _SCHEMA_TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def what_it_says(tool: Callable[[Case], str], exhibit: Exhibit) -> str:
-    """The verdict of a tool: "caught", "missed", "refuses" or, if the fixed one fails, "alarm"."""
+    """The verdict of a tool: "caught", "missed", or "refuses", if it rejects the correction too."""
     verdict = tool(exhibit.wrong)
-    return "alarm" if verdict == "caught" and tool(exhibit.fixed) == "caught" else verdict
+    return "refuses" if verdict == "caught" and tool(exhibit.fixed) == "caught" else verdict
 
 
 def gradcheck(case: Case) -> str:
@@ -31,23 +32,25 @@ def gradcheck(case: Case) -> str:
 
 
 def allclose(case: Case) -> str:
-    """A usual test: value and gradients against the reference, in float32.
+    """The usual test: value and `.grad` against the reference, in float32.
 
     The upstream gradient is random, or 1 for a loss.
     """
     ctx = CheckContext(case, "allclose")
     for sample in ctx.samples:
-        low = cast(sample, torch.float32)
+        ours, theirs = leaves(cast(sample, torch.float32)), leaves(cast(sample, torch.float32))
+        expected = outputs_of(ctx.reference(*theirs))
+        upstream = [ctx.random_like(t) if t.ndim else torch.ones_like(t) for t in expected]
+        torch.autograd.backward(expected, upstream)
         try:
-            outputs = outputs_of(ctx.reference(*leaves(low)))
-            upstream = [ctx.random_like(t) if t.ndim else torch.ones_like(t) for t in outputs]
-            result, found = gradients(ctx.call, leaves(low), [u.clone() for u in upstream])
+            found = outputs_of(ctx.call(*ours))
+            torch.autograd.backward(found, [u.clone() for u in upstream])
         except Exception:
             return "caught"
-        _, expected = gradients(ctx.reference, leaves(low), upstream)
-        got = [*outputs_of(result), *found.values()]
-        pairs = zip(got, [*outputs, *expected.values()], strict=True)
-        if not all(_is_close(one, other) for one, other in pairs):
+        pairs = [*zip(found, expected, strict=True)]
+        if not all(one.shape == other.shape and _is_close(one, other) for one, other in pairs):
+            return "caught"
+        if not all(_is_close(ours[i].grad, theirs[i].grad) for i in positions(sample)):
             return "caught"
     return "missed"
 
@@ -55,82 +58,89 @@ def allclose(case: Case) -> str:
 def opcheck(case: Case) -> str:
     """`torch.library.opcheck` of the call and of its backward, each made an operator."""
     ctx = CheckContext(case, "opcheck")
-    try:
-        forward, backward = _operators(ctx)
-    except TypeError:
-        return "refuses"
-    with warnings.catch_warnings(action="ignore"):
-        for sample in ctx.samples:
-            upstream = [u.detach() for u in ctx.upstream(ctx.trusted, sample)]
-            try:
+    for sample in ctx.samples:
+        try:
+            forward, backward = _operators(ctx, sample)
+        except TypeError:
+            return "refuses"
+        upstream = [u.detach() for u in ctx.upstream(ctx.trusted, sample)]
+        try:
+            with warnings.catch_warnings(action="ignore"):
                 torch.library.opcheck(forward, leaves(sample))
                 torch.library.opcheck(backward, (*upstream, *sample))
-            except Exception:
-                return "caught"
+        except Exception:
+            return "caught"
     return "missed"
 
 
 def _is_close(got: Tensor | None, expected: Tensor | None) -> bool:
     if got is None or expected is None:
         return expected is None or not expected.count_nonzero()
-    return got.shape == expected.shape and torch.allclose(
-        got, expected.to(got.dtype), rtol=1e-3, atol=1e-5, equal_nan=True
-    )
+    return torch.allclose(got, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def _operators(ctx: CheckContext) -> tuple[Any, Any]:
+def _operators(ctx: CheckContext, sample: Sample) -> tuple[Any, Any]:
     """Two operators, of the call and of its gradients.
 
     Raises:
         TypeError: An argument or a result is of a kind that operators do not take.
     """
-    sample, places = ctx.samples[0], positions(ctx.samples[0])
-    results = ctx.call(*leaves(sample, ()))
-    if not all(isinstance(t, Tensor) for t in (results if _is_several(results) else [results])):
-        raise TypeError("results must be tensors")
-    count = len(outputs_of(results))
-    name = f"museum::exhibit{next(_numbers)}"
-    kinds = [_schema_type(value) for value in sample]
-    arguments = [f"{kind} a{i}" for i, kind in enumerate(kinds)]
-    given = [f"Tensor u{i}" for i in range(count)]
+    places, outputs = positions(sample), tensors_of(ctx.call(*leaves(sample, ())))
+    if outputs != outputs_of(outputs):
+        raise TypeError("every result must be a floating-point tensor")
+    arguments = [f"{_schema_type(value)} a{i}" for i, value in enumerate(sample)]
+    count = len(outputs)
 
     def forward(*values: Any) -> Any:
-        outputs = outputs_of(ctx.call(*values))
-        return outputs if len(outputs) > 1 else outputs[0]
+        return _one_or_several(tensors_of(ctx.call(*values)))
 
     def backward(*values: Any) -> Any:
         upstream, rest = values[:count], values[count:]
         with torch.enable_grad():
             _, found = gradients(ctx.call, leaves(rest), upstream)
-        made = [torch.zeros_like(rest[i]) if found[i] is None else found[i] for i in places]
-        return tuple(made) if len(made) > 1 else made[0]
+        if not any(g is not None for g in found.values()):
+            raise TypeError("the call must be an autograd.Function, not a composition")
+        pairs = ((rest[i], found[i]) for i in places)
+        return _one_or_several([torch.zeros_like(t) if g is None else g.clone() for t, g in pairs])
 
-    def like(*values: Any) -> Any:
-        made = [torch.empty_like(values[count + i]) for i in places]
-        return tuple(made) if len(made) > 1 else made[0]
-
-    operator = _operator(name, forward, arguments, count)
-    operator.register_fake(lambda *values: forward(*values))
-    derivative = _operator(f"{name}_backward", backward, [*given, *arguments], len(places))
-    derivative.register_fake(like)
-
-    def apply_derivative(context: Any, *upstream: Tensor) -> Any:
-        found = derivative(*upstream, *context.values)
-        by_place = dict(zip(places, found if len(places) > 1 else [found], strict=True))
-        return tuple(by_place.get(i) for i in range(len(sample)))
+    name = f"museum::exhibit{next(_numbers)}"
+    operator = _operator(name, forward, arguments, outputs)
+    given = [f"Tensor u{i}" for i in range(count)]
+    derivative = _operator(
+        f"{name}_backward", backward, [*given, *arguments], [sample[i] for i in places]
+    )
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
         del output
         ctx.values = inputs
 
-    operator.register_autograd(apply_derivative, setup_context=keep)
+    def differentiate(context: Any, *upstream: Tensor) -> Any:
+        found = tensors_of(derivative(*upstream, *context.values))
+        by_place = dict(zip(places, found, strict=True))
+        return tuple(by_place.get(i) for i in range(len(sample)))
+
+    operator.register_autograd(differentiate, setup_context=keep)
     return operator, derivative
 
 
-def _operator(name: str, fn: Any, arguments: list[str], count: int) -> Any:
-    returned = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+def _operator(name: str, fn: Any, arguments: list[str], results: Any) -> Any:
+    """An operator whose results have the shapes and strides of these."""
+    kinds = ", ".join(["Tensor"] * len(results))
+    returned = kinds if len(results) == 1 else f"({kinds})"
     schema = f"({', '.join(arguments)}) -> {returned}"
-    return torch.library.custom_op(name, fn, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(name, fn, mutates_args=(), schema=schema)
+
+    def fake(*_: Any) -> Any:
+        return _one_or_several(
+            [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in results]
+        )
+
+    operator.register_fake(fake)
+    return operator
+
+
+def _one_or_several(tensors: Any) -> Any:
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def _schema_type(value: Any) -> str:
@@ -139,7 +149,3 @@ def _schema_type(value: Any) -> str:
     if type(value) not in _SCHEMA_TYPES:
         raise TypeError(f"arguments must be tensors, numbers or strings; got {type(value)}")
     return _SCHEMA_TYPES[type(value)]
-
-
-def _is_several(value: Any) -> bool:
-    return isinstance(value, tuple | list)

@@ -6,41 +6,155 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._memory import write
 
 
-def _classes(g: Generator) -> list[tuple[Any, ...]]:
+def _head(g: Generator) -> list[tuple[Any, ...]]:
+    x, w = torch.randn(5, 3, generator=g), torch.randn(4, 3, generator=g)
+    return [(x, w, torch.randint(4, (5,), generator=g))]
+
+
+def _losses(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), target, reduction="none")
+
+
+class LinearCrossEntropy(Function):
+    """The loss of each row of x @ w.mT."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor) -> Any:
+        ctx.save_for_backward(x, w, target)
+        return _losses(x, w, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, w, target = ctx.saved_tensors
+        slope = F.linear(x, w).softmax(-1) - F.one_hot(target, len(w))
+        delta = grad[:, None] * slope
+        return delta @ w, delta.mT @ x, None
+
+
+@exhibit("linkedin/Liger-Kernel#1298", _head, _losses, fixed=LinearCrossEntropy)
+class FirstUpstreamForAllRows(LinearCrossEntropy):
+    """The gradient of a loss per row takes the upstream gradient of the first row for all rows."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return LinearCrossEntropy.backward(ctx, grad[:1].expand(grad.shape))
+
+
+def _logits(g: Generator) -> list[tuple[Any, ...]]:
     return [(torch.randn(5, 3, generator=g), torch.randint(3, (5,), generator=g))]
 
 
-def _each(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, reduction="none")
-
-
-class Unreduced(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, target)
-        return _each(logits, target)
+class MeanCrossEntropy(Function):
+    """The mean loss. Its gradient is made in forward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        logits, target = ctx.saved_tensors
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
         slope = logits.softmax(-1) - F.one_hot(target, logits.shape[-1])
-        return slope * grad[:, None], None
+        ctx.save_for_backward(slope / len(target))
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
 
 
-@exhibit(
-    "linkedin/Liger-Kernel#968",
-    _classes,
-    _each,
-    fixed=Unreduced,
-    diagnosis="scaled by the first element of the upstream gradient",
-)
-class OneUpstreamForAllRows(Unreduced):
-    """The gradient of an unreduced loss is multiplied by the upstream gradient of its first row."""
+@exhibit("linkedin/Liger-Kernel#272", _logits, F.cross_entropy, fixed=MeanCrossEntropy)
+class GradientInTheLogits(MeanCrossEntropy):
+    """Forward stores the gradient in the memory of the logits, which other layers have saved."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
+        loss = F.cross_entropy(logits, target)
+        slope = logits.softmax(-1) - F.one_hot(target, logits.shape[-1])
+        write(logits, slope / len(target))
+        ctx.save_for_backward(logits)
+        return loss
+
+
+def _distributions(g: Generator) -> list[tuple[Any, ...]]:
+    return [(torch.rand(5, 3, generator=g), torch.rand(5, 3, generator=g))]
+
+
+def _variation(p: Tensor, q: Tensor) -> Tensor:
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+class TotalVariation(Function):
+    """Half the sum of |p - q| in each row."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor) -> Any:
+        ctx.save_for_backward(p, q)
+        return _variation(p, q)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return Unreduced.backward(ctx, grad[:1].expand(grad.shape))
+        p, q = ctx.saved_tensors
+        slope = 0.5 * torch.sign(p - q) * grad[:, None]
+        return slope, -slope
+
+
+@exhibit("linkedin/Liger-Kernel#1373", _distributions, _variation, fixed=TotalVariation)
+class NoZeroAtTies(TotalVariation):
+    """The slope of |p - q| is that of q - p where the two are equal; it should be 0 there."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        p, q = ctx.saved_tensors
+        slope = torch.where(p > q, 0.5, -0.5).to(p.dtype) * grad[:, None]
+        return slope, -slope
+
+
+def _many_rows(g: Generator) -> list[tuple[Any, ...]]:
+    return [(torch.randn(1025, 2, generator=g), torch.randn(2, generator=g))]
+
+
+def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], w, 1e-6)
+
+
+class RmsNorm(Function):
+    """x / rms(x) * w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
+        ctx.save_for_backward(x, w)
+        return _rms_norm(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, w = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
+        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        normal, delta = x * scale, grad * w
+        slope = scale * (delta - normal * (delta * normal).mean(-1, keepdim=True))
+        return slope.to(grad.dtype), RmsNorm.sum_over_rows(grad * normal.to(grad.dtype))
+
+    @staticmethod
+    def sum_over_rows(terms: Tensor) -> Tensor:
+        """The gradient of w."""
+        return terms.sum(0)
+
+
+@exhibit("linkedin/Liger-Kernel#950", _many_rows, _rms_norm, fixed=RmsNorm, supports=["bfloat16"])
+class SumInLowPrecision(RmsNorm):
+    """The gradient of the weight is summed over the rows in bfloat16, and rounded at each."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, w = ctx.saved_tensors
+        slope, exact = RmsNorm.backward(ctx, grad)
+        if grad.dtype.itemsize > 2:
+            return slope, exact
+        normal = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        total = torch.zeros_like(w)
+        for row in grad * normal:
+            total += row
+        return slope, total
