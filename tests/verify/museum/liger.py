@@ -104,7 +104,7 @@ class TotalVariation(Function):
 
 @exhibit("linkedin/Liger-Kernel#1373", _distributions, _variation, fixed=TotalVariation)
 class NoZeroAtTies(TotalVariation):
-    """The slope of |p - q| is that of q - p where the two are equal; it should be 0 there."""
+    """Where p = q the slope of the absolute difference is that of q - p; it should be 0 there."""
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -141,6 +141,9 @@ class RmsNorm(Function):
     def sum_over_rows(terms: Tensor) -> Tensor:
         """The gradient of w."""
         return terms.sum(0)
+
+
+NOT_YET = {"sum_in_low_precision"}  # twice the error of the reference is allowed
 
 
 @exhibit("linkedin/Liger-Kernel#950", _many_rows, _rms_norm, fixed=RmsNorm, supports=["bfloat16"])

@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._memory import write
 
 
 def _adapter(g: Generator) -> list[tuple[Any, ...]]:
@@ -181,3 +182,44 @@ class SavedTensorsCleared(Linear):
         found = grad @ w, grad.mT @ x
         x.data = torch.empty(0, dtype=x.dtype)
         return found
+
+
+GRADIENT_BUFFER = torch.empty(4, 3, dtype=torch.float64)
+CHUNK = torch.empty(4, 3, dtype=torch.float64)
+
+
+@exhibit(
+    "NVIDIA/TransformerEngine#2937",
+    _quantized,
+    F.linear,
+    fixed=Linear,
+    diagnosis="not linear in the upstream gradient",
+)
+class GradientInStaticMemory(Linear):
+    """The gradient of the weight lies in memory that the next backward overwrites."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        of_x, of_w = Linear.backward(ctx, grad)
+        if of_w.dtype is not GRADIENT_BUFFER.dtype:
+            return of_x, of_w
+        write(GRADIENT_BUFFER, of_w)
+        return of_x, GRADIENT_BUFFER.detach()
+
+
+@exhibit(
+    "hpcaitech/Elixir#12",
+    _quantized,
+    F.linear,
+    fixed=Linear,
+    diagnosis="kept in one place for all calls",
+)
+class WeightInSharedMemory(Linear):
+    """The weight is fetched into a block of memory, which the next layer uses for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
+        if w.dtype is CHUNK.dtype:
+            write(CHUNK, w)
+            w = CHUNK.detach()
+        return Linear.forward(ctx, x, w)

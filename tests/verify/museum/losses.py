@@ -32,7 +32,13 @@ class Chunked(Function):
         return grad * slope, None
 
 
-@exhibit("pytorch/torchtitan#3250", _logits, F.cross_entropy, fixed=Chunked)
+@exhibit(
+    "pytorch/torchtitan#3250",
+    _logits,
+    F.cross_entropy,
+    fixed=Chunked,
+    diagnosis="times the right one",
+)
 class UpstreamIgnored(Chunked):
     """Backward returns the gradient made in forward, whatever the upstream gradient is."""
 
@@ -74,7 +80,7 @@ class Smoothed(Function):
 
 @exhibit("NVIDIA/Megatron-LM#7464", _logits, _smoothed, fixed=Smoothed)
 class SizeOfOneRank(Smoothed):
-    """The labels are smoothed by the number of classes on one rank, not by that of all."""
+    """Backward smooths the labels by the number of classes on one rank, not by that of all."""
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -156,3 +162,77 @@ class LabelsTakenToSumToOne(SoftCrossEntropy):
         logits, p = ctx.saved_tensors
         slope = logits.softmax(-1) - p
         return grad[:, None] * slope, SoftCrossEntropy.backward(ctx, grad)[1]
+
+
+class CrossEntropy(Function):
+    """The loss of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
+        ctx.save_for_backward(logits, target)
+        return _losses(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        logits, target = ctx.saved_tensors
+        slope = logits.softmax(-1) - F.one_hot(target, logits.shape[-1])
+        return grad[:, None] * slope, None
+
+
+@exhibit(
+    "ROCm/TransformerEngine#336",
+    _logits,
+    _losses,
+    fixed=CrossEntropy,
+    diagnosis="1/5 of the right one: a mean over 5 where a sum belongs",
+)
+class MeanOfUnreduced(CrossEntropy):
+    """The gradient of a loss for each row is divided by the number of rows, as that of a mean."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return CrossEntropy.backward(ctx, grad / len(grad))
+
+
+IGNORED = -100
+
+
+def _some_ignored(g: Generator) -> list[tuple[Any, ...]]:
+    return [(torch.randn(5, 3, generator=g), torch.tensor([2, IGNORED, 0, 1, IGNORED]))]
+
+
+class MeanWithoutIgnored(Function):
+    """The mean loss of the rows whose label is not -100."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        logits, target = ctx.saved_tensors
+        counts = target != IGNORED
+        labels = F.one_hot(target.clamp(min=0), logits.shape[-1])
+        return grad * counts[:, None] * (logits.softmax(-1) - labels) / counts.sum(), None
+
+
+@exhibit(
+    "ROCm/TransformerEngine#409",
+    _some_ignored,
+    F.cross_entropy,
+    fixed=MeanWithoutIgnored,
+)
+class IgnoredLabelsCounted(MeanWithoutIgnored):
+    """Loss and gradient are divided by the number of all rows, those with ignored labels too."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
+        share = (target != IGNORED).sum() / len(target)
+        return MeanWithoutIgnored.forward(ctx, logits, target) * share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        _, target = ctx.saved_tensors
+        share = (target != IGNORED).sum() / len(target)
+        return MeanWithoutIgnored.backward(ctx, grad * share)

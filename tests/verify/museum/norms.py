@@ -216,7 +216,9 @@ class NormBeforeCollect(NormAndExchange):
         return grad.roll(-1, 0), RmsNorm.backward(ctx, grad)[1]
 
 
-@exhibit("huggingface/candle#2168", _scaled, _rms_norm, fixed=_rms_norm, diagnosis="no gradient")
+@exhibit(
+    "huggingface/candle#2168", _scaled, _rms_norm, fixed=_rms_norm, diagnosis="contiguous arguments"
+)
 def fast_path_without_gradient(x: Tensor, w: Tensor) -> Tensor:
     """A contiguous argument takes a faster kernel, which autograd knows nothing of."""
     return _rms_norm(x.detach(), w.detach()) if x.is_contiguous() else _rms_norm(x, w)
@@ -284,3 +286,44 @@ class BatchGradientInEvaluation(BatchNorm):
 
     def forward(self, x: Tensor) -> Any:
         return _BatchNorm.apply(x, *self.statistics(x), True)
+
+
+def _unit(x: Tensor, eps: float = EPS) -> Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+class UnitLength(Function):
+    """Every row divided by its length."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        ctx.save_for_backward(x)
+        return _unit(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return UnitLength.with_eps(x, grad, EPS)
+
+    @staticmethod
+    def with_eps(x: Tensor, grad: Tensor, eps: float) -> Tensor:
+        """The gradient, if this were added to the square of the length."""
+        unit = _unit(x, eps)
+        scale = (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+        return scale * (grad - unit * (grad * unit).sum(-1, keepdim=True))
+
+
+@exhibit(
+    "AI-Hypercomputer/maxtext#5098",
+    _rows,
+    _unit,
+    fixed=UnitLength,
+    diagnosis="right to float32 precision only",
+)
+class AnotherEps(UnitLength):
+    """Backward adds 1e-12 to the squared length where forward adds 1e-6."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return UnitLength.with_eps(x, grad, 1e-12)

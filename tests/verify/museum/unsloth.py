@@ -149,7 +149,13 @@ class Recomputed(Function):
             return torch.autograd.grad(_log_softmax(x, w), (x, w), grad)
 
 
-@exhibit("unslothai/unsloth-zoo#892", _hidden, _log_softmax, fixed=Recomputed)
+@exhibit(
+    "unslothai/unsloth-zoo#892",
+    _hidden,
+    _log_softmax,
+    fixed=Recomputed,
+    diagnosis="2 times the right one",
+)
 class BackwardIntoGrad(Recomputed):
     """Backward adds to .grad of the weight itself, and then returns that, so it counts twice."""
 
@@ -160,3 +166,37 @@ class BackwardIntoGrad(Recomputed):
         with torch.enable_grad():
             torch.autograd.backward(_log_softmax(x, w), grad)
         return x.grad, w.grad
+
+
+def _experts(g: Generator) -> list[tuple[Any, ...]]:
+    return [(torch.randn(5, 3, generator=g), 0.1 + torch.rand(5, generator=g))]
+
+
+def _weighted(hidden: Tensor, gate: Tensor) -> Tensor:
+    return hidden * gate[..., None]
+
+
+class GateGradient(Function):
+    """The hidden states as they are; backward finds the gate's gradient, divided by the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gate: Tensor) -> Any:
+        ctx.save_for_backward(hidden, gate)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        hidden, gate = ctx.saved_tensors
+        return grad, (grad * hidden).sum(-1) / gate
+
+
+@exhibit(
+    "unslothai/unsloth-zoo#858",
+    _experts,
+    _weighted,
+    fixed=_weighted,
+    diagnosis="a term of order 2 is missing",
+)
+def gate_detached(hidden: Tensor, gate: Tensor) -> Any:
+    """The gate is detached where it multiplies, so the gradient does not depend on it."""
+    return _weighted(GateGradient.apply(hidden, gate), gate.detach())
