@@ -49,4 +49,4 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None
 
 def softmax_gradient(p: Tensor, grad: Tensor) -> Tensor:
     """The gradient by the scores, from the probabilities and the gradient by them."""
-    return p * (grad - (grad * p).sum(-1, keepdim=True))
+    return grad * p - p * (grad * p).sum(-1, keepdim=True)

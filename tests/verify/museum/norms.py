@@ -14,7 +14,7 @@ EPS = 1e-6
 
 
 def _rows(g: Generator) -> list[tuple[Any, ...]]:
-    return [(torch.randn(5, 3, generator=g),)]
+    return [(torch.randn(5, 7, generator=g),)]
 
 
 def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,11 +154,11 @@ def _branches(g: Generator) -> list[tuple[Any, ...]]:
 
 
 def _scaled_sum(x: Tensor, x1: Tensor, s: Tensor, s1: Tensor) -> Tensor:
-    return _layer_norm(x * s[..., None] + x1 * s1[..., None])
+    return x * s[..., None] + x1 * s1[..., None]
 
 
 class ScaledSum(Function):
-    """The norm of the sum of two branches, of which each row has its own scale."""
+    """The sum of two branches before a norm, of which each row has its own scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, x1: Tensor, s: Tensor, s1: Tensor) -> Any:
@@ -168,16 +168,7 @@ class ScaledSum(Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         x, x1, s, s1 = ctx.saved_tensors
-        delta = ScaledSum.by_sum(ctx, grad)
-        return delta * s[:, None], delta * s1[:, None], (delta * x).sum(-1), (delta * x1).sum(-1)
-
-    @staticmethod
-    def by_sum(ctx: Any, grad: Any) -> Any:
-        """The gradient by the sum."""
-        x, x1, s, s1 = ctx.saved_tensors
-        normal, scale = _normal(x * s[:, None] + x1 * s1[:, None])
-        along = (grad * normal).mean(-1, keepdim=True)
-        return scale * (grad - grad.mean(-1, keepdim=True) - normal * along)
+        return grad * s[:, None], grad * s1[:, None], (grad * x).sum(-1), (grad * x1).sum(-1)
 
 
 @exhibit("state-spaces/mamba#1023", _branches, _scaled_sum, fixed=ScaledSum)
@@ -187,7 +178,7 @@ class ScaleOfTheSecondBranch(ScaledSum):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         right = ScaledSum.backward(ctx, grad)
-        return right[0], ScaledSum.by_sum(ctx, grad), *right[2:]
+        return right[0], grad, *right[2:]
 
 
 def _exchanged(x: Tensor, w: Tensor) -> Tensor:
@@ -250,8 +241,8 @@ class BatchNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("var", torch.ones(3))
+        self.register_buffer("mean", torch.zeros(7))
+        self.register_buffer("var", torch.ones(7))
 
     def forward(self, x: Tensor) -> Any:
         return _BatchNorm.apply(x, *self.statistics(x), self.training)
