@@ -6,6 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import Function
 
+from tests.verify.museum._precision import in_float32
+
 SCALE = 0.5
 
 
@@ -34,6 +36,7 @@ class Attention(Function):
         return attend(q, k, v)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         q, k, v = ctx.saved_tensors
         return gradients(q, k, v, grad)

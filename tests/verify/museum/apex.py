@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from tests.verify.museum._attention import softmax_gradient
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 
 def _scores(g: Generator) -> list[tuple[Any, ...]]:
@@ -28,6 +29,7 @@ class Softmax(Function):
         return p
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (p,) = ctx.saved_tensors
         return softmax_gradient(p, grad)

@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from tests.verify.museum._attention import SCALE, gradients, qkv, softmax_gradient
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 
 def _sometimes_causal(g: Generator) -> list[tuple[Any, ...]]:
@@ -34,6 +35,7 @@ class CausalOrNot(Function):
         return _attend(q, k, v, causal)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         q, k, v = ctx.saved_tensors
         return *gradients(q, k, v, grad, _upper(q, k) if ctx.causal else None), None
@@ -72,6 +74,7 @@ class PaddedAttention(Function):
         return _attend_padded(q, k, v, length)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         q, k, v = ctx.saved_tensors
         return *gradients(q, k, v, grad, _padding(k, ctx.length)), None
@@ -117,6 +120,7 @@ class GroupedAttention(Function):
         return _attend_grouped(q, k, v)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         return GroupedAttention.collected(ctx, grad, KEY_HEADS)
 
@@ -168,6 +172,7 @@ class SoftmaxWithSink(Function):
         return _softmax_with_sink(scores, sink)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         shares = _all_shares(*ctx.saved_tensors)
         slope = softmax_gradient(shares, F.pad(grad, (0, 1)))

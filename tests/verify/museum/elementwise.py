@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 from torch.autograd import Function
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 SLOPE = 5.0
 
@@ -28,6 +29,7 @@ class SteepSigmoid(Function):
         return _steep(x)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (x,) = ctx.saved_tensors
         s = _steep(x)
@@ -63,6 +65,7 @@ class Gather(Function):
         return _gather(table, index)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add(0, index, grad), None
@@ -101,6 +104,7 @@ class Convolution(Function):
         return _convolve(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w = ctx.saved_tensors
         return _convolve(grad, w.flip(0)), torch.einsum("...,k...->k", grad, _taps(x))

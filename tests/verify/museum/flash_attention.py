@@ -9,6 +9,7 @@ from torch.autograd import Function
 from tests.verify.museum._attention import SCALE, Attention, attend, gradients, qkv
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import read_as_contiguous
+from tests.verify.museum._precision import in_float32
 
 
 @exhibit(
@@ -39,6 +40,7 @@ class AttentionWithLse(Function):
         return _with_lse(q, k, v)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any, grad_lse: Any) -> Any:
         q, k, v = ctx.saved_tensors
         of_q, of_k, of_v = gradients(q, k, v, grad)
@@ -77,6 +79,7 @@ class CappedAttention(Function):
         return _attend_capped(q, k, v)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         q, k, _ = ctx.saved_tensors
         slope = CappedAttention.by_capped(ctx, grad) * (1 - (_capped(q, k) / CAP).square())

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from torch.autograd import Function
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 
 def _positive(g: Generator) -> list[tuple[Any, ...]]:
@@ -46,6 +47,7 @@ class GatedLinear(Function):
         return _gated_linear(x, gate, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, gate, w = ctx.saved_tensors
         s, delta = torch.sigmoid(gate), grad @ w
@@ -94,6 +96,7 @@ class CausalConvolution(Function):
         return y, final.clone()
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any, grad_final: Any) -> Any:
         x, state, w = ctx.saved_tensors
         every = torch.cat([state, x])
@@ -142,6 +145,7 @@ class Decay(Function):
         return _decay(x, gate)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, gate = ctx.saved_tensors
         s = gate.sigmoid()

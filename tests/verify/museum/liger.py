@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import write
+from tests.verify.museum._precision import in_float32
 
 
 def _head(g: Generator) -> list[tuple[Any, ...]]:
@@ -30,6 +31,7 @@ class LinearCrossEntropy(Function):
         return _losses(x, w, target)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w, target = ctx.saved_tensors
         slope = F.linear(x, w).softmax(-1) - F.one_hot(target, len(w))
@@ -96,6 +98,7 @@ class TotalVariation(Function):
         return _variation(p, q)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         p, q = ctx.saved_tensors
         slope = 0.5 * torch.sign(p - q) * grad[:, None]
@@ -130,17 +133,13 @@ class RmsNorm(Function):
         return _rms_norm(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
-        x, w = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
+        x, w = ctx.saved_tensors
         scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         normal, delta = x * scale, grad * w
         slope = scale * (delta - normal * (delta * normal).mean(-1, keepdim=True))
-        return slope.to(grad.dtype), RmsNorm.sum_over_rows(grad * normal.to(grad.dtype))
-
-    @staticmethod
-    def sum_over_rows(terms: Tensor) -> Tensor:
-        """The gradient of w."""
-        return terms.sum(0)
+        return slope, (grad * normal).sum(0)
 
 
 NOT_YET = {"sum_in_low_precision"}  # twice the error of the reference is allowed

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import write
+from tests.verify.museum._precision import in_float32
 
 
 def _adapter(g: Generator) -> list[tuple[Any, ...]]:
@@ -31,6 +32,7 @@ class Adapted(Function):
         return _adapted(x, w, a, b, keep)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w, a, b, keep = ctx.saved_tensors
         dropped, delta = x * keep, grad @ b
@@ -65,6 +67,7 @@ class Head(Function):
         return _log_probabilities(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w = ctx.saved_tensors
         total = grad.sum(-1, keepdim=True)
@@ -110,6 +113,7 @@ class Swiglu(Function):
         return _swiglu(a, b)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         a, b = ctx.saved_tensors
         s = a.sigmoid()

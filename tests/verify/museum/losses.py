@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 
 def _logits(g: Generator) -> list[tuple[Any, ...]]:
@@ -66,6 +67,7 @@ class Smoothed(Function):
         return _smoothed(logits, target)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         return Smoothed.of_classes(ctx, grad, 6)
 
@@ -147,6 +149,7 @@ class SoftCrossEntropy(Function):
         return _soft_losses(logits, p)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         logits, p = ctx.saved_tensors
         slope = p.sum(-1, keepdim=True) * logits.softmax(-1) - p
@@ -173,6 +176,7 @@ class CrossEntropy(Function):
         return _losses(logits, target)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         logits, target = ctx.saved_tensors
         slope = logits.softmax(-1) - F.one_hot(target, logits.shape[-1])
@@ -210,6 +214,7 @@ class MeanWithoutIgnored(Function):
         return F.cross_entropy(logits, target)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         logits, target = ctx.saved_tensors
         counts = target != IGNORED

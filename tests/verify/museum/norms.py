@@ -9,6 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tests.verify.museum._exhibit import exhibit
+from tests.verify.museum._precision import in_float32
 
 EPS = 1e-6
 
@@ -37,6 +38,7 @@ class LayerNorm(Function):
         return _layer_norm(x)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (x,) = ctx.saved_tensors
         normal, scale = _normal(x)
@@ -86,6 +88,7 @@ class RmsNorm(Function):
         return _rms_norm(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w = ctx.saved_tensors
         scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -126,6 +129,7 @@ class GroupRmsNorm(Function):
         return _group_rms_norm(x)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (x,) = ctx.saved_tensors
         return GroupRmsNorm.by_groups(x, grad, GROUPS)
@@ -166,6 +170,7 @@ class ScaledSum(Function):
         return _scaled_sum(x, x1, s, s1)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, x1, s, s1 = ctx.saved_tensors
         return grad * s[:, None], grad * s1[:, None], (grad * x).sum(-1), (grad * x1).sum(-1)
@@ -194,6 +199,7 @@ class NormAndExchange(Function):
         return _exchanged(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         return RmsNorm.backward(ctx, grad.roll(-1, 0))
 
@@ -223,6 +229,7 @@ class _BatchNorm(Function):
         return (x - mean) * (var + EPS).rsqrt()
 
     @staticmethod
+    @in_float32
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
         x, mean, var = ctx.saved_tensors
@@ -292,6 +299,7 @@ class UnitLength(Function):
         return _unit(x)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         (x,) = ctx.saved_tensors
         return UnitLength.with_eps(x, grad, EPS)

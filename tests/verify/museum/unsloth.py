@@ -9,6 +9,7 @@ from torch.autograd import Function
 
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import read_as_contiguous, write
+from tests.verify.museum._precision import in_float32
 
 
 def _scaled(g: Generator) -> list[tuple[Any, ...]]:
@@ -28,6 +29,7 @@ class RmsNorm(Function):
         return _rms_norm(x, w)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         x, w = ctx.saved_tensors
         scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -73,6 +75,7 @@ class CrossEntropy(Function):
         return _losses(logits, target)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         logits, target = ctx.saved_tensors
         slope = logits.softmax(-1) - F.one_hot(target, logits.shape[-1])
@@ -110,6 +113,7 @@ class Rope(Function):
         return _rotate(q)
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         del ctx
         return _rotate(grad, -1)
@@ -185,6 +189,7 @@ class GateGradient(Function):
         return hidden.clone()
 
     @staticmethod
+    @in_float32
     def backward(ctx: Any, grad: Any) -> Any:
         hidden, gate = ctx.saved_tensors
         return grad, (grad * hidden).sum(-1) / gate
