@@ -1,4 +1,4 @@
-"""Found in released packages with this kit: docs/museum.md tells how to reproduce each."""
+"""Found in released packages: docs/museum.md tells how to reproduce them."""
 
 from typing import Any
 
