@@ -17,7 +17,7 @@ class Exhibit:
     """A wrong gradient that somebody published and reported.
 
     name: The name of the wrong class or function, in snake case.
-    source: The report, as owner/repository#number.
+    source: The report, as owner/repository#number, or the package, version and function.
     mistake: Its docstring, one sentence.
     wrong, fixed: The case with the mistake, and the case without it.
     diagnosis: A part of the first diagnosis that the kit must give; empty if it has none.
@@ -48,7 +48,7 @@ def exhibit(
     """Declare that a class or function makes a published mistake, which its docstring tells.
 
     Args:
-        source: The report, as owner/repository#number.
+        source: The report, as owner/repository#number, or the package, version and function.
         samples: Samples of its arguments.
         reference: What is right.
         fixed: The same without the mistake.
