@@ -33,6 +33,11 @@ def verdict_of(report: Report) -> str:
     return f"`{first.check}`: {diagnosis_of(first) or 'caught, not diagnosed'}"
 
 
+def check_of(row: Sequence[str]) -> str:
+    """The check that a row names."""
+    return row[3].split("`")[1]
+
+
 def diagnosis_of(outcome: Outcome) -> str:
     """The diagnosis of a failure; empty if it has none."""
     found = re.search(r"^diagnosis: (.*)$", outcome.message, re.MULTILINE)

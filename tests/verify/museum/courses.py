@@ -64,7 +64,7 @@ class Tanh(Function):
     _matrix,
     torch.tanh,
     fixed=Tanh,
-    diagnosis="2 times the right one",
+    diagnosis="shares memory",
 )
 class InnerGradientsStay(Tanh):
     """Gradients of inner nodes are never set to 0, so a second backward counts the first again."""

@@ -13,8 +13,6 @@ from tests.verify.museum._exhibit import exhibit
 
 Samples = list[tuple[Any, ...]]
 
-NOT_YET = ("mode_of_its_own",)
-
 
 class Addition(Function):
     @staticmethod

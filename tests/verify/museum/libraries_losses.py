@@ -36,7 +36,7 @@ class Loss(Function):
         return gradient * grad
 
 
-@exhibit("espnet/espnet#307", _logits, _total, fixed=Loss, diagnosis="times the right one")
+@exhibit("espnet/espnet#307", _logits, _total, fixed=Loss, diagnosis="upstream gradient is ignored")
 class LossWithoutUpstream(Loss):
     """Backward returns the gradient of the loss without multiplying by the upstream gradient."""
 

@@ -105,6 +105,9 @@ class TotalVariation(Function):
         return slope, -slope
 
 
+NOT_YET = {"no_zero_at_ties"}  # the kit accepts any slope between the one-sided ones
+
+
 @exhibit("linkedin/Liger-Kernel#1373", _distributions, _variation, fixed=TotalVariation)
 class NoZeroAtTies(TotalVariation):
     """Where p = q the slope of the absolute difference is that of q - p; it should be 0 there."""
@@ -142,10 +145,7 @@ class RmsNorm(Function):
         return slope, (grad * normal).sum(0)
 
 
-NOT_YET = {"sum_in_low_precision"}  # twice the error of the reference is allowed
-
-
-@exhibit("linkedin/Liger-Kernel#950", _many_rows, _rms_norm, fixed=RmsNorm, supports=["bfloat16"])
+@exhibit("linkedin/Liger-Kernel#950", _many_rows, _rms_norm, fixed=RmsNorm, dtypes=[torch.bfloat16])
 class SumInLowPrecision(RmsNorm):
     """The gradient of the weight is summed over the rows in bfloat16, and rounded at each."""
 

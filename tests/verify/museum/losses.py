@@ -38,7 +38,7 @@ class Chunked(Function):
     _logits,
     F.cross_entropy,
     fixed=Chunked,
-    diagnosis="times the right one",
+    diagnosis="upstream gradient is ignored",
 )
 class UpstreamIgnored(Chunked):
     """Backward returns the gradient made in forward, whatever the upstream gradient is."""

@@ -158,7 +158,7 @@ class Recomputed(Function):
     _hidden,
     _log_softmax,
     fixed=Recomputed,
-    diagnosis="2 times the right one",
+    diagnosis="shares memory",
 )
 class BackwardIntoGrad(Recomputed):
     """Backward adds to .grad of the weight itself, and then returns that, so it counts twice."""
