@@ -49,9 +49,9 @@ def _compare_layout(ctx: CheckContext, arguments: Sample, usual: Gradients, wher
     try:
         _compare_with_copy(ctx, ctx.call, arguments, usual, where)
     except Exception as problem:
-        if not (
-            _reference_fails_too(ctx, arguments, usual, problem)
-            or _is_ill_conditioned(ctx, arguments)
+        blameless = _reference_fails_too(ctx, arguments, usual, problem)
+        if not blameless and not (
+            isinstance(problem, Mismatch) and _is_ill_conditioned(ctx, arguments)
         ):
             raise
 
@@ -73,15 +73,15 @@ def _reference_fails_too(
 
 
 def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
-    """Whether in a low precision rounding matters more than usual, as for a norm of equal values.
+    """Whether rounding such values changes the exact result by 100 times as much.
 
-    Then a change of the arguments by their rounding error changes the reference's value or gradient
-    by many times that.
+    An expanded row has equal elements, and layer_norm divides what is left of them by √ε. So the
+    order in which a sum is rounded shows, and it may depend on the strides.
     """
-    low, reference = narrowest(arguments), ctx.case.reference
-    if low is None or reference is None:
+    reference = ctx.case.reference
+    if reference is None:
         return False
-    eps = torch.finfo(low).eps
+    eps = torch.finfo(narrowest(arguments) or torch.float64).eps
     upstream = [ctx.random_like(t) for t in outputs_of(reference(*leaves(widened(arguments), ())))]
     moved = tuple(
         t * (1 + eps * ctx.random_like(t)) if is_differentiable(t) else t
@@ -94,7 +94,7 @@ def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
         strict=True,
     )
     return any(
-        one is not None and other is not None and largest(one - other) > 30 * eps * largest(one)
+        one is not None and other is not None and largest(one - other) > 100 * eps * largest(one)
         for one, other in pairs
     )
 

@@ -17,10 +17,10 @@ from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
 from manual_bp.verify.checks._digits import noise_of_float32, small_steps
+from manual_bp.verify.checks._kinks import compare_except_at_kinks
 from manual_bp.verify.checks._shared import (
     cast,
     compare_raw,
-    compare_with_reference,
     require_dtype,
     require_real,
 )
@@ -102,7 +102,8 @@ def _compare_in(ctx: CheckContext, sample: Sample, dtype: torch.dtype) -> None:
     low = ctx.in_domain(cast(sample, dtype))
     arguments = leaves(low)
     compare_raw(ctx, arguments, ctx.call(*arguments))
-    compare_with_reference(ctx, low, f" in {dtype}", is_cast=True)
+    # Rounding may move an argument to a kink.
+    compare_except_at_kinks(ctx, low, f" in {dtype}", is_cast=True)
 
 
 def _compare_close(

@@ -192,7 +192,10 @@ def _compare_unchanged(
     for name, was in before.items():
         ctx.comparisons += 1
         if not torch.equal(now[name].detach().nan_to_num(), was.nan_to_num()):
-            raise Mismatch(f"{name}: expected no change, got a change in place by {when}")
+            raise Mismatch(
+                f"{name}: expected no change, got a change in place by {when}\n"
+                f"diagnosis: {when} writes over a tensor that other code may still need"
+            )
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -14,6 +14,7 @@ interpreter of Triton 3.7
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +28,7 @@ from triton.runtime import autotuner, interpreter
 Array = np.ndarray[Any, Any]
 
 
+@cache
 def repair() -> None:
     """Replace the parts of the interpreter that differ from the compiler."""
     _store_bfloat16_as_ml_dtypes_do()
