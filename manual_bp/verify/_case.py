@@ -32,7 +32,7 @@ class Case:
     special: For positions of arguments, values at which a branch may begin.
     expected_failures: Names of checks that are known to fail, with the reason.
     factory, reference_factory: Make the module and its reference, if the case is a module.
-    nested_inputs: Nests a module's inputs in a sample as its forward takes them.
+    nested_inputs: Nests the arguments in a sample, without parameters, as the call takes them.
     parameters: How many of the last arguments are parameters of a module.
     module, reference_module: What call and reference run, with the parameters and buffers that
         their last call left.

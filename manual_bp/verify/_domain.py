@@ -133,5 +133,5 @@ def _tangent(function: Project, value: Tensor, along: Tensor) -> Tensor:
 
 
 def _into(function: Project, value: Tensor) -> Tensor:
-    found = function(widen(value)).to(value.dtype)
+    found = function(widen(value).clone()).to(value.dtype)
     return value if torch.equal(found, value) else found

@@ -111,6 +111,7 @@ def function_case(
         expected_failures=dict(expected_failures or {}),
         labels=labels,
         operator=operator,
+        nested_inputs=structure.unflatten,
         project=domains(project, *_flat(labels, structure, drawn)),
         special=special_values(special, *_flat(labels, structure, drawn)),
         gradient_of=None if gradient_of is None else structure.call(gradient_of),
@@ -273,7 +274,14 @@ def _dims(name: str, dims: Any, sample: Sample) -> Any:
     found = per_leaf(name, dims, sample)
     if not all(d is None or isinstance(d, int) for d in found):
         raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
-    leaves = zip(found, tree_leaves(sample), strict=True)
+    leaves = list(zip(found, tree_leaves(sample), strict=True))
+    for d, leaf in leaves:
+        if isinstance(leaf, Tensor) and d is not None and not -leaf.ndim <= d < leaf.ndim:
+            shape = tuple(leaf.shape)
+            raise ValueError(
+                f"{name} must have dimensions of the arguments; got {d} for a tensor of shape "
+                f"{shape}"
+            )
     return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
 
 

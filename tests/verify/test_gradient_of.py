@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from manual_bp.verify import check_function, check_module, function_case, module_case
+from manual_bp.verify._run import run
 from tests.verify.test_run import SAMPLES, message, status
 
 NOTE = "the right gradient is that of gradient_of, not the derivative"
@@ -223,3 +224,15 @@ def test_unusable_input_is_refused() -> None:
         )
     report = check_function(Sign, SAMPLES, torch.sign, gradient_of=torch.sum, slow=False)
     assert r"gradient_of must give outputs of the shapes of the reference's" in str(report)
+
+
+def test_a_reference_with_the_same_gradient_that_is_no_slope_leads_to_gradient_of() -> None:
+    def embedding() -> nn.Module:
+        return nn.Embedding(6, 3, padding_idx=0)
+
+    samples = [(torch.tensor([0, 2, 2, 5]),)]
+    report = check_module(embedding, samples, embedding, slow=False)
+    assert [outcome.check for outcome in report.causes] == ["finite_differences"]
+    assert "the reference has the same gradient, which is not the slope" in report.verdict
+    case = module_case(embedding, samples, embedding, gradient_of=embedding)
+    assert run(case, slow=False).ok

@@ -1,12 +1,14 @@
 """Nested arguments and results, which checks see as flat ones."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from manual_bp.verify import check_function, check_module, function_case
 from tests.verify.test_run import Square, message, status
@@ -179,3 +181,85 @@ def test_a_square_in_a_list_is_judged_as_one_outside() -> None:
     report = check_function(squares, [([X, Y],)], lambda xs: tuple(x * x for x in xs), slow=False)
     report.raise_if_failed()
     assert status(report, "saves_nothing_on_ctx") == "passed"
+
+
+@pytest.mark.parametrize(
+    "options", [{"in_dims": (3,)}, {"in_dims": (-3,)}, {"varying": [(5,)]}], ids=str
+)
+def test_dimensions_that_no_argument_has_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must have dimensions of the arguments; got -?\d for a"):
+        function_case(torch.tanh, [(torch.randn(5, 3),)], **options)
+
+
+def test_an_operator_may_take_a_list_of_tensors() -> None:
+    @torch.library.custom_op("manual_bp_test::joined", mutates_args=())
+    def joined(parts: list[Tensor], factor: float) -> Tensor:
+        return torch.cat(parts, -1) * factor
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        del output
+        ctx.sizes, ctx.factor = [t.shape[-1] for t in inputs[0]], inputs[1]
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return [t.contiguous() for t in (grad * ctx.factor).split(ctx.sizes, -1)], None
+
+    joined.register_fake(lambda parts, factor: torch.cat(parts, -1) * factor)
+    joined.register_autograd(backward, setup_context=setup)
+    samples = [([torch.randn(5, 3), torch.randn(5, 2)], 2.0)]
+    report = check_function(joined, samples, lambda p, f: torch.cat(p, -1) * f, slow=False)
+    assert report.ok, report
+
+
+def test_a_float32_weight_beside_bfloat16_is_linear_in_the_upstream_gradient() -> None:
+    class Scale(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return (x.float() * w).to(x.dtype)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, w = ctx.saved_tensors
+            return (grad.float() * w).to(x.dtype), (grad.float() * x.float()).sum(0)
+
+    report = check_function(
+        Scale,
+        lambda g: [(torch.randn(9, 16, generator=g), torch.randn(16, generator=g))],
+        lambda x, w: (x * w).to(x.dtype),
+        in_dims=(0, None),
+        dtypes=[(torch.bfloat16, torch.float32)],
+        slow=False,
+    )
+    assert report.ok, report
+
+
+def test_a_batch_norm_without_a_reference_is_right() -> None:
+    def rows(generator: torch.Generator) -> list[tuple[Tensor]]:
+        return [(torch.randn(5, 3, generator=generator),)]
+
+    report = check_module(lambda: nn.BatchNorm1d(3), rows, slow=False)
+    assert "argument_layouts" not in {outcome.check for outcome in report.failures}
+
+
+def test_what_cancels_for_tied_arguments_may_be_rounding() -> None:
+    class Cosine(Function):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+            u, v = (t / t.norm(dim=-1, keepdim=True) for t in (a, b))
+            c = (u * v).sum(-1, keepdim=True)
+            ctx.save_for_backward(a, b, u, v, c)
+            result: Tensor = c.squeeze(-1)
+            return result
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            a, b, u, v, c = ctx.saved_tensors
+            g, (na, nb) = grad[..., None], (t.norm(dim=-1, keepdim=True) for t in (a, b))
+            return g * (v - c * u) / na, g * (u - c * v) / nb
+
+    samples = [(torch.randn(5, 7), torch.randn(5, 7))]
+    right = partial(nn.functional.cosine_similarity, dim=-1)
+    report = check_function(Cosine, samples, right, only=["tied_inputs"])
+    assert report.ok, report

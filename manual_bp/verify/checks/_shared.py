@@ -21,7 +21,7 @@ from manual_bp.verify._autograd import (
     positions,
     tensors_of,
 )
-from manual_bp.verify._budget import Budget, reference_budget
+from manual_bp.verify._budget import Budget, exact_budget, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._clues import Clue, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
@@ -43,6 +43,7 @@ def compare_with_reference(
     wanted: Sequence[int] | None = None,
     is_cast: bool = False,
     factor: float = 1.0,
+    usual: tuple[Any, Gradients] | None = None,
 ) -> None:
     """Compare outputs and gradients with the reference's, unless it refuses the arguments.
 
@@ -63,6 +64,7 @@ def compare_with_reference(
             of the reference's, and four times the rounding is allowed for.
         factor: How many times the sample an argument is. Large ones may pass a threshold, and what
             cancels is as much larger.
+        usual: Outputs and gradients of the usual size, where these may cancel to zero.
     """
     call, reference = change(ctx.call), change(ctx.reference)
     arguments = ctx.in_domain(arguments)
@@ -86,12 +88,14 @@ def compare_with_reference(
     lost.usual, lost.factor = ctx.usual_loss(), factor
     lost.slack = 4.0 if is_large or is_cast else 1.0
     expected = _gradients_of_reference(reference, arguments, upstream, wanted)
-    compare_values(ctx, result, right, lost, where, same_dtype=is_cast)
+    sizes, scales = usual or ((), {})
+    compare_values(ctx, result, right, lost, where, same_dtype=is_cast, sizes=sizes)
     is_undefined = _has_nan(tensors_of(right)) and not _has_nan(arguments)
     if expected is None or is_undefined:
         return
     clues = clues_from(ctx, reference, arguments, upstream, expected)
-    compare_slopes(ctx, arguments, found, expected, lost, where, clues=clues, is_large=is_large)
+    options = {"clues": clues, "is_large": is_large, "scales": scales}
+    compare_slopes(ctx, arguments, found, expected, lost, where, **options)
 
 
 def clues_from(
@@ -135,14 +139,21 @@ def compare_values(
     where: str = "",
     *,
     same_dtype: bool = False,
+    sizes: Any = (),
 ) -> None:
-    """Compare the outputs of a call with the exact ones."""
+    """Compare the outputs of a call with the exact ones.
+
+    sizes: Outputs of the usual size, where these may cancel to zero.
+    """
     ours = list(tensors_of(got))
     for j, (one, (peer, expected)) in enumerate(zip(ours, lost.outputs, strict=False)):
         if is_differentiable(one) and one.shape == expected.shape:
             require_dtype(f"output{where}", one.dtype, peer.dtype, same_dtype=same_dtype)
             ours[j] = judged(one, peer, expected)
-    ctx.compare_outputs(tuple(ours), right, where, budgets=lost.output_budgets(got, right))
+    pairs = enumerate(zip(tensors_of(right), tensors_of(sizes), strict=False))
+    usual = {j: exact_budget(t, size) for j, (t, size) in pairs if is_differentiable(t)}
+    budgets = lost.output_budgets(got, right) or usual
+    ctx.compare_outputs(tuple(ours), right, where, budgets=budgets)
 
 
 def compare_slopes(

@@ -22,6 +22,7 @@ from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify._context import CheckContext
+from manual_bp.verify._precision import exact
 from manual_bp.verify.checks._shared import (
     compare_with_reference,
     diagnosed,
@@ -113,13 +114,14 @@ def tied_inputs(ctx: CheckContext, sample: Sample) -> None:
     pairs = pairs_of_one_shape(sample)
     if not pairs:
         raise NotApplicable("no two arguments have the same shape")
+    usual = exact(ctx.reference, sample, ctx.upstream(ctx.call, sample))
     for i, j in pairs:
         if ctx.case.project.get(i) is not ctx.case.project.get(j):
             continue  # one tensor may not be in both domains
         wanted = [place for place in positions(sample) if place != j]
         once = partial(tied, i=i, j=j)
         where = f" where {ctx.label(j)} is the same tensor as {ctx.label(i)}"
-        compare_with_reference(ctx, sample, where, change=once, wanted=wanted)
+        compare_with_reference(ctx, sample, where, change=once, wanted=wanted, usual=usual)
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,13 +86,13 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
                 ctx.kinks += along.has_quotient
                 continue
             ctx.comparisons += 1
-            if not along.agrees:
-                _excuse(ctx, sample, upstream, i, direction, along)
             try:
                 along.require("slope")
             except Mismatch as mismatch:
-                is_missing = found[i] is None
-                why = _NO_GRADIENT if is_missing else _mistake(ctx, sample, upstream, found, i)
+                why = _shared_by_reference(ctx, sample, upstream, i, direction, along)
+                if found[i] is None:
+                    why = why or _NO_GRADIENT
+                why = why or _mistake(ctx, sample, upstream, found, i)
                 raise mismatch.diagnosed(why) from None
         ctx.slopes[ctx.label(i)] += ctx.comparisons - before
 
@@ -194,29 +194,36 @@ def _shifted(ctx: CheckContext, sample: Sample, i: int, direction: Tensor, shift
     return leaves((*sample[:i], moved, *sample[i + 1 :]), ())
 
 
-def _excuse(
+def _shared_by_reference(
     ctx: CheckContext,
     sample: Sample,
     upstream: Sequence[Tensor],
     i: int,
     direction: Tensor,
     along: Slope,
-) -> None:
-    """Ask nothing if the reference's gradient is the same, and known not to be the slope.
+) -> str:
+    """The diagnosis if the reference's gradient is the same; else empty.
 
-    In a module with buffers, a state that forward updates counts as a constant, as in
-    `spectral_norm`. A gradient that is not the derivative on purpose may need detach().
+    Nothing is asked if that is known not to be the slope. In a module with buffers, a state that
+    forward updates counts as a constant, as in `spectral_norm`. A gradient that is not the
+    derivative on purpose may need detach().
     """
     case, low = ctx.case, narrowest(sample)
     module = case.reference_module
     has_state = module is not None and any(True for _ in module.buffers())
-    if not has_state and case.gradient_of is None:
-        return
+    if case.reference is None:
+        return ""
     gradient = exact(ctx.reference, sample, upstream)[1][i]
     claimed = _slope_along(ctx, sample, upstream, i, direction, gradient).claimed
     noise = 0.0 if low is None else 8 * torch.finfo(low).eps
-    if abs(along.claimed - claimed) <= (1e-6 + noise) * abs(along.claimed):
+    if abs(along.claimed - claimed) > (1e-6 + noise) * abs(along.claimed):
+        return ""
+    if has_state or case.gradient_of is not None:
         raise NotApplicable("the gradient is not the slope, but nor is the reference's")
+    return (
+        "the reference has the same gradient, which is not the slope: if that is on purpose, as "
+        "with detach(), give the reference as gradient_of, too"
+    )
 
 
 def _lost_digits(ctx: CheckContext, sample: Sample) -> str:

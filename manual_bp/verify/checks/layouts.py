@@ -16,7 +16,9 @@ from manual_bp.verify._precision import exact, narrowest, widened
 @check(builds_on=SLOPE)
 def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
     """The strides of the arguments do not matter: a contiguous copy gives the same."""
-    tensors = [i for i, t in enumerate(sample) if isinstance(t, Tensor)]
+    # A module keeps its parameters as it made them.
+    given = sample[: len(sample) - ctx.case.parameters]
+    tensors = [i for i, t in enumerate(given) if isinstance(t, Tensor)]
     _, usual = gradients(ctx.call, leaves(sample), ctx.upstream(ctx.call, sample))
     layouts = {"given": lambda t: t, **LAYOUTS}
     if ctx.case.reference is not None:  # some of PyTorch's own functions are wrong for it
@@ -27,14 +29,14 @@ def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
             arguments = tuple(layout(t) if i in chosen else t for i, t in enumerate(sample))
             if ctx.is_in_domain(arguments) and not all(is_plain(arguments[i]) for i in chosen):
                 _compare_layout(ctx, arguments, usual, f" for {name} {names}")
-    fused = _slices_of_one_tensor(sample)
+    fused = _slices_of_one_tensor(sample, len(given))
     if fused is not None:
         _compare_layout(ctx, fused, usual, " for arguments that are slices of one tensor")
 
 
-def _slices_of_one_tensor(sample: Sample) -> Sample | None:
-    """The arguments that differ at most in their last size, as columns of one tensor."""
-    places = [i for i in positions(sample) if sample[i].ndim]
+def _slices_of_one_tensor(sample: Sample, count: int) -> Sample | None:
+    """The first arguments that differ at most in their last size, as columns of one tensor."""
+    places = [i for i in positions(sample[:count]) if sample[i].ndim]
     chosen = [i for i in places if sample[i].shape[:-1] == sample[places[0]].shape[:-1]]
     chosen = [i for i in chosen if sample[i].dtype == sample[chosen[0]].dtype]
     if len(chosen) < 2:

@@ -43,7 +43,8 @@ def _opcheck(ctx: CheckContext, sample: Sample, test: str) -> None:
     ctx.comparisons += 1
     try:
         with warnings.catch_warnings(action="ignore"):
-            torch.library.opcheck(ctx.case.operator, leaves(sample), test_utils=test)
+            arguments = ctx.case.nested_inputs(leaves(sample))
+            torch.library.opcheck(ctx.case.operator, arguments, test_utils=test)
     except Exception as error:
         cause = error.__cause__ or error
         if re.search("no (fake impl|autograd formula)( was)? registered", str(cause)):

@@ -86,7 +86,11 @@ def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
         # Copies, since writes_nothing finds a backward that changes them.
         return gradients(ctx.call, leaves(sample), [u.clone() for u in upstream])[1]
 
-    one, other = ctx.upstream(ctx.call, sample), ctx.upstream(ctx.call, sample)
+    # Multiples of 1/8, so that their sum is exact in every dtype, as in that of a weight.
+    one, other = (
+        [(8 * u).round().clamp(-32, 32) / 8 if u.is_floating_point() else u for u in upstream]
+        for upstream in (ctx.upstream(ctx.call, sample), ctx.upstream(ctx.call, sample))
+    )
     # Powers of two scale without rounding. float16 overflows at 2^16, and underflows at 2^-14.
     powers = (6, -3) if any(u.dtype is torch.float16 for u in one) else (20, -20, -80)
     of_one, of_other = gradients_for(one), gradients_for(other)

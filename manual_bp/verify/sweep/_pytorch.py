@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from manual_bp._torch import own_test_samples
 from manual_bp.verify._case import Case, Sample
@@ -50,6 +51,8 @@ def _operator_case(operator: Any, seed: int) -> Case | None:
         return None
     # PyTorch's own wrapper makes a matrix symmetric first, for instance.
     call = flat(partial(operator.gradcheck_wrapper, operator.op))
+    first = samples[0][0]
+    has_rows = isinstance(first, Tensor) and first.ndim > 0
     rows = (0, *[None] * (len(samples[0]) - 1))
     return function_case(
         call,
@@ -57,7 +60,7 @@ def _operator_case(operator: Any, seed: int) -> Case | None:
         call,
         name=name,
         seed=seed,
-        in_dims=None if name in UNBATCHED else rows,
+        in_dims=rows if has_rows and name not in UNBATCHED else None,
         expected_failures=KNOWN.get(name),
     )
 
