@@ -16,6 +16,7 @@ from experiments.__main__ import experiments
 from experiments.benchmark import __main__ as benchmark
 from experiments.walk import __main__ as walk
 from manual_bp.verify import __main__ as verify
+from manual_bp.verify._global_state import restored
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,9 +98,10 @@ def test_every_block_of_python_runs(
     """In order, in one namespace, in an empty folder: as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
-    for kind, code in blocks(page, "python"):
-        if can_run(kind, code):
-            exec(compile(code, page, "exec"), names)
+    with restored():  # a page may set the default dtype
+        for kind, code in blocks(page, "python"):
+            if can_run(kind, code):
+                exec(compile(code, page, "exec"), names)
     AFTERWARDS.get(page, lambda *_: None)(names, tmp_path)
 
 
