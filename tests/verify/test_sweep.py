@@ -41,9 +41,11 @@ def test_several_hundred_names_are_judged_and_every_exception_is_one() -> None:
     judged += [make().name for make in own_cases(0)]
     assert max(Counter(judged).values()) == 1
     assert len(judged) > 600
-    assert {*KNOWN, *UNBATCHED} <= set(judged)
     every = {*map(name_of, operators), *(module.name for module in modules)}
-    assert every >= SKIPPED.keys()
+    # An earlier PyTorch has no samples of some.
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+        assert {*KNOWN, *UNBATCHED} <= set(judged)
+        assert every >= SKIPPED.keys()
     for failures in KNOWN.values():
         assert failures.keys() <= {check.name for check in CHECKS}
 
