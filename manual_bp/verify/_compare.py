@@ -111,17 +111,3 @@ def _worst(got: Tensor, expected: Tensor, wrong: Tensor, budget: Budget) -> str:
 
 def _line(diagnosis: str) -> str:
     return f"\ndiagnosis: {diagnosis}" if diagnosis else ""
-
-
-def threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str:
-    """The diagnosis if a gradient is wrong exactly where the argument is large."""
-    if got is None or expected is None or got.shape != value.shape != () or value.numel() < 2:
-        return ""
-    wrong = (got - expected).abs() > 1e-6 * expected.abs()
-    right = ~wrong & (expected != 0)
-    if right.sum() < 2 or wrong.sum() < 2:
-        return ""
-    limit = value.abs()[wrong].min()
-    if limit > value.abs()[right].max():
-        return f"right except where the argument is large: wrong from {limit.item():.3g} on"
-    return ""

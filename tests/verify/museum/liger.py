@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import write
 from tests.verify.museum._precision import in_float32
+from tests.verify.museum._rms_norm import RmsNorm, rms_norm
 
 
 def _head(g: Generator) -> list[tuple[Any, ...]]:
@@ -123,29 +124,7 @@ def _many_rows(g: Generator) -> list[tuple[Any, ...]]:
     return [(torch.randn(1025, 2, generator=g), torch.randn(2, generator=g))]
 
 
-def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], w, 1e-6)
-
-
-class RmsNorm(Function):
-    """x / rms(x) * w."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
-        ctx.save_for_backward(x, w)
-        return _rms_norm(x, w)
-
-    @staticmethod
-    @in_float32
-    def backward(ctx: Any, grad: Any) -> Any:
-        x, w = ctx.saved_tensors
-        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        normal, delta = x * scale, grad * w
-        slope = scale * (delta - normal * (delta * normal).mean(-1, keepdim=True))
-        return slope, (grad * normal).sum(0)
-
-
-@exhibit("linkedin/Liger-Kernel#950", _many_rows, _rms_norm, fixed=RmsNorm, dtypes=[torch.bfloat16])
+@exhibit("linkedin/Liger-Kernel#950", _many_rows, rms_norm, fixed=RmsNorm, dtypes=[torch.bfloat16])
 class SumInLowPrecision(RmsNorm):
     """The gradient of the weight is summed over the rows in bfloat16, and rounded at each."""
 

@@ -10,35 +10,14 @@ from torch.autograd import Function
 from tests.verify.museum._exhibit import exhibit
 from tests.verify.museum._memory import read_as_contiguous, write
 from tests.verify.museum._precision import in_float32
+from tests.verify.museum._rms_norm import RmsNorm, rms_norm
 
 
 def _scaled(g: Generator) -> list[tuple[Any, ...]]:
     return [(torch.randn(5, 3, generator=g), torch.randn(3, generator=g))]
 
 
-def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], w, 1e-6)
-
-
-class RmsNorm(Function):
-    """x / rms(x) * w."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Any:
-        ctx.save_for_backward(x, w)
-        return _rms_norm(x, w)
-
-    @staticmethod
-    @in_float32
-    def backward(ctx: Any, grad: Any) -> Any:
-        x, w = ctx.saved_tensors
-        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        normal, delta = x * scale, grad * w
-        slope = scale * (delta - normal * (delta * normal).mean(-1, keepdim=True))
-        return slope, (grad * normal).sum(0)
-
-
-@exhibit("unslothai/unsloth#4533", _scaled, _rms_norm, fixed=RmsNorm)
+@exhibit("unslothai/unsloth#4533", _scaled, rms_norm, fixed=RmsNorm)
 class WeightWithoutGradient(RmsNorm):
     """The backward of a norm returns None for its weight, which therefore never learns."""
 
@@ -47,9 +26,7 @@ class WeightWithoutGradient(RmsNorm):
         return RmsNorm.backward(ctx, grad)[0], None
 
 
-@exhibit(
-    "unslothai/unsloth#10617", _scaled, _rms_norm, fixed=RmsNorm, diagnosis="upstream gradient"
-)
+@exhibit("unslothai/unsloth#10617", _scaled, rms_norm, fixed=RmsNorm, diagnosis="upstream gradient")
 class UpstreamTakenAsContiguous(RmsNorm):
     """The kernel ignores the strides of the upstream gradient."""
 
