@@ -1,7 +1,6 @@
 import gc
 import itertools
 import time
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from manual_bp.verify import (
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify.checks import CHECKS
 from manual_bp.verify.mutants import MUTANTS
+from tests.helpers import only_new_objects
 
 
 class Square(Function):
@@ -314,16 +314,13 @@ def kept(value: Tensor) -> Tensor:
     ids=lambda case: case.name,
 )
 def test_a_run_leaves_no_tensors_behind(case: Any) -> None:
-    def live() -> Counter[str]:
+    run(case, slow=False)
+    with only_new_objects():
+        for _ in range(3):
+            run(case, slow=False)
         gc.collect()
         nodes = (Tensor, torch.autograd.graph.Node)
-        return Counter(type(o).__name__ for o in gc.get_objects() if issubclass(type(o), nodes))
-
-    run(case, slow=False)
-    before = live()
-    for _ in range(3):
-        run(case, slow=False)
-    assert not live() - before  # tensors of other tests may be freed in between
+        assert not [o for o in gc.get_objects() if issubclass(type(o), nodes)]
 
 
 class Masked(Function):
