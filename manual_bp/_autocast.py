@@ -19,10 +19,17 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return _cast(tensors, torch.get_autocast_dtype) if any_autocast_is_on() else tensors
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Asked once, because the compiler of PyTorch 2.11 cannot trace the question. Its own way to mark
+# an answer as constant, assume_constant_result, would import the whole compiler here.
+_AUTOCAST = {
+    device_type: torch.amp.is_autocast_available(device_type)
+    for device_type in ("cpu", "cuda", "hpu", "meta", "mps", "mtia", "xla", "xpu")
+}
+
+
 def _has_autocast(device_type: str) -> bool:
-    # Evaluated once per graph, because the compiler of PyTorch 2.11 cannot trace it.
-    return torch.amp.is_autocast_available(device_type)
+    known = _AUTOCAST.get(device_type)
+    return torch.amp.is_autocast_available(device_type) if known is None else known
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
