@@ -32,7 +32,7 @@ from experiments.data import load
 from experiments.run_folder import RunFolder, run_path
 from experiments.session import Session, state_of
 from experiments.training import Config, Training
-from experiments.verdicts import is_good, line, origin, print_verdicts, warn
+from experiments.verdicts import is_good, line, print_verdicts, warn
 
 PROGRAM = "python -m experiments.train"
 
@@ -221,22 +221,10 @@ def _run(config: Config, training: Training, folder: RunFolder, state: dict[str,
     print_verdicts(training.diagnostics(config.learning_rate))
     print(f"run folder: {folder.path}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
-    began = _origin(session) if session.is_stopped else ""
-    return warn(training, metrics, cost, began, session.is_stopped)
+    return warn(training, metrics, cost, session.began, session.is_stopped)
 
 
 def _how_to_go_on(session: Session) -> str:
     python = Path(sys.executable).name
     again = shlex.join([python, *PROGRAM.split()[1:], "--resume", str(session.folder.path)])
     return f"update {session.saved} of {session.total} is saved; to go on: {again}"
-
-
-def _origin(session: Session) -> str:
-    """Where the cost stopped being a number, and what there is from before that."""
-    last = session.folder.path / LAST
-    try:
-        before = checkpoint.read(last)["training"]
-    except (OSError, ValueError) as error:
-        return str(error)
-    began = origin(session.training, before, session.training.updates)
-    return f"{began}; {last} is from before that, after update {before['updates']}"

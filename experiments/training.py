@@ -1,10 +1,11 @@
 """What the main job trains: its options, and one network with its data and optimiser."""
 
+import copy
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -216,6 +217,16 @@ class Training:
     def is_finite(self) -> bool:
         """Whether all weights and biases are finite."""
         return all(bool(p.isfinite().all()) for p in self.net.parameters())
+
+    @contextmanager
+    def restored_afterwards(self) -> Iterator[None]:
+        """Let the state change, and go back to this one, even into the middle of an epoch."""
+        now, order = copy.deepcopy(self.state_dict()), self._order.get_state()
+        try:
+            yield
+        finally:
+            self.load_state_dict(now)
+            self._order.set_state(order)
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines the updates to come, apart from the config; refers to the weights."""

@@ -1,7 +1,6 @@
 """What stops a run, what is said about it, and what is kept."""
 
 import csv
-import re
 import resource
 import threading
 from collections.abc import Callable
@@ -80,14 +79,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_go_on(
     assert left_by(run[0]) == whole(*IMAGES)
 
 
-@pytest.mark.parametrize("method", ["autograd", "step"])  # they find out in different places
-def test_a_cost_that_is_no_number_is_traced_to_its_update_and_layer(
-    method: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A weight of one layer breaks in update 23: the cost is nan in update 24."""
+def break_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a weight of layer 2 break in update 23, so that the cost is nan in update 24."""
     update = Training._update
 
     def breaks(training: Training, *arguments: Any) -> Any:
@@ -98,6 +91,16 @@ def test_a_cost_that_is_no_number_is_traced_to_its_update_and_layer(
         return cost
 
     monkeypatch.setattr(Training, "_update", breaks)
+
+
+@pytest.mark.parametrize("method", ["autograd", "step"])  # they find out in different places
+def test_a_cost_that_is_no_number_is_traced_to_its_update_and_layer(
+    method: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_a_weight(monkeypatch)
     options = [*QUICK, "--method", method, "--checkpoint-every", "1"]
     assert main([*options, "--run-folder", str(tmp_path)]) == 1
     run = only(tmp_path)
@@ -110,20 +113,65 @@ def test_a_cost_that_is_no_number_is_traced_to_its_update_and_layer(
     assert all(w.isfinite().all() for w in good.values())
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("2,24,nan,")
 
-    monkeypatch.setattr(Training, "_update", update)
+    monkeypatch.undo()
     assert main(["--resume", str(run)]) == 0
 
 
-def test_on_nan_continue_goes_on_and_says_so_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("every", "symptom"),
+    [
+        (1, "weights are not finite after update 23"),
+        (5, "the cost is nan at update 24"),
+        (1000, "the cost is nan at update 24"),
+    ],
+)
+def test_on_nan_continue_goes_on_and_says_once_where_it_began(
+    every: int,
+    symptom: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ["--cost", "softmax-cross-entropy", "--learning-rate", "1e38", "--on-nan", "continue"]
-    assert main([*QUICK, *options, "--run-folder", str(tmp_path)]) == 1
-    begins, ends = capsys.readouterr().err.splitlines()
-    assert begins.startswith("warning: the cost is ")
-    assert begins.endswith("; going on, as --on-nan says")
-    assert re.fullmatch("warning: the cost is (inf|nan); a smaller learning rate may help", ends)
-    assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) == 4
+    break_a_weight(monkeypatch)
+    options = [*QUICK, "--on-nan", "continue", "--checkpoint-every", str(every)]
+    assert main([*options, "--run-folder", str(tmp_path)]) == 1
+    began = "it began with update 23, which made weights of layer 2 infinite or nan"
+    assert capsys.readouterr().err == (
+        f"warning: {symptom}; {began}; going on, as --on-nan says\n"
+        f"warning: the cost is nan; {began}; a smaller learning rate may help\n"
+    )
+    run = only(tmp_path)
+    assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("3,45,nan,")
+
+    assert main(["--resume", str(run), "--epochs", "4"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "warning: weights are not finite after update 45; it began before update 46, in an "
+        "earlier session; going on"
+    )
+
+
+@pytest.mark.parametrize("number", [20, 30])
+def test_to_look_for_the_origin_changes_nothing(
+    number: int,
+    tmp_path: Path,
+    whole: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within an epoch and at the end of one: a cost is nan once, and everything else is right."""
+    update, costs = Training._update, []
+
+    def lies(training: Training, *arguments: Any) -> Any:
+        costs.append(update(training, *arguments))
+        is_the_one = training.updates + 1 == number and len(costs) == number
+        return costs[-1] * torch.nan if is_the_one else costs[-1]
+
+    monkeypatch.setattr(Training, "_update", lies)
+    options = [*QUICK, "--on-nan", "continue", "--checkpoint-every", "7"]
+    assert main([*options, "--run-folder", str(tmp_path)]) == 0
+    assert "; it did not happen again when the updates were repeated; g" in capsys.readouterr().err
+    assert len(costs) > TOTAL
+    assert left_by(only(tmp_path)) == whole()
 
 
 def test_the_best_checkpoint_is_of_the_first_epoch_with_the_best_accuracy(tmp_path: Path) -> None:
