@@ -11,6 +11,7 @@ from tqdm import tqdm
 from experiments import checkpoint
 from experiments.board import Board
 from experiments.checkpoint import BEST, LAST
+from experiments.regions import draw_regions
 from experiments.run_folder import RunFolder
 from experiments.training import Config, Training
 from experiments.verdicts import is_good, line, origin
@@ -34,6 +35,7 @@ def state_of(
     """
     options = asdict(config) | {
         "run_folder": str(config.run_folder),
+        "data_dir": None if config.data_dir is None else str(config.data_dir.absolute()),
         "device": str(training.device),
     }
     del options["dry_run"], options["resume"]
@@ -219,3 +221,5 @@ def draw(board: Board, training: Training) -> None:
     data = training.data
     predictions = training.trace(data.x_test, training.y_test).output.argmax(-1)
     board.log_confusion(data.label_test, predictions, data.class_names, training.updates)
+    if data.features == 2:
+        board.log_figure("regions", draw_regions(training.net, data), training.updates)
