@@ -49,6 +49,10 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
 def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

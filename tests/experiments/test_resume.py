@@ -20,6 +20,7 @@ from tests.experiments.runs import (
     PowerCutError,
     cut,
     damaged,
+    hang_up,
     interrupt,
     left_by,
     only,
@@ -44,6 +45,7 @@ def test_a_run_stopped_by_signals_ends_with_the_same_bits(
     for number, event, word, code in (
         (10, interrupt, "interrupted", 130),
         (30, terminate, "terminated", 143),
+        (40, hang_up, "hung up", 129),
     ):
         before_update(number, event)
         assert main(command) == code
@@ -59,7 +61,7 @@ def test_a_run_stopped_by_signals_ends_with_the_same_bits(
             ["--resume", str(run)],
         )
     assert main(command) == 0
-    assert f"going on after update 30 of {TOTAL}\n" in capsys.readouterr().out
+    assert f"going on after update 40 of {TOTAL}\n" in capsys.readouterr().out
     assert left_by(run) == whole(*options)
 
 
