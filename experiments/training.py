@@ -30,7 +30,7 @@ class Config:
 
     dataset: Dataset = "digits"
     """What to learn. mnist is downloaded, unless --data-dir says where it is; moons and xor are
-    points in the plane, which two classes share."""
+    points in the plane, of two classes."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where the four idx files of MNIST are (train-images-idx3-ubyte and so on, or .gz)."""
     hidden: tuple[int, ...] = (30,)
