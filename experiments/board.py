@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 from torch.nn import functional as F
@@ -110,8 +113,15 @@ class Board:
             ax=axes,
         )
         axes.set(title="Which classes are confused, on the test set?")
-        figure.savefig(Path(self._writer.log_dir) / "confusion.png")
-        self._writer.add_figure("confusion", figure, step)
+        self.log_figure("confusion", figure, step)
+
+    def log_figure(self, name: str, figure: Figure, step: int) -> None:
+        """Log a figure, and write it as a PNG of that name."""
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()  # once for both
+        pixels = np.asarray(canvas.buffer_rgba())
+        imsave(self._folder / f"{name}.png", pixels)
+        self._writer.add_image(name, pixels[..., :3], step, dataformats="HWC")
 
     def log_config(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Log the settings and the final metrics, for the HPARAMS tab."""

@@ -19,7 +19,7 @@ import torch
 import manual_bp
 
 # Raised whenever older programs can no longer read what this one writes.
-FORMAT = 1
+FORMAT = 2
 
 # The names of the files: after the latest updates, and with the best test accuracy so far.
 LAST, BEST = "last.pt", "best.pt"

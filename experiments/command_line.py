@@ -107,6 +107,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, stop)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, stop)
     threading.excepthook = _in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -132,30 +134,54 @@ class Terminated(KeyboardInterrupt):
     """The signal SIGTERM, which ends a program in the same way as Ctrl-C."""
 
 
+class HungUp(KeyboardInterrupt):
+    """The signal SIGHUP, which does so as well: the terminal was closed."""
+
+
+_STOPS: dict[type[KeyboardInterrupt], tuple[str, int]] = {
+    Terminated: ("terminated", signal.SIGTERM),
+    HungUp: ("hung up", signal.SIGHUP),
+}
+
+
 def _interrupt(number: int) -> KeyboardInterrupt:
+    """What to raise for a signal."""
+    if number == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the shell and the system each send one
+        _leave_closed_terminal()
+        return HungUp()
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def _leave_closed_terminal() -> None:
+    """Let what is written to a terminal that is gone vanish; it would be an error."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextlib.contextmanager
 def finish_first() -> Iterator[list[KeyboardInterrupt]]:
-    """Let the body finish what it is doing when SIGINT or SIGTERM arrives.
+    """Let the body finish what it is doing when SIGINT, SIGTERM or SIGHUP arrives.
 
     Yields an empty list, to which the first signal is added instead of being raised. A second one
-    is raised at once. Signals that are ignored still are.
+    is raised at once, unless both are SIGHUP. Signals that are ignored still are.
     """
     received: list[KeyboardInterrupt] = []
     before: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        received.append(_interrupt(number))
         restore()
+        received.append(_interrupt(number))
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:
@@ -166,10 +192,9 @@ def finish_first() -> Iterator[list[KeyboardInterrupt]]:
 
 def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:
     """Say in one line that the program was stopped, and what is kept; return the exit code."""
-    is_terminated = isinstance(stop, Terminated)
-    words = ["terminated" if is_terminated else "interrupted", *([kept] if kept else [])]
-    print("; ".join(words), file=sys.stderr)
-    return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)  # as a shell reports it
+    word, number = _STOPS.get(type(stop), ("interrupted", signal.SIGINT))
+    print("; ".join([word, *([kept] if kept else [])]), file=sys.stderr)
+    return 128 + number  # as a shell reports it
 
 
 def _failed(error: OSError) -> int:

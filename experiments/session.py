@@ -11,9 +11,10 @@ from tqdm import tqdm
 from experiments import checkpoint
 from experiments.board import Board
 from experiments.checkpoint import BEST, LAST
+from experiments.regions import draw_regions
 from experiments.run_folder import RunFolder
 from experiments.training import Config, Training
-from experiments.verdicts import is_good, line
+from experiments.verdicts import is_good, line, origin
 
 
 def state_of(
@@ -34,6 +35,7 @@ def state_of(
     """
     options = asdict(config) | {
         "run_folder": str(config.run_folder),
+        "data_dir": None if config.data_dir is None else str(config.data_dir.absolute()),
         "device": str(training.device),
     }
     del options["dry_run"], options["resume"]
@@ -63,6 +65,7 @@ class Session:
         total: How many updates the run has in the end.
         saved: After how many updates last.pt was written.
         is_stopped: Whether training was stopped because a cost was not finite.
+        began: Where the first cost that was not finite came from; "" if there was none.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class Session:
         self.total = config.epochs * training.updates_per_epoch
         self.saved = training.updates
         self.is_stopped = False
+        self.began = ""
         self._config = config
         self._best: float = state["best"]
         self._best_to_write: bytes | None = None
-        self._has_warned = False
         # On a terminal a progress bar; elsewhere a line for each epoch.
         self._on_terminal = all(s and s.isatty() for s in (sys.stdout, sys.stderr))
 
@@ -150,15 +153,30 @@ class Session:
     def _judge(self, cost: float) -> None:
         if is_good(cost):
             return
-        if self._config.on_nan == "stop":
-            self.is_stopped = True
-        elif not self._has_warned:
-            self._has_warned = True
-            print(
-                f"warning: the cost is {cost} at update {self.training.updates}; going on, as "
-                "--on-nan says",
-                file=sys.stderr,
-            )
+        self.is_stopped = self._config.on_nan == "stop"
+        self._explain(f"the cost is {cost} at update {self.training.updates}")
+
+    def _explain(self, symptom: str) -> None:
+        """Find out where numbers stopped being finite; say so, unless that stops the run."""
+        if self.began:
+            return
+        self.began = self._origin()
+        if not self.is_stopped:
+            reason = f"warning: {symptom}; {self.began}; going on, as --on-nan says"
+            print(reason, file=sys.stderr)
+
+    def _origin(self) -> str:
+        """Where numbers stopped being finite, and what there is from before that."""
+        last, until = self.folder.path / LAST, self.training.updates
+        try:
+            before = checkpoint.read(last)["training"]
+        except (OSError, ValueError) as error:
+            return str(error)
+        with self.training.restored_afterwards():
+            began = origin(self.training, before, until)
+        if not self.is_stopped:
+            return began
+        return f"{began}; {last} is from before that, after update {before['updates']}"
 
     def _packed(self, board: Board, events: int) -> bytes:
         return checkpoint.pack(
@@ -167,8 +185,10 @@ class Session:
 
     def _save(self, board: Board) -> None:
         """Write last.pt, unless a cost that is no number would be sure to follow from it."""
-        if self._config.on_nan == "stop" and not self.training.is_finite():
-            return
+        if not self.training.is_finite():
+            if self._config.on_nan == "stop":
+                return
+            self._explain(f"weights are not finite after update {self.training.updates}")
         packed = self._packed(board, board.size())
         self.folder.sync()
         board.sync()
@@ -201,3 +221,5 @@ def draw(board: Board, training: Training) -> None:
     data = training.data
     predictions = training.trace(data.x_test, training.y_test).output.argmax(-1)
     board.log_confusion(data.label_test, predictions, data.class_names, training.updates)
+    if data.features == 2:
+        board.log_figure("regions", draw_regions(training.net, data), training.updates)

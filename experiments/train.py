@@ -28,16 +28,16 @@ from experiments import checkpoint
 from experiments.board import Board, keep_events
 from experiments.checkpoint import BEST, LAST
 from experiments.command_line import finish_first, parse, refuse, stopped
-from experiments.data import load
+from experiments.data import DEFAULTS, load
 from experiments.run_folder import RunFolder, run_path
 from experiments.session import Session, state_of
 from experiments.training import Config, Training
-from experiments.verdicts import is_good, line, origin, print_verdicts, warn
+from experiments.verdicts import is_good, line, print_verdicts, warn
 
 PROGRAM = "python -m experiments.train"
 
 # What may have another value when a run goes on; it then has that value from there on.
-_FREE = {"epochs", "log_every", "checkpoint_every", "on_nan", "device", "resume"}
+_FREE = {"epochs", "log_every", "checkpoint_every", "on_nan", "device", "data_dir", "resume"}
 
 
 def settings(config: Config, training: Training) -> dict[str, Any]:
@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.dry_run:
             refuse(PROGRAM, "--dry-run trains a new network; it does not go with --resume")
         return _resume(config, config.resume, arguments)
+    if config.dataset in DEFAULTS:
+        others = DEFAULTS[config.dataset]._asdict()
+        config = parse(Config, arguments, PROGRAM, Config(config.dataset, **others))
     training = _prepare(config)
     name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
     path = run_path(config.run_folder, name)
@@ -70,8 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(config: Config) -> Training:
     """The network and its data; says what they are."""
+    if config.data_dir is not None and config.dataset != "mnist":
+        refuse(PROGRAM, f"--data-dir goes only with --dataset mnist; got {config.dataset}")
     try:
-        training = Training(config, load(config.dataset))
+        data = load(config.dataset, config.data_dir)
+    except (OSError, ValueError) as error:
+        refuse(PROGRAM, f"--dataset {config.dataset}: {error}{_other_source(config)}")
+    try:
+        training = Training(config, data)
     except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
         refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
     print(
@@ -83,6 +92,11 @@ def _prepare(config: Config) -> Training:
         flush=True,
     )
     return training
+
+
+def _other_source(config: Config) -> str:
+    is_download = config.dataset == "mnist" and config.data_dir is None
+    return "; --data-dir FOLDER reads files that are there already" if is_download else ""
 
 
 def _dry_run(config: Config, training: Training, path: Path) -> int:
@@ -120,7 +134,10 @@ def _resume(given: Config, path: Path, arguments: Sequence[str] | None) -> int:
         state = _read(path)
         config = _continued(given, state, path, arguments)
         training = _prepare(config)
-        training.load_state_dict(state["training"])
+        try:
+            training.load_state_dict(state["training"])
+        except ValueError as error:
+            refuse(PROGRAM, f"--resume {path}: {error}")
         done, total = training.updates, config.epochs * training.updates_per_epoch
         if done > total:
             least = -(-done // training.updates_per_epoch)
@@ -167,6 +184,8 @@ def _continued(
     here: dict[str, Any] = {"run_folder": path.parent}  # it may have been moved
     if given.device != "auto":
         here["device"] = given.device  # the one that it was on may be missing here
+    if state["config"]["data_dir"] is not None:
+        here["data_dir"] = Path(state["config"]["data_dir"])
     try:
         before = Config(**state["config"] | here)
     except (TypeError, ValueError) as error:
@@ -221,22 +240,10 @@ def _run(config: Config, training: Training, folder: RunFolder, state: dict[str,
     print_verdicts(training.diagnostics(config.learning_rate))
     print(f"run folder: {folder.path}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
-    began = _origin(session) if session.is_stopped else ""
-    return warn(training, metrics, cost, began, session.is_stopped)
+    return warn(training, metrics, cost, session.began, session.is_stopped)
 
 
 def _how_to_go_on(session: Session) -> str:
     python = Path(sys.executable).name
     again = shlex.join([python, *PROGRAM.split()[1:], "--resume", str(session.folder.path)])
     return f"update {session.saved} of {session.total} is saved; to go on: {again}"
-
-
-def _origin(session: Session) -> str:
-    """Where the cost stopped being a number, and what there is from before that."""
-    last = session.folder.path / LAST
-    try:
-        before = checkpoint.read(last)["training"]
-    except (OSError, ValueError) as error:
-        return str(error)
-    began = origin(session.training, before, session.training.updates)
-    return f"{began}; {last} is from before that, after update {before['updates']}"

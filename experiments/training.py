@@ -1,10 +1,11 @@
 """What the main job trains: its options, and one network with its data and optimiser."""
 
+import copy
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +29,13 @@ class Config:
     """Train a small network by stochastic gradient descent, with every gradient written by hand."""
 
     dataset: Dataset = "digits"
-    """What to learn: a dataset that comes with scikit-learn."""
+    """What to learn. mnist is downloaded, unless --data-dir says where it is; moons and xor are
+    points in the plane, of two classes."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Where the four idx files of MNIST are (train-images-idx3-ubyte and so on, or .gz)."""
     hidden: tuple[int, ...] = (30,)
-    """Sizes of the hidden layers, from the input on; there may be none."""
+    """Sizes of the hidden layers, from the input on; there may be none. (10 for moons, 4 for
+    xor.)"""
     activation: Annotated[
         str,
         tyro.conf.arg(
@@ -45,11 +50,12 @@ class Config:
     the cross-entropies, which take z."""
     learning_rate: float = 3.0
     """The step size of gradient descent on the mean cost of a batch. 3 suits the digits with the
-    quadratic cost; the cross-entropies and the smaller datasets need less."""
+    quadratic cost; the cross-entropies, iris, wine and breast_cancer need less. (20 for moons, 10
+    for xor.)"""
     batch_size: int = 10
-    """Samples in a batch; the last one of an epoch may be smaller."""
+    """Samples in a batch; the last one of an epoch may be smaller. (5 for moons.)"""
     epochs: int = 30
-    """How many times every training sample is used."""
+    """How many times every training sample is used. (100 for moons.)"""
     seed: int = 0
     """Determines the initial weights and the order of the samples. The test set is always the
     same."""
@@ -73,7 +79,8 @@ class Config:
     """Where the folder of the run is created."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
     """Go on with the interrupted run in this folder, with its own options. Of these, epochs,
-    log-every, checkpoint-every, on-nan and device may be given again with other values."""
+    log-every, checkpoint-every, on-nan, device and data-dir may be given again with other
+    values."""
     dry_run: bool = False
     """Train for one epoch, show how well each layer learns, and write nothing."""
 
@@ -121,6 +128,7 @@ class Training:
 
     Attributes:
         updates: How many updates it has made.
+        fingerprint: That of the data.
     """
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -128,6 +136,7 @@ class Training:
         if config.deterministic:
             _be_deterministic()
         self.device = _device(config.device)
+        self.fingerprint = data.fingerprint()
         self.data = data.to(self.device)
         sizes = (data.features, *config.hidden, data.classes)
         self.net_name = "-".join(map(str, sizes))
@@ -217,6 +226,16 @@ class Training:
         """Whether all weights and biases are finite."""
         return all(bool(p.isfinite().all()) for p in self.net.parameters())
 
+    @contextmanager
+    def restored_afterwards(self) -> Iterator[None]:
+        """Let the state change, and go back to this one, even into the middle of an epoch."""
+        now, order = copy.deepcopy(self.state_dict()), self._order.get_state()
+        try:
+            yield
+        finally:
+            self.load_state_dict(now)
+            self._order.set_state(order)
+
     def state_dict(self) -> dict[str, Any]:
         """All that determines the updates to come, apart from the config; refers to the weights."""
         is_within = self.updates % self.updates_per_epoch > 0
@@ -227,10 +246,17 @@ class Training:
             "order": self._order_at_start if is_within else self._order.get_state(),
             "random": checkpoint.random_state(),
             "threads": torch.get_num_threads(),
+            "data": self.fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, for the same config."""
+        """Go on from what `state_dict` returned, for the same config.
+
+        Raises:
+            ValueError: The data are not those that the state was trained on.
+        """
+        if state["data"] != self.fingerprint:
+            raise ValueError("the data are not those that the run was trained on")
         self.net.load_state_dict(state["net"])
         (self.step or self.optimizer).load_state_dict(state["optimizer"])
         self.updates = state["updates"]

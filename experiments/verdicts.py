@@ -42,6 +42,8 @@ def origin(training: Training, state: Mapping[str, Any], until: int) -> str:
         until: After how many updates a cost was not finite.
     """
     training.load_state_dict(state)
+    if not training.is_finite():
+        return f"it began before update {training.updates + 1}, in an earlier session"
     while training.updates < until:
         for x, y in training.epoch():
             where = _where(training.trace(x, y), training.updates)

@@ -113,7 +113,8 @@ def trained(config: Config, run: Path) -> tuple[Config, Subject]:
     state = checkpoint.read(run / checkpoint.LAST if run.is_dir() else run)
     try:
         options, training = state["config"], state["training"]
-        data = load(options["dataset"])
+        folder = options["data_dir"]
+        data = load(options["dataset"], folder if folder is None else Path(folder))
         sizes = (data.features, *options["hidden"], data.classes)
         net = build_net(sizes, options["activation"], options["cost"])
         net.load_state_dict(training["net"])

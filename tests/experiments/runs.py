@@ -1,14 +1,60 @@
-"""What a run left in its folder, for comparison with another run."""
+"""Short runs, what stops them, and what they leave in their folders."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from experiments import checkpoint
+from experiments.training import Training
 from tests.helpers import logged_in
 
-QUICK = ["--hidden", "8", "--epochs", "3", "--batch-size", "100", "--log-every", "4"]
-# 15 updates in an epoch, so 45 in all.
+# 15 updates in an epoch, so 45 in all. Few classes are drawn faster.
+QUICK = ["--dataset", "iris", "--hidden", "8", "--epochs", "3", "--batch-size", "8"]
+QUICK += ["--log-every", "4"]
 TOTAL = 45
+# The same number of updates, and pictures of the weights.
+IMAGES = [*QUICK, "--dataset", "digits", "--batch-size", "100"]
+
+
+class PowerCutError(Exception):
+    """What ends a run without a last checkpoint."""
+
+
+def let_happen(patch: pytest.MonkeyPatch, number: int, event: Callable[[], None]) -> None:
+    """Let something happen before the update of a number, counted from 1, once."""
+    update = Training._update
+
+    def patched(training: Training, *arguments: Any) -> Any:
+        if training.updates + 1 == number:
+            patch.setattr(Training, "_update", update)
+            event()
+        return update(training, *arguments)
+
+    patch.setattr(Training, "_update", patched)
+
+
+def cut() -> None:
+    raise PowerCutError
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def only(folder: Path) -> Path:

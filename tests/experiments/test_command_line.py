@@ -1,4 +1,6 @@
 import io
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -103,7 +105,7 @@ def test_a_reason_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str
 
 
 PROGRAM = """
-import signal, sys, threading, time
+import os, signal, sys, threading, time
 from experiments.command_line import run
 assert not {"torch", "tyro", "numpy"} & set(sys.modules)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
@@ -114,9 +116,10 @@ def main():
 ROOT = Path(__file__).parents[2]
 
 
-def started(main: str) -> "subprocess.Popen[str]":
+def started(main: str, *, nohup: bool = False) -> "subprocess.Popen[str]":
     """A program that has started to run."""
-    program = f"{PROGRAM}{textwrap.indent(textwrap.dedent(main), '    ')}\nrun(main)"
+    first = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if nohup else ""
+    program = f"{first}{PROGRAM}{textwrap.indent(textwrap.dedent(main), '    ')}\nrun(main)"
     return subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -134,10 +137,17 @@ except KeyboardInterrupt:
 """
 
 
+STOPS = [
+    (signal.SIGINT, "interrupted", 130),
+    (signal.SIGTERM, "terminated", 143),
+    (signal.SIGHUP, "hung up", 129),
+]
+
+
 @pytest.mark.parametrize("main", ["time.sleep(60)", IMPORTS])
 @pytest.mark.parametrize(
     ("number", "word", "code"),
-    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+    STOPS,
 )
 def test_a_signal_ends_a_program_in_one_line(
     number: signal.Signals, word: str, code: int, main: str
@@ -165,7 +175,7 @@ raise received[0]
 
 @pytest.mark.parametrize(
     ("number", "word", "code"),
-    [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)],
+    STOPS,
 )
 def test_what_must_be_finished_first_is_finished(
     number: signal.Signals, word: str, code: int
@@ -187,6 +197,52 @@ def test_a_second_signal_does_not_wait() -> None:
         run.send_signal(signal.SIGINT)
         assert run.communicate() == ("", "interrupted\n")
     assert run.returncode == 130
+
+
+def test_a_second_hangup_is_one_with_the_first() -> None:
+    """When a terminal is closed, the shell and the system each send one."""
+    with started(FINISHES.replace("else 0", "else 0.5")) as run:
+        assert run.stdout is not None
+        assert [run.stdout.readline() for _ in range(2)] == ["started\n", "ready\n"]
+        run.send_signal(signal.SIGHUP)
+        assert run.stdout.readline() == "finishing\n"
+        run.send_signal(signal.SIGHUP)
+        assert run.communicate() == ("finished\n", "hung up\n")
+    assert run.returncode == 129
+
+
+def test_a_program_finishes_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    """Whatever it writes there would fail from then on."""
+    kept = tmp_path / "kept"
+    main = textwrap.dedent(f"""
+        import fcntl, pathlib, termios
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+        {{}}
+        pathlib.Path({str(kept)!r}).write_text("finished")
+        raise received[0]
+    """).format(FINISHES[: FINISHES.rindex("raise")])
+    program = f"{PROGRAM}{textwrap.indent(main, '    ')}\nrun(main)"
+    terminal, its = pty.openpty()
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=its, stdout=its, stderr=its, start_new_session=True
+    ) as run:
+        os.close(its)
+        said = b""
+        while b"ready" not in said:
+            said += os.read(terminal, 1000)
+        os.close(terminal)
+        assert run.wait(timeout=60) == 129
+    assert kept.read_text() == "finished"
+
+
+def test_a_program_that_ignores_hangups_is_not_stopped_by_one() -> None:
+    """As nohup starts it."""
+    with started(
+        "os.kill(os.getpid(), signal.SIGHUP); print('goes on'); return 0", nohup=True
+    ) as r:
+        assert r.communicate() == ("started\ngoes on\n", "")
+    assert r.returncode == 0
 
 
 def test_signals_that_are_ignored_stay_ignored_and_others_are_restored() -> None:

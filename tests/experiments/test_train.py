@@ -4,13 +4,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments import train
+from experiments import command_line, train
 from experiments.data import load
 from experiments.train import main
 from experiments.training import Config, Training
@@ -257,24 +259,20 @@ def test_a_run_that_learns_nothing_ends_with_a_warning(
     assert "verdict on layers 0, 2: learns\n" not in printed.out
 
 
-def test_a_run_whose_folder_is_deleted_ends_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-m", "experiments.train", *QUICK, "--epochs", "10000"]
-    with subprocess.Popen(
-        [*command, "--run-folder", str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as run:
-        assert run.stdout is not None
-        while not run.stdout.readline().startswith("epoch"):
-            assert run.poll() is None
-        folder = only(tmp_path)
-        shutil.rmtree(folder)
-        err = run.communicate(timeout=120)[1]
-    assert run.returncode == 1
+def test_a_run_whose_folder_is_deleted_ends_in_one_line(
+    tmp_path: Path,
+    before_update: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever notices first: also the thread of TensorBoard may."""
+    monkeypatch.setattr(threading, "excepthook", command_line._in_a_thread)
+    before_update(20, lambda: shutil.rmtree(only(tmp_path)))
+    options = [*QUICK, "--checkpoint-every", "25", "--run-folder", str(tmp_path)]
+    assert main(options) == 1
+    err = capsys.readouterr().err
     assert err.startswith("stopped: ")
-    assert err.endswith(f"; {folder} is no longer there\n")
+    assert re.fullmatch(rf"{tmp_path}/digits__\S+ is no longer there\n", err.split("; ")[-1])
     assert err.count("\n") == 1
 
 
@@ -325,8 +323,11 @@ def test_the_help_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
         (["--hidden", "30", "0"], "--hidden must be sizes of at least 1; got (30, 0)"),
         (["--seed", "-1"], "--seed must be from 0 to 2^63 - 1; got -1"),
         (["--device", "abacus"], "--device must be auto, or one that PyTorch can use here"),
+        (["--device", "cuda:99"], "--device must be auto, or one that PyTorch can use here"),
         (["--device", "meta"], "--device must be auto, or one that PyTorch can use here"),
-        (["--dataset", "mnist"], "invalid choice 'mnist' for argument '--dataset'"),
+        (["--dataset", "cifar"], "invalid choice 'cifar' for argument '--dataset'"),
+        (["--data-dir", "x"], "--data-dir goes only with --dataset mnist; got digits"),
+        (["--dataset", "mnist", "--data-dir", "x"], "there is no train-images-idx3-ubyte or"),
         (["--epoch", "3"], "Unrecognized options: --epoch, 3. Perhaps you meant --epochs"),
         (["--learning-rat", "3"], "Perhaps you meant --learning-rate?"),
         (["--hidden", "30,20"], "--hidden must be whole numbers, separated by spaces; got '30,20'"),

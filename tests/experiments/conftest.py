@@ -1,0 +1,47 @@
+"""A run that was not stopped, one that was, and a way to stop one."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.train import main
+from tests.experiments.runs import QUICK, interrupt, left_by, let_happen, only
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """What an uninterrupted run leaves; with QUICK, unless other options are given."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def run(*options: str) -> dict[str, Any]:
+        if options not in found:
+            folder = tmp_path_factory.mktemp("whole")
+            assert main([*(options or QUICK), "--run-folder", str(folder)]) == 0
+            found[options] = left_by(only(folder))
+        return found[options]
+
+    return run
+
+
+@pytest.fixture
+def before_update(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    return partial(let_happen, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        let_happen(patch, 20, interrupt)
+        assert main([*QUICK, "--run-folder", str(folder)]) == 130
+    return only(folder)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, _stopped_once: Path) -> Path:
+    """A run that was stopped after update 20 of 45."""
+    return shutil.copytree(_stopped_once, tmp_path / "runs" / _stopped_once.name)

@@ -1,0 +1,63 @@
+"""The curves of a run that goes on have every point once, in order."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.board import Board
+from experiments.train import main
+from tests.experiments.runs import QUICK, PowerCutError, curves_in, cut, left_by, only
+from tests.helpers import logged_in
+
+
+def test_curves_stay_in_order_when_the_clock_was_set_back(
+    stopped: Path, whole: Callable[..., dict[str, Any]]
+) -> None:
+    """TensorBoard reads files in the order of the times in their names."""
+    (events,) = stopped.glob("events*")
+    events.rename(stopped / "events.out.tfevents.9999999999.host.1.0")
+    assert main(["--resume", str(stopped)]) == 0
+    assert left_by(stopped) == whole()
+
+
+def test_curves_that_were_deleted_are_missed_but_the_run_goes_on(
+    stopped: Path, whole: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (events,) = stopped.glob("events*")
+    events.unlink()
+    assert main(["--resume", str(stopped)]) == 0
+    assert "warning: files of TensorBoard are missing; its" in capsys.readouterr().err
+    points = curves_in(stopped)["scalar cost/test"]
+    assert points == whole()["scalar cost/test"][2:]
+
+
+def test_a_board_that_goes_on_writes_no_second_layout(tmp_path: Path) -> None:
+    with Board(tmp_path) as board:
+        board.log_metrics({"test_cost": 1.0}, 0)
+    with Board(tmp_path, 1, {0: {"0": 1.0}}) as board:
+        board.log_metrics({"test_cost": 0.5}, 1)
+        assert board.traces.history == {0: {"0": 1.0}}
+    curves = curves_in(tmp_path)
+    assert curves["scalar cost/test"] == [(0, 1.0), (1, 0.5)]
+    assert len(curves["tensor custom_scalars__config__"]) == 1
+
+
+def test_a_reader_that_watches_the_run_sees_every_point_once(
+    tmp_path: Path, whole: Callable[..., dict[str, Any]], before_update: Callable[..., None]
+) -> None:
+    """It has read points from after the last checkpoint before the run goes on."""
+    before_update(40, cut)
+    with pytest.raises(PowerCutError):
+        main([*QUICK, "--checkpoint-every", "26", "--run-folder", str(tmp_path)])
+    run = only(tmp_path)
+    watched = logged_in(run)
+    assert [point.step for point in watched.Scalars("delta/0")] == list(range(0, 40, 4))
+    time.sleep(1.01 - time.time() % 1)  # a process would take longer to start
+    assert main(["--resume", str(run)]) == 0
+    watched.Reload()
+    for tag in ("delta/0", "delta/2", "cost/test", "accuracy/train"):
+        points = [(point.step, point.value) for point in watched.Scalars(tag)]
+        assert points == whole()[f"scalar {tag}"]
