@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,20 @@ Row = dict[str, Any]  # of a table: texts, integers and floats by the names of t
 def log_curves(folder: Path, rows: Iterable[Row], over: str) -> None:
     """Log a table: a chart for each column of floats, in it a curve for each combination of texts.
 
-    Numbers that are not finite are left out.
+    Numbers that are not finite are left out. Each curve is in a folder of its own, since that is
+    what TensorBoard gives a colour.
 
     Args:
-        folder: Where the event file is written.
+        folder: Where the folders are made.
         rows: The table. The texts of a row name its curves.
         over: The column of integers that are the steps of the curves.
     """
-    charts: dict[str, dict[str, None]] = {}
-    with SummaryWriter(str(folder)) as writer:
+    with ExitStack() as stack:
+        writers: dict[str, SummaryWriter] = {}
         for row in rows:
             curve = "-".join(text for text in row.values() if isinstance(text, str))
+            if curve not in writers:
+                writers[curve] = stack.enter_context(SummaryWriter(str(folder / curve)))
             for column, value in row.items():
                 if isinstance(value, float) and math.isfinite(value):
-                    tag = f"{column}/{curve}"
-                    writer.add_scalar(tag, value, row[over])
-                    charts.setdefault(column, {})[tag] = None
-        layout = {
-            column: ["Multiline", [f"^{tag}$" for tag in tags]] for column, tags in charts.items()
-        }
-        writer.add_custom_scalars({f"over {over}": layout})
+                    writers[curve].add_scalar(column, value, row[over])

@@ -1,7 +1,7 @@
 """One session of a run: it trains, from wherever the run is, to the end or until it is stopped."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ def state_of(
     config: Config,
     training: Training,
     best: float = -1.0,
-    events: int = 0,
+    events: Mapping[str, int] | None = None,
     curves: dict[int, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """What is in a checkpoint. Everything logged before its last update is in the run folder.
@@ -30,7 +30,7 @@ def state_of(
         config: The options.
         training: As it is now.
         best: The best test accuracy so far.
-        events: How many bytes of events TensorBoard had by now.
+        events: How many bytes of events TensorBoard had by now, in each folder.
         curves: The `history` of the TraceBoard.
     """
     options = asdict(config) | {
@@ -43,7 +43,7 @@ def state_of(
         "config": options,
         "training": training.state_dict(),
         "best": best,
-        "events": events,
+        "events": dict(events or {}),
         "curves": curves,
     }
 
@@ -109,7 +109,7 @@ class Session:
                 cost = self._rest_of_epoch(board, bar, received)
                 metrics = self._end_epoch(board, bar)
         draw(board, self.training)
-        board.log_config(self.folder.config, metrics)
+        board.log_config(self.folder.config)
         self._save_best()
         return metrics, cost
 
@@ -135,7 +135,7 @@ class Session:
     def _end_epoch(self, board: Board, bar: "tqdm[Any]") -> dict[str, float]:
         """Log and print what is known at the end of an epoch, or before the first."""
         step, epochs = self.training.updates, self._config.epochs
-        events = board.size()
+        events = board.sizes()
         metrics = observe(board, self.training)
         if step == 0:
             return metrics
@@ -178,7 +178,7 @@ class Session:
             return began
         return f"{began}; {last} is from before that, after update {before['updates']}"
 
-    def _packed(self, board: Board, events: int) -> bytes:
+    def _packed(self, board: Board, events: Mapping[str, int]) -> bytes:
         return checkpoint.pack(
             state_of(self._config, self.training, self._best, events, board.traces.history)
         )
@@ -189,7 +189,7 @@ class Session:
             if self._config.on_nan == "stop":
                 return
             self._explain(f"weights are not finite after update {self.training.updates}")
-        packed = self._packed(board, board.size())
+        packed = self._packed(board, board.sizes())
         self.folder.sync()
         board.sync()
         self._save_best()
@@ -211,7 +211,7 @@ def observe(board: Board, training: Training) -> dict[str, float]:
     trace = training.trace(training.data.x_test, training.y_test)
     board.traces.log_histograms(trace, step)
     if training.data.image_shape is not None:
-        board.log_weight_images(trace.layers[0].w, training.data.image_shape, step)
+        board.log_weight_image(trace.layers[0].w, training.data.image_shape, step)
     return metrics
 
 

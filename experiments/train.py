@@ -29,10 +29,11 @@ from experiments.board import Board, keep_events
 from experiments.checkpoint import BEST, LAST
 from experiments.command_line import finish_first, parse, refuse, stopped
 from experiments.data import DEFAULTS, load
+from experiments.report import write_report
 from experiments.run_folder import RunFolder, run_path
 from experiments.session import Session, state_of
 from experiments.training import Config, Training
-from experiments.verdicts import is_good, line, print_verdicts, warn
+from experiments.verdicts import is_good, line, verdicts, warn
 
 PROGRAM = "python -m experiments.train"
 
@@ -105,7 +106,7 @@ def _dry_run(config: Config, training: Training, path: Path) -> int:
         if not is_good(cost):
             break
     metrics = training.metrics()
-    print(training.diagnostics(config.learning_rate))
+    print(training.whole_trace().diagnostics(config.learning_rate))
     print(f"after one epoch: {line(metrics)}")
     print(f"a run would write to {path}; nothing was written")
     return warn(training, metrics, cost)
@@ -224,6 +225,8 @@ def _run(config: Config, training: Training, folder: RunFolder, state: dict[str,
         ):
             metrics, cost = session.train(board, received)
             seconds = time.perf_counter() - started
+        found = verdicts(training.whole_trace(), config.learning_rate)
+        page = write_report(folder.path, folder.config, [line(metrics), *found])
     except KeyboardInterrupt as stop:
         return stopped(stop, _how_to_go_on(session))
     except BrokenPipeError:  # the reader of the output has left
@@ -237,8 +240,10 @@ def _run(config: Config, training: Training, folder: RunFolder, state: dict[str,
         f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s; "
         f"{board.traces.seconds:.1f} s of that was spent on logging what the layers did"
     )
-    print_verdicts(training.diagnostics(config.learning_rate))
+    for each in found:
+        print(f"verdict on {each}")
     print(f"run folder: {folder.path}")
+    print(f"report:     {page}")
     print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
     return warn(training, metrics, cost, session.began, session.is_stopped)
 

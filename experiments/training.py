@@ -21,7 +21,7 @@ from experiments.command_line import require_counts, require_rate, require_seed,
 from experiments.data import Data, Dataset
 from experiments.networks import activations, build_cost, build_net, targets
 from experiments.run_folder import can_be_made
-from manual_bp import Diagnostics, Trace, TrainingStep, backprop, record
+from manual_bp import Trace, TrainingStep, backprop, record
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,9 @@ class Training:
             found[f"{split}_accuracy"] = (output.argmax(-1) == labels).float().mean().item()
         return found
 
-    def diagnostics(self, learning_rate: float) -> Diagnostics:
-        """How well each layer learns at present, over all training samples."""
-        return self.trace(self.data.x_train, self.y_train).diagnostics(learning_rate)
+    def whole_trace(self) -> Trace:
+        """The algorithm on all training samples, as the network is now."""
+        return self.trace(self.data.x_train, self.y_train)
 
     def is_finite(self) -> bool:
         """Whether all weights and biases are finite."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.training import Training
-from manual_bp import Diagnostics, Trace
+from manual_bp import Trace
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -19,13 +19,18 @@ def line(metrics: dict[str, float]) -> str:
     )
 
 
-def print_verdicts(diagnostics: Diagnostics) -> None:
-    """Print the verdicts without the numbers, one line for all layers with the same verdict."""
+def verdicts(trace: Trace, learning_rate: float) -> list[str]:
+    """The verdicts on the layers, one line for all layers with the same verdict."""
     names: dict[str, list[str]] = {}
-    for layer in diagnostics:
-        names.setdefault(layer.verdict, []).append(layer.name)
-    for verdict, those in names.items():
-        print(f"verdict on layer{'s' if len(those) > 1 else ''} {', '.join(those)}: {verdict}")
+    for layer in trace.diagnostics(learning_rate):
+        names.setdefault(layer.verdict, []).append(_spelled_out(trace.labels[layer.name]))
+    return [f"{', '.join(those)}: {verdict}" for verdict, those in names.items()]
+
+
+def _spelled_out(label: str) -> str:
+    """A label of `Trace.labels` within a sentence: "layer 1 (64→30 sigmoid)"."""
+    place, _, shape = label.partition(": ")
+    return f"layer {place} ({shape})"
 
 
 def is_good(cost: float) -> bool:
@@ -58,22 +63,25 @@ def origin(training: Training, state: Mapping[str, Any], until: int) -> str:
 
 def _where(trace: Trace, updates: int) -> str:
     """The first of the numbers of a pass that are not finite, as the pass computes them; or ""."""
-    broken = [each.name for each in trace.layers if not _are_finite(each.w, each.b)]
+    names = {name: _spelled_out(label) for name, label in trace.labels.items()}
+    broken = [names[each.name] for each in trace.layers if not _are_finite(each.w, each.b)]
     if broken:
-        layers = f"layer{'s' if len(broken) > 1 else ''} {', '.join(broken)}"
+        layers = ", ".join(broken)
         return f"it began with update {updates}, which made weights of {layers} infinite or nan"
     forward = [(layer, kind) for layer in trace.layers for kind in ("z", "a")]
     backward = [(layer, "delta") for layer in reversed(trace.layers)]
     for layer, kind in forward + backward:
         if not _are_finite(getattr(layer, kind)):
             symbol = "δ" if kind == "delta" else kind
-            return f"it began in update {updates + 1}: {symbol} of layer {layer.name} is not finite"
+            return (
+                f"it began in update {updates + 1}: {symbol} of {names[layer.name]} is not finite"
+            )
     if not _are_finite(trace.cost):
         last = trace.layers[-1]
         largest = last.a.abs().max().item()
         return (
-            f"it began in update {updates + 1}: the cost overflowed, because outputs of layer "
-            f"{last.name} are as large as {largest:.1e}"
+            f"it began in update {updates + 1}: the cost overflowed, because outputs of "
+            f"{names[last.name]} are as large as {largest:.1e}"
         )
     return ""
 

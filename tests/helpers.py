@@ -257,6 +257,12 @@ def logged_in(folder: Path) -> Any:
     return accumulator
 
 
+def logged_below(folder: Path) -> dict[str, Any]:
+    """The same for each folder in a folder, by its name; "." is the folder itself."""
+    places = {path.parent for path in folder.rglob("events.out.tfevents.*")}
+    return {str(place.relative_to(folder)): logged_in(place) for place in sorted(places)}
+
+
 def refusal(main: Callable[[Sequence[str]], int], arguments: Sequence[str], capsys: Any) -> str:
     """What a program prints on stderr when it refuses its options with exit code 2."""
     with pytest.raises(SystemExit) as stop:

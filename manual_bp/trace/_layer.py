@@ -82,6 +82,13 @@ class LayerTrace:
         vars(layer).update(vars(self), calls=calls)
         return layer
 
+    def label(self, place: int) -> str:
+        """What to call the layer at that place of a trace: see `Trace.labels`."""
+        out_features, in_features = self.w.shape
+        name = str(place) if self.name.isdecimal() else self.name
+        sigmas = [type(sigma).__name__.lower() for sigma in self.calls[0].activations]
+        return " ".join([f"{name}: {in_features}→{out_features}", *sigmas])
+
     def require_unchanged(self) -> None:
         """Check that w, z, a and delta are still those of the pass.
 

@@ -112,6 +112,14 @@ class Trace:
             _accumulate(layer.b, layer.grad_b)
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What to call each layer where a person reads it, by its name: "1: 64→30 sigmoid".
+
+        Place, shape and activation; in place of the place, the name, unless that is a number.
+        """
+        return {layer.name: layer.label(place) for place, layer in enumerate(self.layers, 1)}
+
+    @property
     def samples(self) -> int:
         """N, the number of samples: the first dimension of the input of every layer that has them.
 

@@ -58,7 +58,8 @@ def check(run: Path, done: int) -> int:
         rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     expected = [str(step) for step in range(15, updates, 15)]
     assert [row["step"] for row in rows][: len(expected)] == expected
-    assert sum(path.stat().st_size for path in run.glob("events*")) >= state["events"]
+    for place, size in state["events"].items():
+        assert sum(path.stat().st_size for path in (run / place).glob("events*")) >= size
     return updates
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import checkpoint
 from experiments.training import Training
-from tests.helpers import logged_in
+from tests.helpers import logged_below
 
 # 15 updates in an epoch, so 45 in all. Few classes are drawn faster.
 QUICK = ["--dataset", "iris", "--hidden", "8", "--epochs", "3", "--batch-size", "8"]
@@ -76,18 +76,25 @@ def left_by(run: Path) -> dict[str, Any]:
     return left | curves_in(run)
 
 
+def files_in(run: Path) -> dict[Path, bytes]:
+    """The bytes of every file in the folder of a run."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def curves_in(run: Path) -> dict[str, Any]:
-    """All points, histograms and pictures, by their tags, with their steps."""
-    logged = logged_in(run)
-    tags = logged.Tags()
+    """All points, histograms and pictures, by their folders and tags, with their steps."""
     curves: dict[str, Any] = {}
-    for tag in tags["scalars"]:
-        curves[f"scalar {tag}"] = [(p.step, p.value) for p in logged.Scalars(tag)]
-    for tag in tags["histograms"]:
-        curves[f"histogram {tag}"] = [(p.step, p.histogram_value) for p in logged.Histograms(tag)]
-    for tag in tags["images"]:
-        curves[f"image {tag}"] = [(p.step, p.encoded_image_string) for p in logged.Images(tag)]
-    for tag in tags["tensors"]:
-        tensors = [(p.step, p.tensor_proto.SerializeToString()) for p in logged.Tensors(tag)]
-        curves[f"tensor {tag}"] = tensors
+    for folder, logged in logged_below(run).items():
+        tags = logged.Tags()
+        for tag in tags["scalars"]:
+            curves[f"{folder}: {tag}"] = [(p.step, p.value) for p in logged.Scalars(tag)]
+        for tag in tags["histograms"]:
+            found = [(p.step, p.histogram_value) for p in logged.Histograms(tag)]
+            curves[f"{folder}: {tag}"] = found
+        for tag in tags["images"]:
+            found = [(p.step, p.encoded_image_string) for p in logged.Images(tag)]
+            curves[f"{folder}: {tag}"] = found
+        for tag in tags["tensors"]:
+            tensors = [(p.step, p.tensor_proto.SerializeToString()) for p in logged.Tensors(tag)]
+            curves[f"{folder}: {tag}"] = tensors
     return curves

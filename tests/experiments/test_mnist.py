@@ -17,7 +17,7 @@ from experiments.data import load
 from experiments.mnist import FILES, Bytes, load_mnist, read_idx
 from experiments.train import main
 from experiments.walk import __main__ as walk
-from tests.experiments.runs import interrupt, left_by, only
+from tests.experiments.runs import files_in, interrupt, left_by, only
 from tests.helpers import refusal
 
 PLAIN = [name.removesuffix(".gz") for name in FILES]
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_same_files_only(
     monkeypatch.chdir(tmp_path)
     assert main([*OPTIONS, "data", "--run-folder", str(stopped)]) == 130
     run = only(stopped)
-    files = {path: path.read_bytes() for path in run.iterdir()}
+    files = files_in(run)
     other = shutil.copytree(folder, tmp_path / "other")
     labels = ARRAYS[TRAIN_LABELS].copy()
     labels[-1] = 9 - labels[-1]
@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_the_same_files_only(
     capsys.readouterr()
     said = refusal(main, ["--resume", str(run), "--data-dir", str(other)], capsys)
     assert said.endswith(f" {run}: the data are not those that the run was trained on\n")
-    assert {path: path.read_bytes() for path in run.iterdir()} == files
+    assert files_in(run) == files
 
     folder.rename(tmp_path / "moved")
     said = refusal(main, ["--resume", str(run)], capsys)

@@ -46,7 +46,7 @@ def test_a_run_in_the_plane_has_its_own_defaults_and_the_picture(tmp_path: Path)
     folder = only(tmp_path)
     config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
     assert (config["net"], config["learning_rate"], config["epochs"]) == ("2-4-2", 10.0, 1)
-    logged = logged_in(folder).Images("regions")
+    logged = logged_in(folder).Images("4. pictures/what the network answers")
     with Image.open(folder / "regions.png") as picture:
         assert [(each.step, each.width) for each in logged] == [(40, picture.width)]
     assert main([*options, "--hidden", "3", "2", "--batch-size", "50"]) == 0

@@ -9,7 +9,7 @@ import torch
 
 from experiments.run_folder import RunFolder
 from experiments.train import main
-from tests.experiments.runs import damaged
+from tests.experiments.runs import damaged, files_in
 from tests.helpers import refusal
 
 
@@ -28,12 +28,12 @@ from tests.helpers import refusal
 def test_a_contradicting_option_is_refused_with_both_values(
     option: str, before: str, now: str, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {path: path.read_bytes() for path in stopped.iterdir()}
+    files = files_in(stopped)
     said = refusal(main, ["--resume", str(stopped), option, now], capsys)
     got = "(9,)" if option == "--hidden" else now
     parent = before.format(stopped.parent)
     assert said == f"python -m experiments.train: {option} is {parent} in {stopped}; got {got}\n"
-    assert {path: path.read_bytes() for path in stopped.iterdir()} == files
+    assert files_in(stopped) == files
 
 
 def of_another_format(path: Path) -> None:
@@ -58,11 +58,11 @@ def test_a_spoiled_run_is_refused_in_one_line_and_left_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     spoil(stopped / name)
-    files = {path: path.read_bytes() for path in stopped.iterdir()}
+    files = files_in(stopped)
     said = refusal(main, ["--resume", str(stopped)], capsys)
     assert reason in said
     assert said.count("\n") == 1
-    assert {path: path.read_bytes() for path in stopped.iterdir()} == files
+    assert files_in(stopped) == files
 
 
 @pytest.mark.parametrize(

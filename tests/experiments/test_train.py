@@ -18,7 +18,7 @@ from experiments.train import main
 from experiments.training import Config, Training
 from manual_bp import Linear, ReLU, Sigmoid
 from tests.activations import TABLE
-from tests.helpers import logged_in, refusal
+from tests.helpers import logged_below, refusal
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--hidden", "8", "--epochs", "2", "--batch-size", "100", "--log-every", "5"]
@@ -34,11 +34,11 @@ def test_the_main_job_learns_the_digits(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["--run-folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    first, *epochs, last, verdict, where, how = printed.out.splitlines()
+    first, *epochs, last, verdict, where, page, how = printed.out.splitlines()
     assert first.startswith("64-30-10 sigmoid, output sigmoid, quadratic cost, on digits: 1437")
     assert len(epochs) == 30
     assert epochs[0].startswith("epoch  1/30  cost ")
-    assert verdict == "verdict on layers 0, 2: learns"
+    assert verdict == "verdict on layer 1 (64→30 sigmoid), layer 2 (30→10 sigmoid): learns"
     accuracy = re.fullmatch(r"test accuracy (\S+)% after \S+ s; \S+ s of .*", last)
     assert accuracy is not None
     assert float(accuracy[1]) >= 96
@@ -46,6 +46,7 @@ def test_the_main_job_learns_the_digits(tmp_path: Path, capsys: pytest.CaptureFi
     folder = only(tmp_path)
     assert re.fullmatch(r"digits__64-30-10__seed0__\d{8}-\d{6}", folder.name)
     assert where == f"run folder: {folder}"
+    assert page == f"report:     {folder / 'report.html'}"
     assert how == f"to see it:  tensorboard --logdir {folder}"
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -62,22 +63,31 @@ def test_the_main_job_learns_the_digits(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_run_logs_all_curves_histograms_and_images(tmp_path: Path) -> None:
     assert main([*QUICK, "--run-folder", str(tmp_path)]) == 0
     folder = only(tmp_path)
-    assert len(list(folder.rglob("events.out.tfevents.*"))) == 1
-    logged = logged_in(folder)
-    tags = logged.Tags()
-    curves = {"cost/train", "cost/test", "accuracy/train", "accuracy/test"}
-    numbers = {f"{kind}/{name}" for kind in ("delta", "sat", "grad", "update") for name in "02"}
-    assert set(tags["scalars"]) == curves | numbers | {
-        f"final/{c.split('/')[1]}_{c.split('/')[0]}" for c in curves
-    }
-    assert {"weights/0", "weights/2", "activations/0", "activations/2"} <= set(tags["histograms"])
-    assert set(tags["images"]) == {"first_layer", "confusion", "error_of_every_layer"}
+    logged = logged_below(folder)
+    (first, second) = sorted(logged.keys() - {".", "test", "train"})
+    assert first.startswith("1 64→")
     # Before the first update, and after every epoch of 15 updates.
-    assert [point.step for point in logged.Scalars("cost/test")] == [0, 15, 30]
-    assert [point.step for point in logged.Histograms("weights/0")] == [0, 15, 30]
-    assert [point.step for point in logged.Scalars("delta/0")] == [0, 5, 10, 15, 20, 25]
-    # Drawn once, because each takes as long as an epoch.
-    assert [picture.step for picture in logged.Images("confusion")] == [30]
+    for name in ("test", "train"):
+        assert logged[name].Tags()["scalars"] == ["1. learning/cost", "1. learning/accuracy"]
+        assert [point.step for point in logged[name].Scalars("1. learning/cost")] == [0, 15, 30]
+    for name in (first, second):
+        tags = logged[name].Tags()
+        assert len(tags["scalars"]) == 4
+        for tag in tags["scalars"]:
+            assert [point.step for point in logged[name].Scalars(tag)] == [0, 5, 10, 15, 20, 25]
+        for tag in tags["histograms"]:
+            assert [point.step for point in logged[name].Histograms(tag)] == [0, 15, 30]
+        assert len(tags["histograms"]) == 4
+    # Drawn once, because each takes as long as an epoch, but for the weights.
+    steps = {
+        tag.partition("/")[2]: [picture.step for picture in logged["."].Images(tag)]
+        for tag in logged["."].Tags()["images"]
+    }
+    assert steps == {
+        "weights of the first layer": [0, 15, 30],
+        "which classes are confused": [30],
+        "log₁₀ ‖δ‖ of every layer": [30],
+    }
 
 
 @pytest.mark.parametrize("cost", ["quadratic", "sigmoid-cross-entropy", "softmax-cross-entropy"])
@@ -256,7 +266,7 @@ def test_a_run_that_learns_nothing_ends_with_a_warning(
         r"epochs\n",
         printed.err,
     )
-    assert "verdict on layers 0, 2: learns\n" not in printed.out
+    assert "sigmoid): learns\n" not in printed.out
 
 
 def test_a_run_whose_folder_is_deleted_ends_in_one_line(

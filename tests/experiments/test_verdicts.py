@@ -6,7 +6,7 @@ import pytest
 
 from experiments.data import load
 from experiments.training import Config, Training
-from experiments.verdicts import warn
+from experiments.verdicts import verdicts, warn
 
 LEARNED, NOTHING, DIVERGED = "", "warning: nothing was learned: ", "stopped: the cost is "
 
@@ -88,7 +88,9 @@ def test_a_run_is_reported_as_it_went(
     assert printed.startswith(said)
     assert bool(printed) == bool(said)
     assert code == (said == DIVERGED)
-    verdicts = [layer.verdict for layer in training.diagnostics(config.learning_rate)]
+    found = verdicts(training.whole_trace(), config.learning_rate)
+    assert found[0].startswith(f"layer 1 ({training.data.features}→")
     if begins == "learns":
-        assert set(verdicts) == {"learns"}
-    assert any(verdict.startswith(begins) and has in verdict for verdict in verdicts)
+        assert len(found) == 1
+        assert found[0].endswith("): learns")
+    assert any(f"): {begins}" in each and has in each for each in found)
