@@ -148,7 +148,7 @@ class Slotted:
         ([({"a": X},)], {"in_dims": ({"b": 0},)}, ValueError, r"in_dims\[0\] must be .*'b': 0"),
         ([([X],)], {"in_dims": (0, 0)}, ValueError, r"in_dims must be a tuple with an entry for"),
         ([([X],)], {"varying": [(["a"],)]}, ValueError, r"varying must have a dimension or None"),
-        ([([X],)], {"dtypes": [([1],)]}, ValueError, r"dtypes must list floating dtypes, or"),
+        ([([X],)], {"dtypes": [([1],)]}, ValueError, r"dtypes must list float64, "),
     ],
 )
 def test_what_cannot_be_flattened_is_refused(

@@ -29,6 +29,10 @@ from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import Loss, exact, judged, narrowest, widened
 
 UNWRITTEN = "memory of torch.empty is read before all of it is written"
+TO_GRADIENT_OF = (
+    "if that is on purpose, as in a straight-through estimator, give a function that has the "
+    "intended gradient as gradient_of"
+)
 
 Derivatives = list[Tensor | None]
 Change = Callable[[Sequence[Any]], tuple[Any, ...]]
@@ -199,11 +203,12 @@ def against_reference(
     # A derivative of higher order sums gradients, whose errors may happen to cancel.
     least = max(usual.error(i) for i in (None, *usual.gradients)) * math.sqrt(terms)
     budgets: list[Budget | None] = []
-    for one, peer, right in zip_longest(found, peers, expected):
+    for k, (one, peer, right) in enumerate(zip_longest(found, peers, expected)):
         if one is None or right is None:
             budgets.append(None)
             continue
         pairs = [] if peer is None else [(peer, right)]
+        found[k] = judged(one, one if peer is None else peer, right)
         budgets.append(reference_budget(one.dtype, pairs, right, terms, slack=4, least=least))
     return found, expected, budgets
 
@@ -304,13 +309,6 @@ def require_real(sample: Sample) -> None:
     """Refuse a sample with complex tensors, for checks of lower precision."""
     if any(isinstance(t, Tensor) and t.is_complex() for t in sample):
         raise NotApplicable("the sample is complex")
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one short line."""
-    text = str(error).strip().splitlines()
-    line = f"{type(error).__name__}: {text[0] if text else ''}"
-    return line if len(line) <= 100 else f"{line[:97]}..."
 
 
 def pairs_of_one_shape(sample: Sample) -> list[tuple[int, int]]:

@@ -25,11 +25,13 @@ from manual_bp.verify._numeric import numeric_gradients
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 from manual_bp.verify.checks._digits import is_demoted, results_of
 from manual_bp.verify.checks._shared import (
+    TO_GRADIENT_OF,
     Change,
     changed,
     clues_from,
     compare_slopes,
     compare_values,
+    diagnosed,
 )
 from manual_bp.verify.checks._slopes import (
     Slope,
@@ -43,6 +45,11 @@ from manual_bp.verify.checks._slopes import (
 _NO_GRADIENT = (
     "no gradient at all; close over an argument that never has one, "
     "as in lambda x: Layer.apply(x, mask.to(x.dtype))"
+)
+
+_RUNS_AGAIN = (
+    "what runs again in backward, as in a reentrant checkpoint, gives its parameters no gradient "
+    "unless one of its inputs requires one"
 )
 
 
@@ -125,7 +132,8 @@ def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
     for wanted in subsets(positions(sample)):
         where = f" when only {', '.join(map(ctx.label, wanted))} require gradients"
         _, found = gradients(ctx.call, leaves(sample, wanted), upstream)
-        ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
+        with diagnosed(_RUNS_AGAIN if ctx.case.by_backward else ""):
+            ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
 
 
 def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
@@ -160,7 +168,8 @@ def _slope_along(
         ahead, behind = (_shifted(ctx, start, i, direction, shift)[i] for shift in (step, -step))
         direction = (widen(ahead) - widen(behind)) / (2 * step)
     if low is not None:
-        noise = 8 * torch.finfo(low).eps * largest(gradient) * float(direction.abs().norm())
+        lost = 8 * torch.finfo(low).eps * largest(gradient) + 5 * ctx.usual_loss().error(i)
+        noise = lost * float(direction.abs().norm())
     return slope(
         ctx.label(i),
         partial(_terms, ctx, call, start, upstream, i, direction),
@@ -257,6 +266,8 @@ def _fault_of_reference(
                 partial(_terms, ctx, call, start, given, i, along),
                 [inner(gradient[i], along)],
                 step_for([start[i]]),
+                rtol=ctx.case.rtol,
+                atol=ctx.case.atol,
             )
             for i, along in ctx.directions_in_domain(start, moved).items()
         ]
@@ -277,6 +288,8 @@ def _mistake(
         expected = numeric_gradients(ctx.call, sample, upstream)
     except Exception:
         return ""
+    if found[i] is not None and not any(g.any() for g in expected.values() if g is not None):
+        return f"the value does not change, and the call has a gradient: {TO_GRADIENT_OF}"
     right = partial(numeric_gradients, ctx.call)
     clues = partial(known_mistakes, sample, upstream, expected, right, ctx.label)
     budgets = {i: Budget(1e-5, 1e-6 * largest(expected[i]))}

@@ -121,7 +121,14 @@ def _compare_with_slopes(
 
     for i, weight in weights.items():
         claimed = [inner(found[i], weight)]
-        along = slope("all arguments", partial(terms, i), claimed, step_for(outputs_of(sample)))
+        along = slope(
+            "all arguments",
+            partial(terms, i),
+            claimed,
+            step_for(outputs_of(sample)),
+            rtol=ctx.case.rtol,
+            atol=ctx.case.atol,
+        )
         if along.jumps:
             continue
         ctx.comparisons += 1

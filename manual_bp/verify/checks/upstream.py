@@ -1,11 +1,14 @@
 """The upstream gradient in all its forms."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 
 from manual_bp.verify._autograd import (
     Gradients,
@@ -17,7 +20,7 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import SLOPE, STATE, check
-from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._compare import NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._layouts import LAYOUTS, is_plain
 
@@ -49,7 +52,8 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
     for output in outputs_of(ctx.call(*arguments)):
         if output.requires_grad:
             cut = _Cut.apply(output)
-            found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
+            with _blaming_no_hook():
+                found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
             where = " for an undefined upstream gradient"
             ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
 
@@ -73,7 +77,8 @@ def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
             arguments = leaves(sample)
             outputs = outputs_of(ctx.call(*arguments))
             kept = tuple(outputs[i] if i in chosen else _Cut.apply(outputs[i]) for i in used)
-            found = gradients_of(kept, arguments, [upstream[i] for i in used])
+            with _blaming_no_hook():
+                found = gradients_of(kept, arguments, [upstream[i] for i in used])
             where = f" with output {names} {how}"
             ctx.compare_gradients(sample, found, expected, where)
 
@@ -150,6 +155,21 @@ def _where_finite(found: Gradients, guide: Gradients) -> Gradients:
 
 def _constant(value: Tensor) -> Tensor:
     return value.flatten()[0].expand(value.shape) if value.numel() else value
+
+
+@contextmanager
+def _blaming_no_hook() -> Iterator[None]:
+    """A region in which an error is only passed on if a hand-written backward raised it."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        if not any(isinstance(frame.f_locals.get("self"), FunctionCtx) for frame in frames):
+            raise NotApplicable(
+                f"PyTorch calls a hook with None if the gradient is undefined, and the hook of the "
+                f"call raised {first_line(error)}"
+            ) from None
+        raise
 
 
 class _Cut(Function):
