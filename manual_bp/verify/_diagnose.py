@@ -156,9 +156,9 @@ class _Difference:
             if error > torch.finfo(coarse).eps * largest(self.expected):
                 continue
             return (
-                f"as large as one rounding to {coarse} of the largest element: what is on the way "
-                f"is rounded to it, and the reference's is not. If that is on purpose, round there "
-                f"in the reference, too"
+                f"no more than one rounding to {coarse}: an intermediate result is rounded, where "
+                f"the reference keeps it exact. If that is on purpose, round at the same place in "
+                f"the reference"
             )
         return ""
 

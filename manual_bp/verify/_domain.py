@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from manual_bp.verify._budget import largest
-from manual_bp.verify._compare import first_line
 from manual_bp.verify._case import Sample, is_differentiable
+from manual_bp.verify._compare import first_line
 from manual_bp.verify._precision import widen
 
 Project = Callable[[Tensor], Tensor]

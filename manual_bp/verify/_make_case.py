@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from manual_bp._torch import operator_arguments, operator_of, tree_leaves
-from manual_bp.verify._arguments import Structure, per_leaf, structure_of
+from manual_bp.verify._arguments import Structure, dims_of, per_leaf, structure_of
 from manual_bp.verify._case import (
     Call,
     Case,
@@ -108,11 +108,11 @@ def function_case(
         draw=_as_draw(samples, structure),
         reference=None if reference is None else structure.call(reference),
         supports=_known_capabilities(supports),
-        in_dims=_dims("in_dims", in_dims, drawn),
+        in_dims=dims_of("in_dims", in_dims, drawn),
         dtypes=_known_dtypes(dtypes, drawn[0]),
         rtol=_tolerance("rtol", rtol, _MOST_RTOL),
         atol=_tolerance("atol", atol),
-        varying=tuple(_dims("varying", group, drawn) for group in varying),
+        varying=tuple(dims_of("varying", group, drawn) for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -174,14 +174,14 @@ def module_case(
         draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
         reference=trusted and lifted(trusted, list(parameters), structure),
         supports=_known_capabilities(supports),
-        in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn) + nones,
+        in_dims=None if in_dims is None else dims_of("in_dims", in_dims, drawn) + nones,
         dtypes=tuple(
             entry + nones if isinstance(entry, tuple) else entry
             for entry in _known_dtypes(dtypes, drawn[0])
         ),
         rtol=_tolerance("rtol", rtol, _MOST_RTOL),
         atol=_tolerance("atol", atol),
-        varying=tuple(_dims("varying", group, drawn) + nones for group in varying),
+        varying=tuple(dims_of("varying", group, drawn) + nones for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -272,30 +272,6 @@ def _drawn(samples: Any, *, need_floats: bool = True) -> Sequence[Sample]:
 def _as_draw(samples: Any, structure: Structure) -> Draw:
     draw = samples if callable(samples) else lambda _: samples
     return lambda generator: [structure.flatten(sample) for sample in draw(generator)]
-
-
-def _dims(name: str, dims: Any, samples: Sequence[Sample]) -> Any:
-    """A dimension or None for each tensor in a sample. Some sample must have all of them."""
-    if dims is None:
-        return None
-    found = per_leaf(name, dims, samples[0])
-    if not all(d is None or isinstance(d, int) for d in found):
-        raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
-    missing = [
-        [
-            (d, tuple(leaf.shape))
-            for d, leaf in zip(found, tree_leaves(sample), strict=True)
-            if isinstance(leaf, Tensor) and d is not None and not -leaf.ndim <= d < leaf.ndim
-        ]
-        for sample in samples
-    ]
-    if all(missing):
-        d, shape = missing[0][0]
-        raise ValueError(
-            f"{name} must have dimensions of the arguments; got {d} for a tensor of shape {shape}"
-        )
-    first = zip(found, tree_leaves(samples[0]), strict=True)
-    return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in first)
 
 
 def _flat(

@@ -68,38 +68,32 @@ def _require_results(ctx: CheckContext, sample: Sample) -> None:
     A call that raises is left to the checks.
     """
     case = ctx.case
-    ours = _answer(_call_once, ctx.call, sample)
-    right = _trusted_result(ctx, "reference", case.reference, sample)
-    intended = _trusted_result(ctx, "gradient_of", case.gradient_of, sample)
-    for name, result, other in ((case.name, ours, right), ("reference", right, ours)):
-        wanted = "floating" if other is not None and outputs_of(other[0]) else ""
-        if result is not None and not (outputs_of if wanted else tensors_of)(result[0]):
-            got = [str(t.dtype) for t in tensors_of(result[0])] or type(result[0]).__name__
-            must = f"{name} must return a {wanted} tensor, or several".replace("  ", " ")
-            raise TypeError(ctx.located(f"{must}; got {got}"))
+    ours = _answer(_tensors, ctx.call, sample)
+    right = _trusted_tensors(ctx, "reference", case.reference, sample)
+    intended = _trusted_tensors(ctx, "gradient_of", case.gradient_of, sample)
+    for name, found, other in ((case.name, ours, right), ("reference", right, ours)):
+        is_floating = bool(other and outputs_of(other))
+        if found is not None and not (outputs_of(found) if is_floating else found):
+            wanted = "a floating tensor" if is_floating else "a tensor"
+            got = ", ".join(str(t.dtype) for t in found) or "none"
+            raise TypeError(ctx.located(f"{name} must return {wanted}, or several; got {got}"))
     if right is not None and intended is not None:
         kinds = [[(tuple(t.shape), t.dtype) for t in outputs_of(r)] for r in (right, intended)]
         if kinds[0] != kinds[1]:
-            raise ValueError(
-                ctx.located(
-                    f"gradient_of must give outputs of the shapes and dtypes of the reference's, "
-                    f"{kinds[0]}; got {kinds[1]}"
-                )
-            )
+            message = "gradient_of must give outputs of the shapes and dtypes of the reference's"
+            raise ValueError(ctx.located(f"{message}, {kinds[0]}; got {kinds[1]}"))
 
 
-def _call_once(call: Call, sample: Sample) -> tuple[Any]:
-    return (call(*leaves(sample, ())),)
+def _tensors(call: Call, sample: Sample) -> tuple[Tensor, ...]:
+    return tensors_of(call(*leaves(sample, ())))
 
 
-def _trusted_result(
+def _trusted_tensors(
     ctx: CheckContext, name: str, call: Call | None, sample: Sample
-) -> tuple[Any] | None:
-    """What a reference returns in float64, in a tuple of one; None if there is no reference."""
-    if call is None:
-        return None
+) -> tuple[Tensor, ...] | None:
+    """What a reference returns in float64; None if there is no reference."""
     try:
-        return _call_once(call, widened(sample))
+        return None if call is None else _tensors(call, widened(sample))
     except Exception as error:
         message = f"{name} must accept the samples; it raised {first_line(error)}"
         raise ValueError(ctx.located(message)) from error

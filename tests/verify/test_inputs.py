@@ -191,6 +191,22 @@ def test_dimensions_that_no_argument_has_are_refused(options: dict[str, Any]) ->
         function_case(torch.tanh, [(torch.randn(5, 3),)], **options)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_sample_without_the_sample_dimension_is_judged_by_the_other_checks(first: int) -> None:
+    samples = [(torch.randn(5, 3),), (torch.tensor(0.3),)]
+    report = check_function(
+        torch.exp,
+        samples[first:] + samples[:first],
+        torch.exp,
+        in_dims=(0,),
+        supports=["vmap", "no_rows", "sizes"],
+        slow=False,
+    )
+    report.raise_if_failed()
+    with pytest.raises(ValueError, match=r"in_dims must have .*; got 0 for a tensor of shape \(\)"):
+        function_case(torch.exp, samples[1:], in_dims=(0,))
+
+
 def test_an_operator_may_take_a_list_of_tensors() -> None:
     @torch.library.custom_op("manual_bp_test::joined", mutates_args=())
     def joined(parts: list[Tensor], factor: float) -> Tensor:

@@ -72,8 +72,9 @@ def compare_with_reference(
     """
     call, reference = change(ctx.call), change(ctx.reference)
     arguments = ctx.in_domain(arguments)
+    exact_variables = leaves(widened(arguments), wanted)
     try:
-        right = reference(*leaves(widened(arguments), ()))
+        right = reference(*exact_variables)
     except Exception:
         return
     variables = leaves(arguments, wanted)
@@ -84,14 +85,15 @@ def compare_with_reference(
     except Exception:
         is_finite = all(t.isfinite().all() for t in outputs_of(right))
         ones = [torch.ones_like(t) for t in outputs_of(right)]
-        if is_finite and _gradients_of_reference(reference, arguments, ones, wanted) is not None:
+        if is_finite and _gradients_unless_refused(right, exact_variables, ones) is not None:
             raise
         return
+    # Before another call of the reference changes the parameters that a checkpoint still needs.
+    expected = _gradients_unless_refused(right, exact_variables, widened(upstream))
     lost = ctx.loss(arguments, [upstream], reference, wanted)
     is_large = factor > 1
     lost.usual, lost.factor = ctx.usual_loss(), factor
     lost.slack = 4.0 if is_large or is_cast else 1.0
-    expected = _gradients_of_reference(reference, arguments, upstream, wanted)
     sizes, scales = usual or ((), {})
     compare_values(ctx, result, right, lost, where, same_dtype=is_cast, sizes=sizes)
     is_undefined = _has_nan(tensors_of(right)) and not _has_nan(arguments)
@@ -122,15 +124,12 @@ def _has_nan(values: Sequence[Any]) -> bool:
     return any(is_differentiable(t) and bool(t.isnan().any()) for t in values)
 
 
-def _gradients_of_reference(
-    reference: Call,
-    arguments: Sample,
-    upstream: Sequence[Tensor],
-    wanted: Sequence[int] | None,
+def _gradients_unless_refused(
+    result: Any, variables: Sample, upstream: Sequence[Tensor]
 ) -> Gradients | None:
-    """Its gradients in float64; None if it refuses, such as for a matrix that became singular."""
+    """The gradients of a reference; None if it refuses, as for a matrix that became singular."""
     try:
-        return exact(reference, arguments, upstream, wanted)[1]
+        return gradients_of(result, variables, upstream)
     except Exception:
         return None
 
