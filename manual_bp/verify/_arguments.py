@@ -106,6 +106,30 @@ def per_leaf(name: str, entries: Any, sample: Sample) -> tuple[Any, ...]:
     )
 
 
+def dims_of(name: str, dims: Any, samples: Sequence[Sample]) -> Any:
+    """A dimension or None for each tensor in a sample. Some sample must have all of them."""
+    if dims is None:
+        return None
+    found = per_leaf(name, dims, samples[0])
+    if not all(d is None or isinstance(d, int) for d in found):
+        raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
+    missing = [
+        [
+            (d, tuple(leaf.shape))
+            for d, leaf in zip(found, tree_leaves(sample), strict=True)
+            if isinstance(leaf, Tensor) and d is not None and not -leaf.ndim <= d < leaf.ndim
+        ]
+        for sample in samples
+    ]
+    if all(missing):
+        d, shape = missing[0][0]
+        raise ValueError(
+            f"{name} must have dimensions of the arguments; got {d} for a tensor of shape {shape}"
+        )
+    first = zip(found, tree_leaves(samples[0]), strict=True)
+    return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in first)
+
+
 def _spread(name: str, entry: Any, value: Any) -> list[Any]:
     if not isinstance(entry, list | tuple | Mapping):
         return [entry] * len(tree_leaves(value))

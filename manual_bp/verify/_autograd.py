@@ -139,8 +139,8 @@ def with_tangents(sample: Sample, tangents: Mapping[int, Tensor | None]) -> Samp
     )
 
 
-def custom_nodes(result: Any) -> list[Any]:
-    """The nodes of hand-written Functions in the graph of a result, without PyTorch's own."""
+def graph_of(result: Any) -> set[Any]:
+    """All nodes in the graph of a result."""
     seen: set[Any] = set()
     queue = [t.grad_fn for t in outputs_of(result) if t.grad_fn is not None]
     while queue:
@@ -148,7 +148,12 @@ def custom_nodes(result: Any) -> list[Any]:
         if node not in seen:
             seen.add(node)
             queue += [below for below, _ in node.next_functions if below is not None]
-    functions = [node for node in seen if isinstance(node, FunctionCtx)]
+    return seen
+
+
+def custom_nodes(result: Any) -> list[Any]:
+    """The nodes of hand-written Functions in the graph of a result, without PyTorch's own."""
+    functions = [node for node in graph_of(result) if isinstance(node, FunctionCtx)]
     return [
         node
         for node in functions

@@ -1,6 +1,6 @@
 """Calls that change their arguments in place, or give gradients by `.backward()` only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from manual_bp._torch import version
-from manual_bp.verify._autograd import gradients, leaves, outputs_of, tensors_of
+from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, tensors_of
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
 
@@ -44,25 +44,46 @@ def needs_backward(call: Call, sample: Sample, upstream: Sequence[Tensor]) -> bo
     if found and all(gradient is not None for gradient in found.values()):
         return False
     arguments = leaves(sample)
-    pairs = zip(outputs_of(call(*arguments)), upstream, strict=True)
-    outputs, given = zip(*((t, u) for t, u in pairs if t.requires_grad), strict=True)
-    torch.autograd.backward(outputs, given)
-    grads = {i: t.grad for i, t in enumerate(arguments) if is_differentiable(t)}
+    grads = gradients_by_backward(call(*arguments), arguments, upstream)
     return any(grad is not None and found.get(i) is None for i, grad in grads.items())
 
 
-def by_backward(call: Call) -> Call:
-    """The call, with gradients that come from `.grad` after a `.backward()`."""
-    return lambda *arguments: ByBackward.apply(call, *arguments)
+def gradients_by_backward(
+    result: Any, arguments: Sample, upstream: Sequence[Tensor | None]
+) -> Gradients:
+    """What `.backward()` adds to `.grad` of each argument that requires a gradient.
+
+    `.grad` stays as it was. None in upstream counts as zero.
+    """
+    wanted = [i for i, t in enumerate(arguments) if isinstance(t, Tensor) and t.requires_grad]
+    before = [arguments[i].grad for i in wanted]
+    pairs = zip(outputs_of(result), upstream, strict=True)
+    outputs, given = zip(*((t, u) for t, u in pairs if t.requires_grad), strict=True)
+    for i in wanted:
+        arguments[i].grad = None
+    torch.autograd.backward(outputs, given, retain_graph=True)
+    found: Gradients = {i: arguments[i].grad for i in wanted}
+    for i, grad in zip(wanted, before, strict=True):
+        arguments[i].grad = grad
+    return found
+
+
+def by_backward(call: Call, hold: Callable[[Sample], None]) -> Call:
+    """The call, with gradients that come from `.grad` after a `.backward()`.
+
+    hold: Called with the arguments before each backward, which may run parts of a module again.
+    """
+    return lambda *arguments: ByBackward.apply(call, hold, *arguments)
 
 
 class ByBackward(Function):
     """One call whose backward runs `.backward()` on a graph of its own."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *arguments: Any) -> Any:
+    def forward(ctx: Any, call: Call, hold: Callable[[Sample], None], *arguments: Any) -> Any:
         """The tensors that the call returns, flat."""
-        needed = [i for i, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
+        needed = [i for i, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
+        ctx.hold = hold
         ctx.arguments = leaves(arguments, needed)
         with torch.enable_grad():
             ctx.results = tensors_of(call(*ctx.arguments))
@@ -75,12 +96,11 @@ class ByBackward(Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         """What `.backward()` leaves in `.grad` of each argument."""
-        pairs = [(t, u) for t, u in zip(ctx.results, upstream, strict=True) if t.requires_grad]
-        outputs, given = zip(*pairs, strict=True)
-        for t in ctx.arguments:
-            if isinstance(t, Tensor):
-                t.grad = None
+        pairs = zip(ctx.results, upstream, strict=True)
+        given = [u for t, u in pairs if is_differentiable(t)]
+        ctx.hold(ctx.arguments)
         # In this thread it is part of another backward, which reentrant checkpointing refuses.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            thread.submit(torch.autograd.backward, outputs, given, retain_graph=True).result()
-        return None, *(t.grad if isinstance(t, Tensor) else None for t in ctx.arguments)
+            work = thread.submit(gradients_by_backward, ctx.results, ctx.arguments, given)
+        found = work.result()
+        return None, None, *(found.get(i) for i in range(len(ctx.arguments)))

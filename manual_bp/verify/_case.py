@@ -39,6 +39,7 @@ class Case:
     operator: The operator of `torch.library` that is judged, if the call is one.
     gradient_of: A function that has the intended gradient, if that is not the derivative.
     is_random: Whether it draws global random numbers, so the call and the reference set the seeds.
+    by_backward: Whether only `.backward()` gives all gradients, in `.grad`.
     location: Where the command line found the case, as package.module:Name.
     """
 
@@ -67,6 +68,7 @@ class Case:
     operator: Any = None
     gradient_of: Call | None = None
     is_random: bool = False
+    by_backward: bool = False
     location: str = ""
 
     def label(self, position: int) -> str:

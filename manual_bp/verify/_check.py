@@ -11,7 +11,7 @@ Run = Callable[[CheckContext, Sample], None]
 
 # What a check of derivatives builds on, first causes first.
 VALUE = ("writes_nothing", "deterministic", "forward_matches_reference")
-SLOPE = (*VALUE, "gradients_match_reference", "finite_differences")
+SLOPE = (*VALUE, "gradients_match_reference", "full_precision", "finite_differences")
 # What a check that calls a backward twice builds on.
 STATE = ("interleaved_calls", "repeatable_backward")
 

@@ -90,6 +90,13 @@ def compare(
         )
 
 
+def first_line(error: BaseException) -> str:
+    """An exception in one short line."""
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0] if text else ''}"
+    return line if len(line) <= 100 else f"{line[:97]}..."
+
+
 def _worst(got: Tensor, expected: Tensor, wrong: Tensor, budget: Budget) -> str:
     """The place of the largest difference, with both values."""
     difference = torch.where(wrong, (got - expected).abs().nan_to_num(torch.inf), -1.0)

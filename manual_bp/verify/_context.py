@@ -92,7 +92,8 @@ class CheckContext:
         in_dims = self.case.in_dims
         if in_dims is None:
             raise NotApplicable("in_dims was not given: which dimension counts the samples?")
-        if not all(d is None or t.shape[d] for t, d in zip(sample, in_dims, strict=True)):
+        pairs = [(t, d) for t, d in zip(sample, in_dims, strict=True) if d is not None]
+        if not all(-t.ndim <= d < t.ndim and t.shape[d] for t, d in pairs):
             raise NotApplicable("the sample has no rows")
         return in_dims
 

@@ -46,7 +46,7 @@ def diagnose(
         found.ratio(sizes)
         or found.first_like(_rearranged(expected))
         or found.zero()
-        or ("" if budget.dtype is not None else found.in_float64())
+        or (found.in_float64() if budget.dtype is None else found.rounding(budget.dtype))
     )
 
 
@@ -148,6 +148,19 @@ class _Difference:
             or self.rows()
             or self.precision()
         )
+
+    def rounding(self, dtype: torch.dtype) -> str:
+        """For an error as large as what one rounding of the largest element leaves."""
+        error = largest(torch.where(self.wrong, self.got - self.expected, 0.0))
+        for coarse in (dtype, torch.float16, torch.bfloat16):
+            if error > torch.finfo(coarse).eps * largest(self.expected):
+                continue
+            return (
+                f"no more than one rounding to {coarse}: an intermediate result is rounded, where "
+                f"the reference keeps it exact. If that is on purpose, round at the same place in "
+                f"the reference"
+            )
+        return ""
 
     def rows(self) -> str:
         """For a factor or an offset that is the same along a dimension."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Sample, is_differentiable
+from manual_bp.verify._compare import first_line
 from manual_bp.verify._precision import widen
 
 Project = Callable[[Tensor], Tensor]
@@ -35,17 +36,20 @@ def special_values(
     """The special values of each tensor that has some.
 
     Raises:
-        TypeError: special is not a dict, or not of lists of numbers for tensors.
-        ValueError: No argument has such a name or position.
+        TypeError: special is not a dict, or not of lists of numbers for tensors, of whole ones for
+            integer tensors.
+        ValueError: No argument has such a name or position, or one is named twice.
     """
     found = by_position("special", special, labels, owners)
     for i, values in found.items():
+        name, value = f"special[{labels[i]!r}]", samples[0][i]
         is_list = isinstance(values, list | tuple) and len(values) > 0
         if not (is_list and all(isinstance(value, int | float) for value in values)):
-            raise TypeError(f"special[{labels[i]!r}] must be a list of numbers; got {values!r}")
-        kind = type(samples[0][i]).__name__
-        if not isinstance(samples[0][i], Tensor):
-            raise TypeError(f"special[{labels[i]!r}] must be for a tensor; got one for a {kind}")
+            raise TypeError(f"{name} must be a list of numbers; got {values!r}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be for a tensor; got one for a {type(value).__name__}")
+        if not is_differentiable(value) and any(number % 1 for number in values):
+            raise TypeError(f"{name} must be whole numbers for {value.dtype}; got {values!r}")
     return {i: tuple(values) for i, values in found.items()}
 
 
@@ -62,7 +66,7 @@ def by_position(
 
     Raises:
         TypeError: It is not a dict.
-        ValueError: No argument has such a name or position.
+        ValueError: No argument has such a name or position, or one is named twice.
     """
     if not isinstance(given or {}, Mapping):
         raise TypeError(f"{option} must be a dict by argument; got {given!r}")
@@ -75,6 +79,8 @@ def by_position(
         ]
         if not places:
             raise ValueError(f"{option} must name arguments of {list(labels)}; got {key!r}")
+        if twice := [labels[i] for i in places if i in found]:
+            raise ValueError(f"{option} must name each argument once; got {twice[0]!r} twice")
         found |= dict.fromkeys(places, value)
     return found
 
@@ -91,9 +97,15 @@ def require_domains(
             if not is_differentiable(sample[i]):
                 continue
             value = widen(sample[i])
-            projected = function(value)
-            if not isinstance(projected, Tensor) or projected.shape != value.shape:
-                raise ValueError(f"{name} must return a tensor of the same shape; got {projected}")
+            try:
+                projected = function(value.clone())
+            except Exception as error:
+                raise ValueError(
+                    f"{name} must map the samples into the domain; it raised {first_line(error)}"
+                ) from error
+            kind = _kind(projected)
+            if kind != (wanted := _kind(value)):
+                raise ValueError(f"{name} must return a {wanted}, as it is given one; got a {kind}")
             eps = torch.finfo(sample[i].dtype).eps
             change = (projected - value).abs().max().item() if value.numel() else 0.0
             if not change <= 100 * eps * max(1.0, value.abs().max().item()):
@@ -130,6 +142,13 @@ def _tangent(function: Project, value: Tensor, along: Tensor) -> Tensor:
     behind, ahead = (function(start + shift * direction) for shift in (-step, step))
     tangent: Tensor = ((ahead - behind) / (2 * step)).to(along.dtype)
     return tangent
+
+
+def _kind(value: object) -> str:
+    """A shape and a dtype in words, or the class of what is no tensor."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"tensor of shape {tuple(value.shape)} and {value.dtype}"
 
 
 def _into(function: Project, value: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ def lifted(module: nn.Module, names: list[str], structure: Structure) -> Call:
     return call
 
 
+def put_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put these parameters, by name, into a module."""
+    _put(_places(module, own_parameters), values)
+
+
 @contextmanager
 def same_state(module: nn.Module, seed: int) -> Iterator[None]:
     """A region in which the module computes with copies of its buffers, and this seed."""

@@ -1,6 +1,7 @@
 """Makes cases of functions and modules, and refuses input that cannot be judged."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from manual_bp._torch import operator_arguments, operator_of, tree_leaves
-from manual_bp.verify._arguments import Structure, per_leaf, structure_of
+from manual_bp.verify._arguments import Structure, dims_of, per_leaf, structure_of
 from manual_bp.verify._case import (
     Call,
     Case,
@@ -23,6 +24,11 @@ from manual_bp.verify._domain import Numbers, Project, domains, special_values
 from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
+
+# Those in which PyTorch computes; it only stores float8.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# With more, a gradient that is twice or half the right one might pass.
+_MOST_RTOL = 0.1
 
 
 @without_pytorch_warnings()
@@ -60,8 +66,9 @@ def function_case(
             turn, complex ones to the complex dtype of the same precision. A tuple has one dtype for
             each argument, or None for one that stays as it is. The reference runs in float64, from
             the same rounded arguments.
-        rtol: A relative tolerance in addition to that for rounding, for solvers and the like.
-        atol: An absolute one, likewise.
+        rtol: A relative tolerance in addition to that for rounding, for solvers and the like; at
+            most 0.1.
+        atol: An absolute one, likewise. Gradients must be larger than that at some sample.
         varying: Other dimensions that may have any size: as in_dims, once for each group of
             dimensions that have the same size.
         project: For arguments with a domain, by name or position: a function that maps a tensor
@@ -101,11 +108,11 @@ def function_case(
         draw=_as_draw(samples, structure),
         reference=None if reference is None else structure.call(reference),
         supports=_known_capabilities(supports),
-        in_dims=_dims("in_dims", in_dims, drawn[0]),
+        in_dims=dims_of("in_dims", in_dims, drawn),
         dtypes=_known_dtypes(dtypes, drawn[0]),
-        rtol=_tolerance("rtol", rtol),
+        rtol=_tolerance("rtol", rtol, _MOST_RTOL),
         atol=_tolerance("atol", atol),
-        varying=tuple(_dims("varying", group, drawn[0]) for group in varying),
+        varying=tuple(dims_of("varying", group, drawn) for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -167,14 +174,14 @@ def module_case(
         draw=_with_parameters(_as_draw(samples, structure), list(parameters.values())),
         reference=trusted and lifted(trusted, list(parameters), structure),
         supports=_known_capabilities(supports),
-        in_dims=None if in_dims is None else _dims("in_dims", in_dims, drawn[0]) + nones,
+        in_dims=None if in_dims is None else dims_of("in_dims", in_dims, drawn) + nones,
         dtypes=tuple(
             entry + nones if isinstance(entry, tuple) else entry
             for entry in _known_dtypes(dtypes, drawn[0])
         ),
-        rtol=_tolerance("rtol", rtol),
+        rtol=_tolerance("rtol", rtol, _MOST_RTOL),
         atol=_tolerance("atol", atol),
-        varying=tuple(_dims("varying", group, drawn[0]) + nones for group in varying),
+        varying=tuple(dims_of("varying", group, drawn) + nones for group in varying),
         device=torch.device(device or "cpu"),
         seed=seed,
         expected_failures=dict(expected_failures or {}),
@@ -267,24 +274,6 @@ def _as_draw(samples: Any, structure: Structure) -> Draw:
     return lambda generator: [structure.flatten(sample) for sample in draw(generator)]
 
 
-def _dims(name: str, dims: Any, sample: Sample) -> Any:
-    """A dimension or None for each tensor in a sample."""
-    if dims is None:
-        return None
-    found = per_leaf(name, dims, sample)
-    if not all(d is None or isinstance(d, int) for d in found):
-        raise ValueError(f"{name} must have a dimension or None for each argument; got {dims}")
-    leaves = list(zip(found, tree_leaves(sample), strict=True))
-    for d, leaf in leaves:
-        if isinstance(leaf, Tensor) and d is not None and not -leaf.ndim <= d < leaf.ndim:
-            shape = tuple(leaf.shape)
-            raise ValueError(
-                f"{name} must have dimensions of the arguments; got {d} for a tensor of shape "
-                f"{shape}"
-            )
-    return tuple(d if isinstance(leaf, Tensor) else None for d, leaf in leaves)
-
-
 def _flat(
     labels: Sequence[str],
     structure: Structure,
@@ -312,17 +301,18 @@ def _known_dtypes(dtypes: Any, sample: Sample) -> tuple[Dtypes, ...]:
     for entry in entries or (None,):
         for dtype in entry if isinstance(entry, tuple) else (entry,):
             is_none = dtype is None and isinstance(entry, tuple)
-            if not is_none and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            if not is_none and dtype not in _DTYPES:
                 raise ValueError(
-                    f"dtypes must list floating dtypes, or tuples with a floating dtype or None "
-                    f"for each argument; got {dtypes}"
+                    f"dtypes must list float64, float32, bfloat16 or float16, or tuples with one "
+                    f"of them or None for each argument; got {dtypes}"
                 )
     return tuple(sorted(entries, key=eps))
 
 
-def _tolerance(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a number that is not negative; got {value}")
+def _tolerance(name: str, value: float, most: float = sys.float_info.max) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= most:
+        limit = f"from 0 to {most:g}" if most < 1 else "that is not negative"
+        raise ValueError(f"{name} must be a number {limit}; got {value}")
     return float(value)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify._autograd import Gradients, gradients, leaves, tensors_of
+from manual_bp.verify._autograd import Gradients, gradients, gradients_of, leaves, tensors_of
 from manual_bp.verify._budget import Budget, largest, noise_of, reference_budget
 from manual_bp.verify._case import Call, Sample, is_differentiable
 
@@ -120,17 +120,26 @@ def loss(
     """Measure what a reference loses; nothing is known if it does not run in this dtype."""
     terms = max([t.numel() for t in arguments if isinstance(t, Tensor)], default=1)
     found = Loss(is_low=True, terms=terms)
-    for upstream in upstreams:
-        try:
-            result, peers = gradients(reference, leaves(arguments, wanted), upstream)
-        except Exception:
-            return Loss(is_low=True, terms=terms)
-        right, rights = exact(reference, arguments, upstream, wanted)
-        found.outputs = list(zip(tensors_of(result), tensors_of(right), strict=True))
-        for i, peer in peers.items():
-            if peer is not None and (gradient := rights[i]) is not None:
-                found.gradients.setdefault(i, []).append((peer.detach(), gradient))
+    try:
+        result, peers = _repeated(reference, leaves(arguments, wanted), upstreams)
+    except Exception:
+        return found
+    exact_upstreams = list(map(widened, upstreams))
+    right, rights = _repeated(reference, leaves(widened(arguments), wanted), exact_upstreams)
+    found.outputs = list(zip(tensors_of(result), tensors_of(right), strict=True))
+    for of_peer, of_exact in zip(peers, rights, strict=True):
+        for i, peer in of_peer.items():
+            if peer is not None and (gradient := of_exact[i]) is not None:
+                found.gradients.setdefault(i, []).append((peer, gradient))
     return found
+
+
+def _repeated(
+    call: Call, variables: Sample, upstreams: Sequence[Sequence[Tensor]]
+) -> tuple[Any, list[Gradients]]:
+    """The result of one call, and its gradients for each of several upstream gradients."""
+    result = call(*variables)
+    return result, [gradients_of(result, variables, u, retain_graph=True) for u in upstreams]
 
 
 def judged(got: Tensor, peer: Tensor, expected: Tensor) -> Tensor:

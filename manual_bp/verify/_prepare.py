@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from manual_bp.verify._calling import (
     with_copies,
 )
 from manual_bp.verify._case import Call, Case, Sample
+from manual_bp.verify._compare import first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._intended import intended
+from manual_bp.verify._lifted import put_parameters
+from manual_bp.verify._precision import widened
 from manual_bp.verify._random import reseed, reseeded
 
 
@@ -26,9 +30,16 @@ def prepared(case: Case, calls_differ: bool) -> tuple[Case, tuple[str, ...]]:
     Args:
         case: The case.
         calls_differ: Whether two calls with the same arguments differ.
+
+    Raises:
+        TypeError: The call or the reference returns no tensor that can have a gradient.
+        ValueError: The reference or gradient_of raises at a sample, or they give different shapes
+            or dtypes.
     """
     notes = []
     ctx = CheckContext(case, "prepare")
+    for sample in ctx.each(ctx.samples):
+        _require_results(ctx, sample)
     written = sorted(
         {i for s in ctx.samples for i in _answer(returned_arguments, ctx.call, s) or ()}
     )
@@ -39,7 +50,8 @@ def prepared(case: Case, calls_differ: bool) -> tuple[Case, tuple[str, ...]]:
         ctx = CheckContext(case, "prepare")
     if any(_answer(_needs_backward, ctx, sample) for sample in ctx.samples):
         notes.append("gives gradients by .backward() only: they are read from .grad")
-        case = replace(case, call=by_backward(case.call))
+        call = by_backward(case.call, partial(_hold, case))
+        case = replace(case, call=call, by_backward=True)
         ctx = CheckContext(case, "prepare")
     if (calls_differ or notes) and any(_answer(_is_random, ctx, sample) for sample in ctx.samples):
         notes.append("draws random numbers: the same seeds are set before each call")
@@ -48,6 +60,43 @@ def prepared(case: Case, calls_differ: bool) -> tuple[Case, tuple[str, ...]]:
         notes.append("the right gradient is that of gradient_of, not the derivative")
         case = replace(case, reference=intended(case.reference, case.gradient_of))
     return case, tuple(notes)
+
+
+def _require_results(ctx: CheckContext, sample: Sample) -> None:
+    """Raise a TypeError or ValueError unless there is something to compare at a sample.
+
+    A call that raises is left to the checks.
+    """
+    case = ctx.case
+    ours = _answer(_tensors, ctx.call, sample)
+    right = _trusted_tensors(ctx, "reference", case.reference, sample)
+    intended = _trusted_tensors(ctx, "gradient_of", case.gradient_of, sample)
+    for name, found, other in ((case.name, ours, right), ("reference", right, ours)):
+        is_floating = bool(other and outputs_of(other))
+        if found is not None and not (outputs_of(found) if is_floating else found):
+            wanted = "a floating tensor" if is_floating else "a tensor"
+            got = ", ".join(str(t.dtype) for t in found) or "none"
+            raise TypeError(ctx.located(f"{name} must return {wanted}, or several; got {got}"))
+    if right is not None and intended is not None:
+        kinds = [[(tuple(t.shape), t.dtype) for t in outputs_of(r)] for r in (right, intended)]
+        if kinds[0] != kinds[1]:
+            message = "gradient_of must give outputs of the shapes and dtypes of the reference's"
+            raise ValueError(ctx.located(f"{message}, {kinds[0]}; got {kinds[1]}"))
+
+
+def _tensors(call: Call, sample: Sample) -> tuple[Tensor, ...]:
+    return tensors_of(call(*leaves(sample, ())))
+
+
+def _trusted_tensors(
+    ctx: CheckContext, name: str, call: Call | None, sample: Sample
+) -> tuple[Tensor, ...] | None:
+    """What a reference returns in float64; None if there is no reference."""
+    try:
+        return None if call is None else _tensors(call, widened(sample))
+    except Exception as error:
+        message = f"{name} must accept the samples; it raised {first_line(error)}"
+        raise ValueError(ctx.located(message)) from error
 
 
 def _reseeded(case: Case) -> Case:
@@ -61,6 +110,13 @@ def _reseeded(case: Case) -> Case:
         gradient_of=case.gradient_of and once(case.gradient_of),
         is_random=True,
     )
+
+
+def _hold(case: Case, arguments: Sample) -> None:
+    """Put the parameters among the arguments of a module into it again."""
+    if case.module is not None:
+        first = len(arguments) - case.parameters
+        put_parameters(case.module, dict(zip(case.labels[first:], arguments[first:], strict=True)))
 
 
 def _needs_backward(ctx: CheckContext, sample: Sample) -> bool:

@@ -16,7 +16,8 @@ class Outcome:
     message: What was found. For a failure, lines with the diagnosis, with where it fails, and with
         how to run it again may follow.
     notes: What else there is to say.
-    follows_from: The failed check on which this failure builds; empty if there is none.
+    follows_from: The check on which this failure builds, and which fails too, expected or not;
+        empty if there is none.
     """
 
     check: str
@@ -31,6 +32,11 @@ class Outcome:
     def is_failure(self) -> bool:
         """Whether it counts against the case. An unexpected pass does."""
         return self.status in ("failed", "unexpected pass")
+
+    @property
+    def is_unjudged(self) -> bool:
+        """Whether it is a declared capability that cannot be judged."""
+        return self.message.startswith(NOT_JUDGED)
 
     @property
     def diagnosis(self) -> str:
@@ -81,10 +87,14 @@ class Report:
 
     @property
     def causes(self) -> tuple[Outcome, ...]:
-        """The failures that follow from no other failure, those that say most first."""
-        roots = [outcome for outcome in self.failures if not outcome.follows_from]
+        """What the failures follow from, that which says most first.
+
+        An expected failure is one if failures follow from it that are not expected.
+        """
+        names = {outcome.follows_from or outcome.check for outcome in self.failures}
+        roots = [outcome for outcome in self.outcomes if outcome.check in names]
         # A declared capability that cannot be judged says nothing about the code.
-        return tuple(sorted(roots, key=lambda outcome: outcome.message.startswith(NOT_JUDGED)))
+        return tuple(sorted(roots, key=lambda o: (o.is_unjudged, not o.is_failure)))
 
     @property
     def ok(self) -> bool:
@@ -96,7 +106,12 @@ class Report:
         """Whether the case is ok; if not, what is wrong with it, in one sentence."""
         if self.ok:
             return "ok"
-        return f"NOT OK: {self.causes[0].verdict if self.causes else 'nothing was compared'}"
+        if not self.causes:
+            return "NOT OK: nothing was compared"
+        first = self.causes[0]
+        if first.is_failure:
+            return f"NOT OK: {first.verdict}"
+        return f"NOT OK: {first.check} is expected to fail, but {self._following(first)}"
 
     def raise_if_failed(self) -> None:
         """Raise an AssertionError with the whole report, unless it is ok."""
@@ -135,13 +150,17 @@ class Report:
     def _explanation(self, cause: Outcome) -> Iterator[str]:
         """A failure with its whole message, and what follows from it."""
         first, *rest = cause.message.splitlines() or [""]
-        yield f"{cause.check}: {first}"
+        yield f"{cause.check}: {'' if cause.is_failure else 'expected to fail: '}{first}"
         yield from (f"    {line}" for line in rest)
+        if following := self._following(cause):
+            yield f"    {following}"
+
+    def _following(self, cause: Outcome) -> str:
+        """The failures that follow from a cause, in one line; empty if there are none."""
         names = [o.check for o in self.failures if o.follows_from == cause.check]
         if len(names) == 1:
-            yield f"    1 check that builds on it fails too: {names[0]}"
-        if len(names) > 1:
-            yield f"    {len(names)} checks that build on it fail too: {', '.join(names)}"
+            return f"1 check that builds on it fails too: {names[0]}"
+        return f"{len(names)} checks that build on it fail too: {', '.join(names)}" if names else ""
 
     def _table(self) -> Iterator[str]:
         """A line for each check."""

@@ -11,7 +11,7 @@ from torch import nn
 from manual_bp.verify._autograd import HiddenTensorsError
 from manual_bp.verify._case import Call, Case, Dtypes, Samples
 from manual_bp.verify._check import STATE, Check
-from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._compare import Mismatch, NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._evidence import blind_spot, most_informative
 from manual_bp.verify._global_state import restored
@@ -21,7 +21,6 @@ from manual_bp.verify._report import NOT_JUDGED, Outcome, Report, Status
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify._where import narrower, passes, pattern
 from manual_bp.verify.checks import CHECKS
-from manual_bp.verify.checks._shared import first_line
 
 _FLAKY = (
     "flaky: the same check with the same arguments passed the second time, so it is random, or it "
@@ -213,7 +212,7 @@ def _run_on_samples(ctx: CheckContext, check: Check) -> None:
         raise first
     if check.after_all is not None:
         check.after_all(ctx)
-    if not ctx.comparisons:
+    if not (ctx.comparisons and ctx.judged):
         raise NotApplicable("; ".join(reasons) or "nothing to compare")
     if "informative_samples" not in ctx.case.expected_failures and (blind := blind_spot(ctx)):
         raise NotApplicable(f"inconclusive: {blind}")
@@ -238,26 +237,26 @@ def _failure(ctx: CheckContext, check: Check, mismatch: Mismatch) -> str:
 
 
 def _follow(outcomes: Iterable[Outcome], checks: Iterable[Check]) -> Iterator[Outcome]:
-    """The outcomes; those that follow from another failure say from which."""
+    """The outcomes; those that follow from another failure say from which.
+
+    That one may be expected. The author of the case has not expected what follows from it.
+    """
     outcomes = list(outcomes)
-    findings = {o.check: o.message.partition("\n")[0] for o in outcomes if o.status == "failed"}
+    broken = [o for o in outcomes if o.status in ("failed", "expected failure")]
+    findings = {o.check: o.message.partition("\n")[0] for o in broken}
     builds_on = {check.name: check.builds_on for check in checks}
 
     def cause(name: str) -> str:
         causes = (other for other in builds_on[name] if other in findings and not cause(other))
         return next(causes, "")
 
+    roots = {name: cause(name) or name for name in findings}
     raised: dict[str, str] = {}
     for outcome in outcomes:
-        finding = findings.get(outcome.check)
-        if finding is None:
-            yield outcome
-            continue
-        root = cause(outcome.check)
-        if not root and "raised " in finding:
-            root = raised.get(finding, "")  # the same error has the same cause
-            raised.setdefault(finding, outcome.check)
-        yield replace(outcome, follows_from=root)
+        root = roots.get(outcome.check, outcome.check)
+        if "raised " in findings.get(root, ""):  # the same error has the same cause
+            root = raised.setdefault(findings[root], root)
+        yield replace(outcome, follows_from="" if root == outcome.check else root)
 
 
 def _as_declared(case: Case, check: Check, status: Status, message: str) -> tuple[Status, str]:

@@ -128,3 +128,78 @@ def test_gradients_that_backward_adds_to_grad_are_read_there(factor: float) -> N
     )
     assert report.notes == ("gives gradients by .backward() only: they are read from .grad",)
     assert report.ok == (factor == 1.0), report
+
+
+class Again(Function):
+    """Runs a function again in backward, by `.backward()`."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, _: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.run(x), grad)
+        return None, x.grad, None
+
+
+class Checkpointed(nn.Module):
+    """A layer that runs again in backward; if it is wrong, with the input of the last call."""
+
+    def __init__(self, *, is_wrong: bool) -> None:
+        super().__init__()
+        self.layer, self.is_wrong = nn.Linear(3, 4), is_wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.detach()
+
+        def run(t: Tensor) -> Tensor:
+            is_stale = self.is_wrong and t.shape == self.last.shape
+            result: Tensor = self.layer(t + (self.last - t).detach() if is_stale else t).tanh()
+            return result
+
+        result: Tensor = Again.apply(run, x, torch.zeros(1, requires_grad=True))
+        return result
+
+
+class Direct(Checkpointed):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x).tanh()
+        return result
+
+
+STATE_OF_MODULES = ["train_eval", "mode_switch", "optimizer_step", "module_left_alone"]
+
+
+@pytest.mark.parametrize("reference", [lambda: Direct(is_wrong=False), None])
+def test_all_checks_read_the_gradients_of_a_module_from_grad(reference: Any) -> None:
+    samples = [(X,)]
+    only = ["requires_grad_subsets", "interleaved_calls", "stale_caches", *STATE_OF_MODULES]
+    if reference is not None:
+        only += ["gradients_match_reference", "finite_differences"]
+    report = check_module(lambda: Checkpointed(is_wrong=False), samples, reference, only=only)
+    assert report.notes == ("gives gradients by .backward() only: they are read from .grad",)
+    assert report.ok, report
+    report = check_module(lambda: Checkpointed(is_wrong=True), samples, reference, only=only)
+    assert [outcome.check for outcome in report.causes] == ["interleaved_calls"]
+
+
+def test_a_wrong_factor_of_a_module_shows_in_both_modes() -> None:
+    report = check_module(lambda: Net(2.0), [(X,)], lambda: Plain(2.0), only=STATE_OF_MODULES)
+    assert "gradient of block.weight in mode train(True)" in report.causes[0].message
+
+
+def test_parameters_that_a_reentrant_checkpoint_forgets_are_named_as_such() -> None:
+    class Reentrant(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = checkpoint(self.block, x * 1, use_reentrant=True)
+            return result
+
+    report = check_module(
+        lambda: Reentrant(1.0), [(X,)], lambda: Plain(1.0), only=["requires_grad_subsets"]
+    )
+    assert "what runs again in backward, as in a reentrant checkpoint" in report.verdict

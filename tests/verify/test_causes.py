@@ -187,6 +187,30 @@ def test_an_unexpected_pass_leads_too() -> None:
     assert report.verdict == "NOT OK: deterministic: expected to fail: known"
 
 
+def test_what_follows_from_an_expected_failure_is_folded_under_it() -> None:
+    case = function_case(squares(lambda _, x, g: x * g), SAMPLES, square)
+    report = run(replace(case, expected_failures={"gradients_match_reference": "half"}), slow=False)
+    (cause,) = report.causes
+    assert cause.check == "gradients_match_reference"
+    assert not report.ok
+    assert {outcome.follows_from for outcome in report.failures} == {cause.check}
+    text = "gradients_match_reference is expected to fail, but 11 checks that build on it fail too:"
+    assert text in report.verdict
+    assert "gradients_match_reference: expected to fail: half" in str(report).splitlines()
+    names = {outcome.check: "half" for outcome in (cause, *report.failures)}
+    assert run(replace(case, expected_failures=names), slow=False).ok
+
+
+def test_a_failure_of_its_own_leads_before_what_follows_from_an_expected_one() -> None:
+    def backward(_: int, x: Tensor, g: Tensor) -> Tensor:
+        g.zero_()
+        return x
+
+    case = function_case(squares(backward), SAMPLES, square)
+    report = run(replace(case, expected_failures={"writes_nothing": "known"}), slow=False)
+    assert [cause.check for cause in report.causes][-1] == "writes_nothing"
+
+
 def test_sizes_says_which_sizes_are_wrong() -> None:
     wrong = wrong_if(lambda x: len(x) in (127, 129))
     report = check_function(wrong, SAMPLES, square, in_dims=(0,), only=["sizes"])

@@ -268,7 +268,12 @@ def test_where_the_reference_is_nan_nothing_is_asked() -> None:
         ({1: positive}, ValueError, r"project must name arguments of \['x'\]; got 1"),
         ([positive], TypeError, r"project must be a dict by argument; got \["),
         ({"x": 3}, TypeError, r"project\['x'\] must be callable; got int"),
-        ({"x": torch.sum}, ValueError, r"project\['x'\] must return a tensor of the same shape"),
+        ({"x": torch.sum}, ValueError, r"must return a tensor of shape \(2,\) .* of shape \(\)"),
+        ({"x": lambda t: t.float()}, ValueError, r"\['x'\] must return .*float64, .*float32"),
+        ({"x": lambda _: None}, ValueError, r"\['x'\] must return a tensor .*; got a NoneType"),
+        ({"x": lambda t: t[9]}, ValueError, r"\['x'\] must map the samples .* raised IndexError"),
+        ({"x": lambda t: t.clamp_(-1, 1)}, ValueError, r"\['x'\] must leave the samples .* of 9"),
+        ({"x": positive, 0: positive}, ValueError, "project must name each argument once; got 'x'"),
         ({"x": torch.neg}, ValueError, r"project\['x'\] must leave the samples as they are, .* 2"),
         ({0: F.relu6}, ValueError, r"project\['x'\] must leave the samples as they are"),
     ],
@@ -320,6 +325,19 @@ def test_without_a_reference_a_slope_at_a_special_value_is_between_those_beside_
     assert run(case, ["special_values"]).ok == (slope <= 1)
 
 
+@pytest.mark.parametrize("reference", [lambda w, i: w[i], None])
+def test_a_special_value_that_is_refused_is_a_failure(reference: Any) -> None:
+    samples = [(torch.randn(6, 3), torch.tensor([1, 2]))]
+    for value, is_right in ((5, True), (100, False)):
+        report = check_function(
+            lambda w, i: w[i], samples, reference, special={"i": [value]}, only=["special_values"]
+        )
+        assert report.ok == is_right
+    assert "output with i = 100 – a special value that is none" in report.verdict
+    with pytest.raises(TypeError, match=r"special\['i'\] must be whole numbers for torch.int64"):
+        function_case(lambda w, i: w[i], samples, special={"i": [1.5]})
+
+
 @pytest.mark.parametrize(
     ("special", "error", "message"),
     [
@@ -328,6 +346,7 @@ def test_without_a_reference_a_slope_at_a_special_value_is_between_those_beside_
         ({"x": 6.0}, TypeError, r"special\['x'\] must be a list of numbers; got 6.0"),
         ({"x": []}, TypeError, r"special\['x'\] must be a list of numbers; got \[\]"),
         ({"x": ["6"]}, TypeError, r"special\['x'\] must be a list of numbers"),
+        ({"x": [6.0], 0: [6.0]}, ValueError, "special must name each argument once; got 'x' twice"),
     ],
 )
 def test_special_values_must_be_numbers_for_an_argument(

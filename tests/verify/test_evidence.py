@@ -121,7 +121,18 @@ def test_no_gradient_in_case_and_reference_is_not_judged() -> None:
     for call in (torch.Tensor.detach, lambda x: x > 0):
         report = check_function(call, [(FULL,)], call, slow=False)
         assert not report.ok
-        assert "no output depends on an argument" in message(report, "informative_samples")
+        assert "no output of the reference depends on an argument" in message(
+            report, "informative_samples"
+        )
+
+
+def test_an_absolute_tolerance_must_leave_something_to_judge() -> None:
+    samples = [(FULL, 1e6 * FULL)]
+    for atol, blind in ((1e-3, ""), (1e3, "argument 1"), (1e9, "argument 0")):
+        report = check_function(torch.mul, samples, torch.mul, atol=atol, slow=False)
+        assert report.ok == (not blind)
+        if blind:
+            assert f"the gradient of {blind} is within atol = {atol:g} of zero" in report.verdict
 
 
 def test_only_kinks_without_a_reference_is_a_failure() -> None:

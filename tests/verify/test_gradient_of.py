@@ -222,8 +222,28 @@ def test_unusable_input_is_refused() -> None:
             lambda: nn.Linear(3, 4),
             gradient_of=lambda: nn.Linear(3, 4, bias=False),
         )
-    report = check_function(Sign, SAMPLES, torch.sign, gradient_of=torch.sum, slow=False)
-    assert r"gradient_of must give outputs of the shapes of the reference's" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("gradient_of", "message"),
+    [
+        (torch.sum, r"shapes and dtypes of the reference's, .*; got \[\(\(\), torch.float64\)\]"),
+        (lambda x: x.float(), r"shapes and dtypes of the reference's, .* torch.float32\)\]"),
+        (lambda _: None, r"shapes and dtypes of the reference's, .*; got \[\]"),
+        (lambda x: x @ x, "gradient_of must accept the samples; it raised RuntimeError"),
+    ],
+)
+def test_a_function_that_cannot_have_the_intended_gradient_is_refused(
+    gradient_of: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_function(Sign, SAMPLES, torch.sign, gradient_of=gradient_of, slow=False)
+
+
+@pytest.mark.parametrize("reference", [torch.sign, None])
+def test_a_gradient_where_the_value_does_not_change_leads_to_gradient_of(reference: Any) -> None:
+    report = check_function(Sign, SAMPLES, reference, slow=False)
+    assert "give a function that has the intended gradient as gradient_of" in report.verdict
 
 
 def test_a_reference_with_the_same_gradient_that_is_no_slope_leads_to_gradient_of() -> None:

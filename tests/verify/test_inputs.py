@@ -148,7 +148,7 @@ class Slotted:
         ([({"a": X},)], {"in_dims": ({"b": 0},)}, ValueError, r"in_dims\[0\] must be .*'b': 0"),
         ([([X],)], {"in_dims": (0, 0)}, ValueError, r"in_dims must be a tuple with an entry for"),
         ([([X],)], {"varying": [(["a"],)]}, ValueError, r"varying must have a dimension or None"),
-        ([([X],)], {"dtypes": [([1],)]}, ValueError, r"dtypes must list floating dtypes, or"),
+        ([([X],)], {"dtypes": [([1],)]}, ValueError, r"dtypes must list float64, "),
     ],
 )
 def test_what_cannot_be_flattened_is_refused(
@@ -189,6 +189,22 @@ def test_a_square_in_a_list_is_judged_as_one_outside() -> None:
 def test_dimensions_that_no_argument_has_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must have dimensions of the arguments; got -?\d for a"):
         function_case(torch.tanh, [(torch.randn(5, 3),)], **options)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_sample_without_the_sample_dimension_is_judged_by_the_other_checks(first: int) -> None:
+    samples = [(torch.randn(5, 3),), (torch.tensor(0.3),)]
+    report = check_function(
+        torch.exp,
+        samples[first:] + samples[:first],
+        torch.exp,
+        in_dims=(0,),
+        supports=["vmap", "no_rows", "sizes"],
+        slow=False,
+    )
+    report.raise_if_failed()
+    with pytest.raises(ValueError, match=r"in_dims must have .*; got 0 for a tensor of shape \(\)"):
+        function_case(torch.exp, samples[1:], in_dims=(0,))
 
 
 def test_an_operator_may_take_a_list_of_tensors() -> None:

@@ -199,6 +199,57 @@ def test_a_tolerance_excuses_what_a_solver_leaves() -> None:
     assert judge(Approximate, *only, dtypes=[torch.float32], rtol=1e-3).ok
 
 
+@pytest.mark.parametrize("reference", [torch.square, None])
+def test_a_tolerance_holds_for_all_orders(reference: Any) -> None:
+    def approximate(first: float, second: float) -> type[Function]:
+        class Slope(Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+                ctx.save_for_backward(x, grad)
+                return 2 * x * grad * (1 + first)
+
+            @staticmethod
+            def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+                x, grad = ctx.saved_tensors
+                return 2 * grad * upstream * (1 + second), 2 * x * upstream * (1 + second)
+
+        class SquareOf(Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.save_for_backward(x)
+                return x * x
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                result: Tensor = Slope.apply(*ctx.saved_tensors, grad)
+                return result
+
+        return SquareOf
+
+    def failures(first: float, second: float, rtol: float) -> list[str]:
+        samples = [(torch.randn(5, 3, generator=Generator().manual_seed(0)),)]
+        report = check_function(
+            approximate(first, second), samples, reference, rtol=rtol, slow=False
+        )
+        return [outcome.check for outcome in report.failures]
+
+    assert failures(1e-4, 1e-4, rtol=1e-3) == []
+    assert {"at_zero", "finite_differences"} <= set(failures(1e-4, 1e-4, rtol=0.0))
+    assert "double_backward" in failures(0.0, 1e-2, rtol=1e-3)
+
+
+def test_a_tolerance_holds_for_the_average_in_half_precision() -> None:
+    class Approximate(HalfPrecisionScale):
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            grad_x, grad_s = HalfPrecisionScale.backward(ctx, grad)
+            return grad_x, (grad_s.float() * 1.03).to(grad_s.dtype)
+
+    options: Any = {"dtypes": [torch.bfloat16]}
+    assert not judge(Approximate, "unbiased", **options).ok
+    assert judge(Approximate, "unbiased", **options, rtol=0.05).ok
+
+
 def test_the_spread_between_calls_is_told_apart_from_an_error() -> None:
     calls = 0
 
@@ -238,12 +289,14 @@ def test_a_module_is_judged_in_bfloat16_with_its_parameters() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtypes": []}, "dtypes must list floating dtypes"),
-        ({"dtypes": torch.float32}, "dtypes must list floating dtypes"),
-        ({"dtypes": [torch.int64]}, "dtypes must list floating dtypes"),
-        ({"dtypes": [None]}, "dtypes must list floating dtypes"),
+        ({"dtypes": []}, "dtypes must list float64, float32, bfloat16 or float16"),
+        ({"dtypes": torch.float32}, "dtypes must list float64, float32, bfloat16 or float16"),
+        ({"dtypes": [torch.int64]}, "dtypes must list float64, float32, bfloat16 or float16"),
+        ({"dtypes": [None]}, "dtypes must list float64, float32, bfloat16 or float16"),
         ({"dtypes": [(torch.float32,)]}, "dtypes must be a tuple with an entry for each argument"),
-        ({"rtol": -1e-3}, "rtol must be a number that is not negative; got -0.001"),
+        ({"dtypes": [torch.float8_e4m3fn]}, r"float16, or tuples .* got \[torch.float8_e4m3fn\]"),
+        ({"rtol": -1e-3}, "rtol must be a number from 0 to 0.1; got -0.001"),
+        ({"rtol": 1e9}, "rtol must be a number from 0 to 0.1; got 1000000000.0"),
         ({"atol": float("nan")}, "atol must be a number that is not negative; got nan"),
         ({"varying": [(1,)]}, "varying must be a tuple with an entry for each argument"),
         ({"varying": [(1, "rows")]}, "varying must have a dimension or None for each argument"),

@@ -100,7 +100,98 @@ def test_once_differentiable_is_a_refusal() -> None:
 
     report = check_function(Once, SAMPLES, square, only=["double_backward", "third_order"])
     assert status(report, "double_backward") == status(report, "third_order") == "not applicable"
-    assert "it refuses: RuntimeError: a derivative is marked" in message(report, "third_order")
+    assert "it refuses: RuntimeError: once_differentiable" in message(report, "third_order")
+
+
+class Once(Square):
+    backward: Any = staticmethod(once_differentiable(Square.backward))
+
+
+class OnceBesideALayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Once.apply(self.layer(x))
+        return result
+
+
+class DetachedBesideALayer(OnceBesideALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.layer(x)
+        return z.detach() * z * 2 - z.detach() ** 2
+
+
+class SquareOfALayer(OnceBesideALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return square(self.layer(x))
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_once_differentiable_is_a_refusal_beside_other_layers_too(reference: bool) -> None:
+    only = ["double_backward", "third_order"]
+    reports = [
+        check_function(
+            lambda x: Once.apply(x) + x**3,
+            SAMPLES,
+            (lambda x: x**2 + x**3) if reference else None,
+            only=only,
+        ),
+        check_module(OnceBesideALayer, SAMPLES, SquareOfALayer if reference else None, only=only),
+    ]
+    for report in reports:
+        for name in only:
+            assert status(report, name) == "not applicable"
+            assert "it refuses: RuntimeError: once_differentiable" in message(report, name)
+    detached = check_module(
+        DetachedBesideALayer, SAMPLES, SquareOfALayer if reference else None, only=only
+    )
+    assert status(detached, "double_backward") == "failed"
+
+
+def raising(*_: Any) -> Any:
+    raise IndexError("no such row")
+
+
+@pytest.mark.parametrize(
+    ("fn", "reference", "error", "text"),
+    [
+        (
+            Square,
+            raising,
+            ValueError,
+            "reference must accept the samples; it raised IndexError: no",
+        ),
+        (Square, lambda: 0, ValueError, "reference must accept the samples; it raised TypeError"),
+        (Square, lambda _: None, TypeError, "reference must return a floating tensor, .* got none"),
+        (Square, lambda x: x > 0, TypeError, "reference must return a .*; got torch.bool"),
+        (lambda _: None, square, TypeError, "<lambda> must return a floating tensor, .* got none"),
+        (lambda x: x > 0, square, TypeError, "<lambda> must return a floating.*; got torch.bool"),
+        (lambda _: 3.0, None, TypeError, "<lambda> must return a tensor, or several; got none"),
+    ],
+)
+def test_a_call_or_reference_that_gives_nothing_to_compare_is_refused_in_one_line(
+    fn: Any, reference: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text) as caught:
+        check_function(fn, SAMPLES, reference, slow=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_sample_that_a_reference_refuses_is_named() -> None:
+    samples = [(torch.ones(5, 3),), (torch.ones(4, 3),)]
+    with pytest.raises(ValueError, match=r"^sample 2 of 2, shape \(4, 3\): reference must accept"):
+        check_function(Square, samples, lambda x: x * x[4].new_ones(3), slow=False)
+    with pytest.raises(ValueError, match=r"^sample 1 .*: reference must .* raised TypeError"):
+        check_module(lambda: nn.Linear(3, 4), samples, lambda: nn.Bilinear(3, 1, 4))
+
+
+def test_a_call_that_raises_is_one_failure() -> None:
+    report = check_function(lambda x: x @ x, SAMPLES, square, slow=False)
+    (cause,) = report.causes
+    assert cause.check == "deterministic"
+    assert "raised RuntimeError" in report.verdict
 
 
 def test_without_a_reference_finite_differences_find_the_mistake() -> None:

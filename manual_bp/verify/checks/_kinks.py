@@ -102,7 +102,7 @@ def require_slopes_between(
         scale = 1 + outputs.values[some].abs()
         # Steeper than this, the value itself jumps, or the point is singular.
         is_slope = (size < 1e3 * scale) & outputs.is_regular(some)
-        allowed = outputs.rtol * size + 1e-5 * scale
+        allowed = outputs.rtol * size + 1e-5 * scale + ctx.case.atol
         is_outside = (claimed < least - allowed) | (claimed > most + allowed)
         ctx.comparisons += 1
         wrong = (is_slope & is_outside).nonzero().flatten().tolist()
@@ -135,7 +135,7 @@ class _Outputs:
         self.values = self._values(self.start)
         self.step = step_for(outputs_of(arguments))
         low = narrowest(arguments)
-        self.rtol = 1e-5 if low is None else 8 * torch.finfo(low).eps
+        self.rtol = ctx.case.rtol + (1e-5 if low is None else 8 * torch.finfo(low).eps)
         self.found: dict[int, Gradients] = {}
 
     def one_sided_slopes(self, direction: Direction) -> tuple[Tensor, Tensor]:

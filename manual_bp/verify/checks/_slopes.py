@@ -23,7 +23,8 @@ class Slope:
     claimed: The slope according to the derivative.
     measured: The difference quotient.
     allowed: How far they may differ.
-    jumps: Whether there is no slope, since those on the two sides differ, or since the value jumps.
+    jumps: Whether there is no slope, since those on the two sides differ, since the value jumps, or
+        since it is lost in rounding.
     """
 
     what: str
@@ -94,7 +95,12 @@ def slope(
         jumps = not jump <= kink * size + 1e3 * rounding
         return Slope(what, parts.sum().item(), measured, allowed, jumps)
 
+    def quotients(step: float) -> Tensor:
+        return (terms(step) - terms(-step)) / (2 * step)
+
     first = measure(step)
+    if is_low and first.allowed > (parts.abs().sum() + quotients(step).abs().sum()).item() / 2 > 0:
+        return replace(first, jumps=True)  # no derivative would be found to be wrong
     if first.agrees or first.jumps:
         return first
     half = measure(step / 2)
@@ -102,6 +108,11 @@ def slope(
     # Where the value jumps, the quotient depends on the step. Near a pole it is not the slope yet,
     # and half the step tells how far it is from it.
     is_steady = apart <= 1e3 * max(first.allowed, half.allowed)
+    if is_low:  # rounding may hide the slope, or the step be too long for it
+        long, short = quotients(step), quotients(step / 2)
+        spread, size = (long - short).abs().sum().item(), short.abs().sum().item()
+        apart += (long - short).norm().item()
+        is_steady = spread <= size / 4 + rounding
     return replace(half, allowed=2 * first.allowed + apart, jumps=not is_steady)
 
 
@@ -111,6 +122,17 @@ def step_for(moved: Iterable[Tensor], eps: float = _EPS) -> float:
     In a low precision it balances rounding, eps / step, and curvature, step².
     """
     return (eps ** (1 / 3) if eps > _EPS else 1e-6) * max(1.0, largest(*moved))
+
+
+def steps_for(moved: Tensor, eps: float = _EPS) -> list[float]:
+    """Steps to try until one has a slope.
+
+    The usual one is too long if what moves is small, or if the value changes over much less than
+    its size.
+    """
+    usual, size = step_for([moved], eps), largest(moved)
+    relative = [usual * size] if 0 < size < 1 else []
+    return [usual, *relative, *(usual / 8**k for k in (1, 2, 3) if eps > _EPS)]
 
 
 def inner(one: Tensor | None, other: Tensor) -> Tensor:

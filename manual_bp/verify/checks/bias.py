@@ -79,7 +79,7 @@ class _Ratios:
 
     def are_known(self) -> bool:
         """Whether each average is known to better than half an eps."""
-        return all(self._allowed(name) < self.eps for name in self.ours)
+        return all(self._allowed(name) - self.ctx.case.rtol < self.eps for name in self.ours)
 
     def judge(self) -> None:
         """Raise a Mismatch for an average that is not 1."""
@@ -96,7 +96,7 @@ class _Ratios:
                 self.ctx.notes.append(f"the {name} is known to {100 * allowed:.2g} % only")
 
     def _allowed(self, name: str) -> float:
-        allowed = self.eps / 2 + 5 * _standard_error(self.ours[name])
+        allowed = self.eps / 2 + self.ctx.case.rtol + 5 * _standard_error(self.ours[name])
         if theirs := self.theirs.get(name):
             known = abs(_mean(theirs) - 1) - 2 * _standard_error(theirs)
             allowed += 2 * max(known, 0.0)

@@ -9,15 +9,14 @@ from torch import Tensor
 from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of, positions
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._check import SLOPE, check
-from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._compare import Mismatch, NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
-from manual_bp.verify._precision import loss
+from manual_bp.verify._precision import loss, widened
 from manual_bp.verify.checks._digits import results_of
 from manual_bp.verify.checks._kinks import compare_except_at_kinks, judge_slopes
 from manual_bp.verify.checks._shared import (
     cast,
     compare_with_reference,
-    first_line,
     pairs_of_one_shape,
 )
 
@@ -94,7 +93,10 @@ def special_values(ctx: CheckContext, sample: Sample) -> None:
             mask.view(-1)[:1] = True
             changed = sample[i].masked_fill(mask, value)
             arguments = tuple(changed if j == i else t for j, t in enumerate(sample))
-            judge(ctx, arguments, f" with {ctx.label(i)} = {value:g}")
+            where = f" with {ctx.label(i)} = {value:g}"
+            if share < 1:  # alone, it may be refused
+                _require_accepted(ctx, arguments, where)
+            judge(ctx, arguments, where)
 
 
 @check(builds_on=SLOPE)
@@ -146,6 +148,20 @@ def _mixed(
         torch.where(_chosen(ctx, t, share), value(t), t) if is_differentiable(t) else t
         for t in sample
     )
+
+
+def _require_accepted(ctx: CheckContext, arguments: Sample, where: str) -> None:
+    """Raise a Mismatch if the reference (or the call) refuses a value that the case names."""
+    is_reference = ctx.case.reference is not None
+    given = ctx.in_domain(widened(arguments) if is_reference else arguments)
+    try:
+        ctx.trusted(*leaves(given, ()))
+    except Exception as error:
+        name = "the reference" if is_reference else "the call"
+        raise Mismatch(
+            f"output{where}: expected a value that {name} accepts, got {first_line(error)}\n"
+            f"diagnosis: a special value that is none"
+        ) from None
 
 
 def _chosen(ctx: CheckContext, value: Tensor, share: float) -> Tensor:

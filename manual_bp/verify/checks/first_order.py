@@ -1,5 +1,6 @@
 """The value, and the first derivative."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,15 +22,16 @@ from manual_bp.verify._clues import is_linear, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
-from manual_bp.verify._numeric import numeric_gradients
 from manual_bp.verify._precision import exact, narrowest, widen, widened
-from manual_bp.verify.checks._digits import is_demoted, results_of
+from manual_bp.verify.checks._digits import is_demoted, results_of, rounds_to_half
 from manual_bp.verify.checks._shared import (
+    TO_GRADIENT_OF,
     Change,
     changed,
     clues_from,
     compare_slopes,
     compare_values,
+    diagnosed,
 )
 from manual_bp.verify.checks._slopes import (
     Slope,
@@ -37,12 +39,19 @@ from manual_bp.verify.checks._slopes import (
     inner,
     slope,
     step_for,
+    steps_for,
     supported,
 )
 
 _NO_GRADIENT = (
     "no gradient at all; close over an argument that never has one, "
     "as in lambda x: Layer.apply(x, mask.to(x.dtype))"
+)
+
+_MOST_ELEMENTS = 64
+_RUNS_AGAIN = (
+    "what runs again in backward, as in a reentrant checkpoint, gives its parameters no gradient "
+    "unless one of its inputs requires one"
 )
 
 
@@ -61,14 +70,21 @@ def _require_a_slope_for_every_argument(ctx: CheckContext) -> None:
     missing = [label for label, count in ctx.slopes.items() if not count]
     if missing and ctx.case.reference is None:
         raise Mismatch(
-            f"slopes by {', '.join(missing)}: every direction starts at a kink, and there is no "
-            f"reference to compare with\ndiagnosis: unsuitable samples, or a missing reference"
+            f"slopes by {', '.join(missing)}: every direction starts at a kink, or rounding hides "
+            f"its slope, and there is no reference to compare with\n"
+            f"diagnosis: unsuitable samples, or a missing reference"
         )
 
 
 @check(
     after_all=_require_a_slope_for_every_argument,
-    builds_on=("writes_nothing", "deterministic", "without_graph", "gradients_match_reference"),
+    builds_on=(
+        "writes_nothing",
+        "deterministic",
+        "without_graph",
+        "gradients_match_reference",
+        "full_precision",
+    ),
 )
 def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     """The gradient is the slope: in random directions, and along every axis of small arguments.
@@ -78,10 +94,11 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     upstream = ctx.upstream(ctx.call, sample)
     result, found = gradients(ctx.call, leaves(sample), upstream)
     upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
+    rounds = rounds_to_half(ctx, sample, upstream)
     for i in positions(sample):
         before = ctx.comparisons
-        for direction in _directions(ctx, sample[i]):
-            along = _slope_along(ctx, sample, upstream, i, direction, found[i])
+        for direction in _directions(ctx, sample[i], found[i]):
+            along = _slope_along(ctx, sample, upstream, i, direction, found[i], rounds=rounds)
             if along.jumps:
                 ctx.kinks += along.has_quotient
                 continue
@@ -125,11 +142,14 @@ def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
     for wanted in subsets(positions(sample)):
         where = f" when only {', '.join(map(ctx.label, wanted))} require gradients"
         _, found = gradients(ctx.call, leaves(sample, wanted), upstream)
-        ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
+        with diagnosed(_RUNS_AGAIN if ctx.case.by_backward else ""):
+            ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
 
 
-def _directions(ctx: CheckContext, value: Tensor) -> list[Tensor]:
+def _directions(ctx: CheckContext, value: Tensor, gradient: Tensor | None) -> list[Tensor]:
     directions = [ctx.random_like(value) for _ in range(3)]
+    if gradient is not None:  # so that no terms cancel, which are larger than their rounding
+        directions.append(directions[0].abs() * gradient.sgn())
     if value.numel() <= 24:
         axes = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
         directions += [axis.view(value.shape) for axis in axes]
@@ -143,8 +163,13 @@ def _slope_along(
     i: int,
     direction: Tensor,
     gradient: Tensor | None,
+    *,
+    rounds: bool = False,
 ) -> Slope:
-    """The slope of gradient_of, or, for a low precision, of the reference; else of the call."""
+    """The slope of gradient_of, or, for a low precision, of the reference; else of the call.
+
+    rounds: Whether the call rounds to half precision on the way.
+    """
     low = narrowest(sample)
     reference = ctx.case.gradient_of or (None if low is None else ctx.case.reference)
     call, start = ctx.call, sample
@@ -152,24 +177,33 @@ def _slope_along(
         call, start = reference, ctx.in_domain(widened(sample))
     # A call may round to a lower precision than that of its arguments.
     coarsest = narrowest((*sample, *upstream) if reference is None else start)
+    coarsest = torch.bfloat16 if rounds else coarsest
+
+    def at(step: float) -> Slope:
+        along, noise = direction, 0.0
+        if coarsest is not None or i in ctx.case.project:
+            # Moved arguments are rounded, and kept in their domain: not exactly along it.
+            ahead, behind = (_shifted(ctx, start, i, along, shift)[i] for shift in (step, -step))
+            along = (widen(ahead) - widen(behind)) / (2 * step)
+        if not along.any():  # all of it is rounded away
+            return Slope(ctx.label(i), 0.0, math.nan, 0.0, jumps=True)
+        if low is not None:
+            lost = 8 * torch.finfo(low).eps * largest(gradient) + 5 * ctx.usual_loss().error(i)
+            noise = lost * float(along.abs().norm())
+        return slope(
+            ctx.label(i),
+            partial(_terms, ctx, call, start, upstream, i, along),
+            [inner(gradient, along)],
+            step,
+            eps=eps,
+            rtol=ctx.case.rtol,
+            atol=ctx.case.atol + noise,
+        )
+
     eps = torch.finfo(coarsest or torch.float64).eps
-    step = step_for([start[i]], eps)
-    noise = 0.0
-    if coarsest is not None or i in ctx.case.project:
-        # Moved arguments are rounded, and kept in their domain: not exactly along the direction.
-        ahead, behind = (_shifted(ctx, start, i, direction, shift)[i] for shift in (step, -step))
-        direction = (widen(ahead) - widen(behind)) / (2 * step)
-    if low is not None:
-        noise = 8 * torch.finfo(low).eps * largest(gradient) * float(direction.abs().norm())
-    return slope(
-        ctx.label(i),
-        partial(_terms, ctx, call, start, upstream, i, direction),
-        [inner(gradient, direction)],
-        step,
-        eps=eps,
-        rtol=ctx.case.rtol,
-        atol=ctx.case.atol + noise,
-    )
+    tried = map(at, steps_for(start[i], eps))
+    usual = next(tried)
+    return usual if not usual.jumps else next((one for one in tried if not one.jumps), usual)
 
 
 def _terms(
@@ -257,6 +291,8 @@ def _fault_of_reference(
                 partial(_terms, ctx, call, start, given, i, along),
                 [inner(gradient[i], along)],
                 step_for([start[i]]),
+                rtol=ctx.case.rtol,
+                atol=ctx.case.atol,
             )
             for i, along in ctx.directions_in_domain(start, moved).items()
         ]
@@ -271,13 +307,16 @@ def _mistake(
     ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor], found: Gradients, i: int
 ) -> str:
     """The diagnosis of a wrong slope, from a gradient by finite differences."""
-    if narrowest(sample) is not None or ctx.case.project:
+    count = sum(t.numel() for t in outputs_of(sample))
+    if narrowest(sample) is not None or ctx.case.project or count > _MOST_ELEMENTS:
         return ""
     try:
-        expected = numeric_gradients(ctx.call, sample, upstream)
+        expected = _numeric_gradients(ctx, sample, upstream)
     except Exception:
         return ""
-    right = partial(numeric_gradients, ctx.call)
+    if found[i] is not None and not any(g.any() for g in expected.values() if g is not None):
+        return f"the value does not change, and the call has a gradient: {TO_GRADIENT_OF}"
+    right = partial(_numeric_gradients, ctx)
     clues = partial(known_mistakes, sample, upstream, expected, right, ctx.label)
     budgets = {i: Budget(1e-5, 1e-6 * largest(expected[i]))}
     try:
@@ -285,6 +324,22 @@ def _mistake(
     except Mismatch as mismatch:
         return mismatch.diagnosis or _nonlinearity(ctx, sample, upstream, found)
     return ""
+
+
+def _numeric_gradients(ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> Gradients:
+    """The gradients of the call in float64, by the slope along each element."""
+    found: Gradients = {}
+    for i in positions(sample):
+        gradient = torch.zeros_like(sample[i], memory_format=torch.contiguous_format)
+        for k in range(gradient.numel()):
+            for unit in (1, 1j) if gradient.is_complex() else (1,):
+                axis = torch.zeros_like(gradient)
+                axis.view(-1)[k] += unit
+                terms = partial(_terms, ctx, ctx.call, sample, upstream, i, axis)
+                along = slope(ctx.label(i), terms, [inner(None, axis)], step_for([sample[i]]))
+                gradient += axis * along.measured
+        found[i] = gradient
+    return found
 
 
 def _nonlinearity(

@@ -22,6 +22,7 @@ from manual_bp.verify._check import SLOPE, VALUE, check
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import narrowest
+from manual_bp.verify.checks._digits import asking_no_more_than_half
 from manual_bp.verify.checks._shared import (
     Change,
     Derivatives,
@@ -34,7 +35,7 @@ from manual_bp.verify.checks._slopes import inner, slope, step_for
 Tangents = dict[int, Tensor]
 
 
-@check(capability=True, builds_on=VALUE)
+@check(capability=True, builds_on=(*VALUE, "full_precision"))
 def forward_ad(ctx: CheckContext, sample: Sample) -> None:
     """Forward-mode derivatives match the reference or reverse mode, by all arguments and each."""
     refuse_operators(ctx, sample)
@@ -99,7 +100,8 @@ def _compare_with_reverse_mode(
     if low is not None:
         budget = rounding_budget(low, largest(usual), 8 * torch.finfo(low).eps, 0.0)
     what = f"slope along {names}, by forward mode as by reverse mode"
-    ctx.compare(what, ours.sum(), theirs.sum(), budget=budget)
+    with asking_no_more_than_half(ctx, sample, upstream):
+        ctx.compare(what, ours.sum(), theirs.sum(), budget=budget)
 
 
 def _compare_with_slopes(
@@ -121,7 +123,14 @@ def _compare_with_slopes(
 
     for i, weight in weights.items():
         claimed = [inner(found[i], weight)]
-        along = slope("all arguments", partial(terms, i), claimed, step_for(outputs_of(sample)))
+        along = slope(
+            "all arguments",
+            partial(terms, i),
+            claimed,
+            step_for(outputs_of(sample)),
+            rtol=ctx.case.rtol,
+            atol=ctx.case.atol,
+        )
         if along.jumps:
             continue
         ctx.comparisons += 1

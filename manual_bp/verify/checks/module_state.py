@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_bp.verify._autograd import Gradients, gradients_of, leaves
+from manual_bp.verify._calling import gradients_by_backward
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
@@ -158,7 +159,8 @@ def _backward(
         return {}, result
     if switch:
         module.train(not module.training)
-    return gradients_of(result, (*inputs, *parameters), upstream), result
+    find = gradients_by_backward if ctx.case.by_backward else gradients_of
+    return find(result, (*inputs, *parameters), upstream), result
 
 
 def _upstream(ctx: CheckContext, sample: Sample, mode: bool) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.verify._autograd import leaves, outputs_of, positions, subsets
+from manual_bp.verify._autograd import graph_of, leaves, outputs_of, positions, subsets
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
@@ -85,6 +85,8 @@ class _Point:
                 partial(self._terms, ctx, call, tensors, i, directions[i]),
                 [inner(derivative, directions[i])],
                 step_for([tensors[i]]),
+                rtol=ctx.case.rtol,
+                atol=ctx.case.atol,
             )
             for i, name, derivative in zip(moved, self.names, claimed, strict=True)
         ]
@@ -209,8 +211,10 @@ def _higher(
     for order, weight in enumerate(weights):
         wanted = by if order else by_arguments
         found = torch.autograd.grad(values, wanted, given, create_graph=True, allow_unused=True)
-        if any(g is not None and "Error" in str(g.grad_fn) for g in found):
-            raise RuntimeError("a derivative is marked as not differentiable again")
+        # What once_differentiable leaves in the graph. torch.autograd.grad only raises if its
+        # inputs are behind it, and they are not: it would leave the term out.
+        if any(node.name().endswith("::Error") for node in graph_of(found)):
+            raise RuntimeError("once_differentiable: a derivative must not be differentiated again")
         values, given = [], []
         for value, random in zip(found, weight, strict=False):
             if value is not None and value.requires_grad:

@@ -16,7 +16,7 @@ from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest
-from manual_bp.verify.checks._digits import noise_of_float32, small_steps
+from manual_bp.verify.checks._digits import TO_FLOAT32, TO_HALF, noise_of_rounding, small_steps
 from manual_bp.verify.checks._kinks import compare_except_at_kinks
 from manual_bp.verify.checks._shared import (
     cast,
@@ -25,26 +25,28 @@ from manual_bp.verify.checks._shared import (
     require_real,
 )
 
+_HALF = "rounded to half precision on the way; a call that does so on purpose names its dtypes"
+
 
 @check(builds_on=("writes_nothing", "deterministic"))
 def full_precision(ctx: CheckContext, sample: Sample) -> None:
-    """Nothing is rounded to float32 on the way: neighboring arguments give neighboring results."""
+    """Nothing is rounded on the way: neighboring arguments give neighboring results."""
     if narrowest(sample) is not None:
         raise NotApplicable("the sample is not in float64")
     upstream = ctx.upstream(ctx.call, sample)
-    small = small_steps(ctx, sample, upstream)
-    noise = noise_of_float32(ctx, ctx.call, sample, upstream, small)
-    ctx.comparisons += 1
-    if noise and ctx.case.reference is not None:
-        theirs = noise_of_float32(ctx, ctx.case.reference, sample, upstream, small)
-        noise = {name: share for name, share in noise.items() if name not in theirs}
-    if noise:
-        name, share = next(iter(noise.items()))
-        raise Mismatch(
-            f"{name}: expected a change in proportion to that of the arguments, got jumps of "
-            f"{share:.1e} of the largest element\n"
-            f"diagnosis: {DEMOTED}"
-        )
+    for to, diagnosis in ((TO_HALF, _HALF), (TO_FLOAT32, DEMOTED)):
+        small = small_steps(ctx, sample, upstream, to)
+        noise = noise_of_rounding(ctx, ctx.call, sample, upstream, small, to)
+        ctx.comparisons += 1
+        if noise and ctx.case.reference is not None:
+            theirs = noise_of_rounding(ctx, ctx.case.reference, sample, upstream, small, to)
+            noise = {name: share for name, share in noise.items() if name not in theirs}
+        if noise:
+            name, share = next(iter(noise.items()))
+            raise Mismatch(
+                f"{name}: expected a change in proportion to that of the arguments, got jumps of "
+                f"{share:.1e} of the largest element\ndiagnosis: {diagnosis}"
+            )
 
 
 @check(capability=True, builds_on=(*SLOPE, *STATE, "raw_backward"))

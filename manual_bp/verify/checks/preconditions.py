@@ -16,7 +16,7 @@ from manual_bp.verify._context import CheckContext
 from manual_bp.verify._evidence import blind_spot
 from manual_bp.verify._global_state import filled_memory
 from manual_bp.verify._precision import widen
-from manual_bp.verify.checks._shared import UNWRITTEN
+from manual_bp.verify.checks._shared import TO_GRADIENT_OF, UNWRITTEN
 
 _Call = tuple[tuple[Tensor, ...], Gradients]
 
@@ -27,10 +27,13 @@ _SECONDS = 0.5
 
 def _require_no_blind_spot(ctx: CheckContext) -> None:
     if reason := blind_spot(ctx):
-        raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: unsuitable samples")
+        why = "unsuitable samples"
+        if ctx.case.reference is not None and not blind_spot(ctx, of_call=True):
+            why = f"the call has a gradient where the reference has none: {TO_GRADIENT_OF}"
+        raise Mismatch(f"{reason}, so a mistake would not show\ndiagnosis: {why}")
 
 
-@check(after_all=_require_no_blind_spot, builds_on=("finite_differences",))
+@check(after_all=_require_no_blind_spot, builds_on=("deterministic", "finite_differences"))
 def informative_samples(ctx: CheckContext, sample: Sample) -> None:  # noqa: ARG001
     """No gradient is zero, empty or of one element at all samples: a mistake would show."""
     ctx.comparisons += 1

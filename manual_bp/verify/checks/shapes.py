@@ -11,9 +11,9 @@ from torch import Tensor
 from manual_bp.verify._autograd import leaves, tensors_of
 from manual_bp.verify._case import Sample
 from manual_bp.verify._check import SLOPE, check
-from manual_bp.verify._compare import Mismatch, NotApplicable
+from manual_bp.verify._compare import Mismatch, NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
-from manual_bp.verify.checks._shared import compare_with_reference, first_line
+from manual_bp.verify.checks._shared import compare_with_reference
 
 # Around the sizes of blocks, which are powers of two, so that a wrong remainder shows.
 _SIZES = (17, 127, 129, 1025)
@@ -127,7 +127,7 @@ def _tiled(value: Any, dim: int | None, size: int) -> Any:
     """An argument repeated along a dimension, and cut to a size; None if there are no rows."""
     if dim is None or not isinstance(value, Tensor):
         return value
-    count = value.shape[dim]
+    count = value.shape[dim] if -value.ndim <= dim < value.ndim else 0
     rows = torch.arange(size, device=value.device) % max(count, 1)
     return value.index_select(dim, rows) if count else None
 

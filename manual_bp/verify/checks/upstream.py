@@ -1,11 +1,14 @@
 """The upstream gradient in all its forms."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 
 from manual_bp.verify._autograd import (
     Gradients,
@@ -17,9 +20,10 @@ from manual_bp.verify._autograd import (
 )
 from manual_bp.verify._case import Call, Sample
 from manual_bp.verify._check import SLOPE, STATE, check
-from manual_bp.verify._compare import NotApplicable
+from manual_bp.verify._compare import NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._layouts import LAYOUTS, is_plain
+from manual_bp.verify.checks._digits import asking_no_more_than_half
 
 
 @check(builds_on=SLOPE)
@@ -49,7 +53,8 @@ def upstream_undefined(ctx: CheckContext, sample: Sample) -> None:
     for output in outputs_of(ctx.call(*arguments)):
         if output.requires_grad:
             cut = _Cut.apply(output)
-            found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
+            with _blaming_no_hook():
+                found = gradients_of(cut, arguments, [torch.ones_like(cut)], retain_graph=True)
             where = " for an undefined upstream gradient"
             ctx.compare_gradients(sample, found, dict.fromkeys(found), where)
 
@@ -73,7 +78,8 @@ def outputs_alone(ctx: CheckContext, sample: Sample) -> None:
             arguments = leaves(sample)
             outputs = outputs_of(ctx.call(*arguments))
             kept = tuple(outputs[i] if i in chosen else _Cut.apply(outputs[i]) for i in used)
-            found = gradients_of(kept, arguments, [upstream[i] for i in used])
+            with _blaming_no_hook():
+                found = gradients_of(kept, arguments, [upstream[i] for i in used])
             where = f" with output {names} {how}"
             ctx.compare_gradients(sample, found, expected, where)
 
@@ -103,13 +109,16 @@ def linear_in_upstream(ctx: CheckContext, sample: Sample) -> None:
             for i, g in of_one.items()
             if g is not None and (h := of_other[i]) is not None
         }
-        ctx.compare_gradients(
-            sample,
-            _where_finite(found, expected),
-            _where_finite(expected, expected),
-            f" for {factor:.3g} times an upstream gradient, divided by {factor:.3g}",
-            diagnosis="not linear in the upstream gradient",
-        )
+        # Where the larger one overflows, nothing is asked.
+        guide: Gradients = {i: None if g is None else factor * g for i, g in expected.items()}
+        with asking_no_more_than_half(ctx, sample, one):
+            ctx.compare_gradients(
+                sample,
+                _where_finite(found, guide),
+                _where_finite(expected, guide),
+                f" for {factor:.3g} times an upstream gradient, divided by {factor:.3g}",
+                diagnosis="not linear in the upstream gradient",
+            )
 
 
 def _compare_with_plain(
@@ -150,6 +159,21 @@ def _where_finite(found: Gradients, guide: Gradients) -> Gradients:
 
 def _constant(value: Tensor) -> Tensor:
     return value.flatten()[0].expand(value.shape) if value.numel() else value
+
+
+@contextmanager
+def _blaming_no_hook() -> Iterator[None]:
+    """A region in which an error is only passed on if a hand-written backward raised it."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        if not any(isinstance(frame.f_locals.get("self"), FunctionCtx) for frame in frames):
+            raise NotApplicable(
+                f"PyTorch calls a hook with None if the gradient is undefined, and the hook of the "
+                f"call raised {first_line(error)}"
+            ) from None
+        raise
 
 
 class _Cut(Function):
