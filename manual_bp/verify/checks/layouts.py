@@ -1,4 +1,4 @@
-"""The strides of the arguments."""
+"""How the arguments are stored: their strides, and the dtype of integers."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of,
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import SLOPE, check
-from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._layouts import LAYOUTS, is_plain, windows
 from manual_bp.verify._precision import exact, narrowest, widened
+from manual_bp.verify.checks._shared import diagnosed, first_line
 
 
 @check(builds_on=SLOPE)
@@ -32,6 +33,32 @@ def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
     fused = _slices_of_one_tensor(sample, len(given))
     if fused is not None:
         _compare_layout(ctx, fused, usual, " for arguments that are slices of one tensor")
+
+
+@check(builds_on=SLOPE)
+def integer_dtypes(ctx: CheckContext, sample: Sample) -> None:
+    """Indices and labels give the same in int32 as in int64, unless it refuses one of them."""
+    places = [i for i, t in enumerate(sample) if _fits_int32(t)]
+    if not places:
+        raise NotApplicable("no argument is an integer tensor whose values fit into int32")
+    others = {torch.int32: torch.int64, torch.int64: torch.int32}
+    changed = tuple(t.to(others[t.dtype]) if i in places else t for i, t in enumerate(sample))
+    upstream = ctx.upstream(ctx.call, sample)
+    result, expected = gradients(ctx.call, leaves(sample), upstream)
+    try:
+        other_result, found = gradients(ctx.call, leaves(changed), upstream)
+    except Exception as error:
+        raise NotApplicable(f"it refuses another integer dtype: {first_line(error)}") from None
+    names = ", ".join(f"{ctx.label(i)} in {changed[i].dtype}" for i in places)
+    with diagnosed(f"right only for {sample[places[0]].dtype}"):
+        ctx.compare_outputs(outputs_of(other_result), outputs_of(result), f" with {names}")
+        ctx.compare_gradients(sample, found, expected, f" with {names}")
+
+
+def _fits_int32(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        return False
+    return not value.numel() or int(value.abs().max()) <= torch.iinfo(torch.int32).max
 
 
 def _slices_of_one_tensor(sample: Sample, count: int) -> Sample | None:
