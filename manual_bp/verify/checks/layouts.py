@@ -80,7 +80,7 @@ def _compare_layout(ctx: CheckContext, arguments: Sample, usual: Gradients, wher
     except Exception as problem:
         blameless = _reference_fails_too(ctx, arguments, usual, problem)
         if not blameless and not (
-            isinstance(problem, Mismatch) and _is_ill_conditioned(ctx, arguments)
+            isinstance(problem, Mismatch) and _is_ill_conditioned(ctx, arguments, problem)
         ):
             raise
 
@@ -101,11 +101,12 @@ def _reference_fails_too(
     return False
 
 
-def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
+def _is_ill_conditioned(ctx: CheckContext, arguments: Sample, problem: Mismatch) -> bool:
     """Whether rounding such values changes the exact result by 100 times as much.
 
     An expanded row has equal elements, and layer_norm divides what is left of them by √ε. So the
-    order in which a sum is rounded shows, and it may depend on the strides.
+    order in which a sum is rounded shows, and it may depend on the strides. Of equal elements any
+    may be the median, so its gradient jumps, but that excuses no wrong value.
     """
     reference = ctx.case.reference
     if reference is None:
@@ -117,11 +118,12 @@ def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
         for t in widened(arguments)
     )
     here, there = (exact(reference, a, upstream) for a in (widened(arguments), moved))
-    pairs = zip(
-        [*outputs_of(here[0]), *here[1].values()],
-        [*outputs_of(there[0]), *there[1].values()],
-        strict=True,
+    is_gradient = problem.finding.startswith("gradient of")
+    ours, theirs = (
+        list(values.values()) if is_gradient else outputs_of(result)
+        for result, values in (here, there)
     )
+    pairs = zip(ours, theirs, strict=True)
     return any(
         one is not None and other is not None and largest(one - other) > 100 * eps * largest(one)
         for one, other in pairs
