@@ -26,7 +26,7 @@ from manual_bp.verify._precision import exact, narrowest, widen, widened
 Weighted = tuple[float, float]
 
 _FEWEST_DRAWS = 8
-_MOST_DRAWS = 64
+_MOST_DRAWS = 160
 _SECONDS = 4
 # How much larger than rounding an error must be that all elements along a dimension share, and how
 # many elements there must be.
@@ -111,9 +111,9 @@ class _Draws:
         self._add(self.theirs, peer, peer_gradients, right, expected)
 
     def are_known(self) -> bool:
-        """Whether each average ratio is known to better than half an eps."""
+        """Whether each average ratio is known well enough to tell 1 % in bfloat16 from nothing."""
         ours, theirs = self.ours.ratios, self.theirs.ratios
-        return all(self._allowed(ours[name], theirs.get(name), 1) < self.eps for name in ours)
+        return all(self._allowed(ours[name], theirs.get(name), 1) < 0.8 * self.eps for name in ours)
 
     def judge(self) -> None:
         """Raise a Mismatch for an error that does not average out."""
