@@ -89,35 +89,31 @@ class NumbersFarOut(_LogSigmoid):
 
 
 class _Softplus(Relu):
-    """Softplus, whose derivative is 1 to all digits of float64 from 37 on."""
-
-    cut = 37.0
+    """log(1 + exp(z))."""
 
     @staticmethod
     def forward(z: Tensor) -> Any:
         return _softplus(z)
 
-    @classmethod
-    def slope(cls, z: Tensor) -> Tensor:
-        """The derivative."""
-        return torch.where(z > cls.cut, 1, torch.sigmoid(z))
+    @staticmethod
+    def slope(z: Tensor, cut: float) -> Tensor:
+        """The derivative, taken to be 1 from a value on."""
+        return torch.where(z > cut, 1, torch.sigmoid(z))
 
 
 @twin("slopes_far_out", elementwise)
 class CutAt37(_Softplus):
-    """The derivative of softplus is taken to be 1 from 37 on."""
+    """The derivative of softplus is taken to be 1 from 37 on, as it is to all digits of float64."""
 
     @staticmethod
     def backward(ctx: Any, grad_a: Any) -> Any:
-        return grad_a * CutAt37.slope(*ctx.saved_tensors)
+        return grad_a * _Softplus.slope(*ctx.saved_tensors, 37.0)
 
 
 @mutant("slopes_far_out", elementwise)
 class CutAt8(_Softplus):
     """The derivative of softplus is taken to be 1 from 8 on, and there is no reference."""
 
-    cut = 8.0
-
     @staticmethod
     def backward(ctx: Any, grad_a: Any) -> Any:
-        return grad_a * CutAt8.slope(*ctx.saved_tensors)
+        return grad_a * _Softplus.slope(*ctx.saved_tensors, 8.0)
