@@ -107,7 +107,8 @@ class CutAt37(_Softplus):
 
     @staticmethod
     def backward(ctx: Any, grad_a: Any) -> Any:
-        return grad_a * _Softplus.slope(*ctx.saved_tensors, 37.0)
+        (z,) = ctx.saved_tensors
+        return grad_a * _Softplus.slope(z, 37.0)
 
 
 @mutant("slopes_far_out", elementwise)
@@ -116,4 +117,5 @@ class CutAt8(_Softplus):
 
     @staticmethod
     def backward(ctx: Any, grad_a: Any) -> Any:
-        return grad_a * _Softplus.slope(*ctx.saved_tensors, 8.0)
+        (z,) = ctx.saved_tensors
+        return grad_a * _Softplus.slope(z, 8.0)
