@@ -122,7 +122,7 @@ def reference_budget(
         atol=sums * size + smallest,
         extra=slack * (5 * absolute + eps * size),
         cap=5 * relative if is_exact else math.inf,
-        norm=2 * max(_norm(error) for error, _ in errors)
+        norm=2 * slack * max(_norm(error) for error, _ in errors)
         + (slack * eps + sums) * norm
         + (slack * least + smallest) * math.sqrt(max(expected.numel(), 1)),
         dtype=dtype,

@@ -13,6 +13,7 @@ from manual_bp.verify._compare import Mismatch, NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._precision import loss, widened
 from manual_bp.verify.checks._digits import results_of
+from manual_bp.verify.checks._far_out import LARGE, far_out, scaled
 from manual_bp.verify.checks._kinks import compare_except_at_kinks, judge_slopes
 from manual_bp.verify.checks._shared import (
     cast,
@@ -23,19 +24,14 @@ from manual_bp.verify.checks._shared import (
 
 @check(builds_on=("writes_nothing", "deterministic"))
 def no_nan(ctx: CheckContext, sample: Sample) -> None:
-    """Without a reference: where the arguments are finite, value and gradient are not nan."""
+    """Without a reference: no nan where arguments are finite, and far out, where values are."""
     if ctx.case.reference is not None:
         raise NotApplicable("the reference says where nan is right")
     if not all(t.isfinite().all() for t in outputs_of(sample)):
         raise NotApplicable("an argument is not finite")
-    upstream = ctx.upstream(ctx.call, sample)
-    for name, value in results_of(ctx, ctx.call, sample, upstream).items():
-        ctx.comparisons += 1
-        if count := int(value.isnan().sum()):
-            raise Mismatch(
-                f"{name}: expected numbers, since the arguments are finite, got nan in {count} of "
-                f"{value.numel()} elements\ndiagnosis: nan"
-            )
+    _require_no_nan(ctx, sample, "the arguments are finite")
+    for _, arguments, where in far_out(ctx, sample):
+        _require_no_nan(ctx, arguments, "the values are finite", where)
 
 
 @check(builds_on=SLOPE)
@@ -102,11 +98,9 @@ def special_values(ctx: CheckContext, sample: Sample) -> None:
 @check(builds_on=SLOPE)
 def large_values(ctx: CheckContext, sample: Sample) -> None:
     """At large values, where functions saturate, value and gradient match the reference."""
-    for factor in (30.0, 1e4):
-        for i in positions(sample):
-            scaled = tuple(factor * t if j == i else t for j, t in enumerate(sample))
-            where = f" at {factor:g} times the sample"
-            compare_with_reference(ctx, scaled, where, factor=factor)
+    for factor, i in product(LARGE, positions(sample)):
+        where = f" at {factor:g} times the sample"
+        compare_with_reference(ctx, scaled(sample, i, factor), where, factor=factor)
 
 
 @check(capability=True, only_if_declared=True, builds_on=(*SLOPE, "large_values"))
@@ -138,6 +132,17 @@ def device_parity(ctx: CheckContext, sample: Sample) -> None:
     for one, other in zip(outputs_of(result), outputs_of(expected_result), strict=True):
         ctx.compare("output", one.detach().cpu(), other.detach())
     ctx.compare_gradients(on_cpu, moved, expected, " on the accelerator")
+
+
+def _require_no_nan(ctx: CheckContext, arguments: Sample, why: str, where: str = "") -> None:
+    upstream = ctx.upstream(ctx.call, arguments)
+    for name, value in results_of(ctx, ctx.call, arguments, upstream).items():
+        ctx.comparisons += 1
+        if count := int(value.isnan().sum()):
+            raise Mismatch(
+                f"{name}{where}: expected numbers, since {why}, got nan in {count} of "
+                f"{value.numel()} elements\ndiagnosis: nan"
+            )
 
 
 def _mixed(

@@ -24,6 +24,7 @@ from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
 from manual_bp.verify._precision import exact, narrowest, widen, widened
 from manual_bp.verify.checks._digits import is_demoted, results_of, rounds_to_half
+from manual_bp.verify.checks._far_out import far_out
 from manual_bp.verify.checks._shared import (
     TO_GRADIENT_OF,
     Change,
@@ -53,6 +54,7 @@ _RUNS_AGAIN = (
     "what runs again in backward, as in a reentrant checkpoint, gives its parameters no gradient "
     "unless one of its inputs requires one"
 )
+_FAR = 30.0  # times the sample
 
 
 @check(builds_on=("writes_nothing", "deterministic"))
@@ -112,6 +114,29 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
                 why = why or _mistake(ctx, sample, upstream, found, i)
                 raise mismatch.diagnosed(why) from None
         ctx.slopes[ctx.label(i)] += ctx.comparisons - before
+
+
+@check(builds_on=("writes_nothing", "deterministic", "without_graph", "finite_differences"))
+def slopes_far_out(ctx: CheckContext, sample: Sample) -> None:
+    """Without a reference: at large values, where functions saturate, the gradient is the slope."""
+    if ctx.case.reference is not None:
+        raise NotApplicable("large_values compares with the reference")
+    if narrowest(sample) is not None:
+        raise NotApplicable("in a low precision, finite differences find gross mistakes only")
+    # Further out the steps are so long that they hide what happens within one.
+    for i, arguments, where in far_out(ctx, sample, [_FAR]):
+        upstream = ctx.upstream(ctx.call, arguments)
+        result, found = gradients(ctx.call, leaves(arguments, [i]), upstream)
+        gradient = found[i]
+        if gradient is None or not gradient.isfinite().all():
+            continue  # finite_differences and no_nan look at it
+        upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
+        rounds = rounds_to_half(ctx, arguments, upstream)
+        for direction in _directions(ctx, arguments[i], gradient):
+            along = _slope_along(ctx, arguments, upstream, i, direction, gradient, rounds=rounds)
+            if along.has_quotient and not along.jumps:
+                ctx.comparisons += 1
+                along.require(f"slope{where}")
 
 
 @check(builds_on=VALUE)

@@ -1,4 +1,4 @@
-"""The strides of the arguments."""
+"""How the arguments are stored: their strides, and the dtype of integers."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from manual_bp.verify._autograd import Gradients, gradients, leaves, outputs_of,
 from manual_bp.verify._budget import largest
 from manual_bp.verify._case import Call, Sample, is_differentiable
 from manual_bp.verify._check import SLOPE, check
-from manual_bp.verify._compare import Mismatch
+from manual_bp.verify._compare import Mismatch, NotApplicable, first_line
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._layouts import LAYOUTS, is_plain, windows
 from manual_bp.verify._precision import narrowest, widened
+from manual_bp.verify.checks._shared import diagnosed
 
 
 @check(builds_on=SLOPE)
@@ -34,6 +35,32 @@ def argument_layouts(ctx: CheckContext, sample: Sample) -> None:
         _compare_layout(ctx, fused, usual, " for arguments that are slices of one tensor")
 
 
+@check(builds_on=SLOPE)
+def integer_dtypes(ctx: CheckContext, sample: Sample) -> None:
+    """Indices and labels give the same in int32 as in int64, unless it refuses one of them."""
+    places = [i for i, t in enumerate(sample) if _fits_int32(t)]
+    if not places:
+        raise NotApplicable("no argument is an integer tensor whose values fit into int32")
+    others = {torch.int32: torch.int64, torch.int64: torch.int32}
+    changed = tuple(t.to(others[t.dtype]) if i in places else t for i, t in enumerate(sample))
+    upstream = ctx.upstream(ctx.call, sample)
+    result, expected = gradients(ctx.call, leaves(sample), upstream)
+    try:
+        other_result, found = gradients(ctx.call, leaves(changed), upstream)
+    except Exception as error:
+        raise NotApplicable(f"it refuses another integer dtype: {first_line(error)}") from None
+    names = ", ".join(f"{ctx.label(i)} in {changed[i].dtype}" for i in places)
+    with diagnosed(f"right only for {sample[places[0]].dtype}"):
+        ctx.compare_outputs(outputs_of(other_result), outputs_of(result), f" with {names}")
+        ctx.compare_gradients(sample, found, expected, f" with {names}")
+
+
+def _fits_int32(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        return False
+    return not value.numel() or int(value.abs().max()) <= torch.iinfo(torch.int32).max
+
+
 def _slices_of_one_tensor(sample: Sample, count: int) -> Sample | None:
     """The first arguments that differ at most in their last size, as columns of one tensor."""
     places = [i for i in positions(sample[:count]) if sample[i].ndim]
@@ -53,7 +80,7 @@ def _compare_layout(ctx: CheckContext, arguments: Sample, usual: Gradients, wher
     except Exception as problem:
         blameless = _reference_fails_too(ctx, arguments, usual, problem)
         if not blameless and not (
-            isinstance(problem, Mismatch) and _is_ill_conditioned(ctx, arguments)
+            isinstance(problem, Mismatch) and _is_ill_conditioned(ctx, arguments, problem)
         ):
             raise
 
@@ -74,12 +101,13 @@ def _reference_fails_too(
     return False
 
 
-def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
+def _is_ill_conditioned(ctx: CheckContext, arguments: Sample, problem: Mismatch) -> bool:
     """Whether rounding such values changes the exact result by 100 times as much.
 
     An expanded row has equal elements, and layer_norm divides what is left of them by √ε. So the
     order in which a sum is rounded shows, and it may depend on the strides. Without a reference,
-    the result of the call is asked, for a change of some roundings, since it is rounded itself.
+    the result of the call is asked, for a change of some roundings, since it is rounded itself. Of
+    equal elements any may be the median, so its gradient jumps, but that excuses no wrong value.
     """
     eps = torch.finfo(narrowest(arguments) or torch.float64).eps
     step = 4 * eps
@@ -90,11 +118,12 @@ def _is_ill_conditioned(ctx: CheckContext, arguments: Sample) -> bool:
         t * (1 + step * ctx.random_like(t)) if is_differentiable(t) else t for t in arguments
     )
     here, there = (gradients(ctx.trusted, leaves(a), upstream) for a in (arguments, moved))
-    pairs = zip(
-        [*outputs_of(here[0]), *here[1].values()],
-        [*outputs_of(there[0]), *there[1].values()],
-        strict=True,
+    is_gradient = problem.finding.startswith("gradient of")
+    ours, theirs = (
+        list(values.values()) if is_gradient else outputs_of(result)
+        for result, values in (here, there)
     )
+    pairs = zip(ours, theirs, strict=True)
     return any(
         one is not None and other is not None and largest(one - other) > 100 * eps * largest(one)
         for one, other in pairs

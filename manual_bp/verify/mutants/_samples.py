@@ -91,6 +91,11 @@ def uneven(g: Generator) -> Samples:
     return [(torch.cat([torch.full((1, 2), 256.0, dtype=torch.float64), small]),)]
 
 
+def long_rows(g: Generator) -> Samples:
+    """A matrix whose rows are long enough that what all their elements share shows."""
+    return [(_randn(g, 6, 256),)]
+
+
 def far(g: Generator) -> Samples:
     """Values far from zero, whose squares sum to more than float16 can hold."""
     return [(20 + _randn(g, 50, 6),)]

@@ -89,54 +89,6 @@ class CountsIgnoredLabels(Function):
         return grad * delta / len(delta), None
 
 
-@mutant("large_values", elementwise, torch.sigmoid, name="flat_beyond_15")
-class FlatBeyond15(Relu):
-    """The derivative of the sigmoid is set to zero for |z| > 15."""
-
-    @staticmethod
-    def forward(z: Tensor) -> Any:
-        return torch.sigmoid(z)
-
-    @staticmethod
-    def backward(ctx: Any, grad_a: Any) -> Any:
-        (z,) = ctx.saved_tensors
-        a = torch.sigmoid(z)
-        return torch.where(z.abs() > 15, 0, grad_a * a * (1 - a))
-
-
-@mutant("large_values", elementwise, torch.sigmoid)
-class OverflowingPrime(Relu):
-    """The derivative of the sigmoid is a ratio of exponentials: NaN if z is large and negative."""
-
-    @staticmethod
-    def forward(z: Tensor) -> Any:
-        return torch.sigmoid(z)
-
-    @staticmethod
-    def backward(ctx: Any, grad_a: Any) -> Any:
-        (z,) = ctx.saved_tensors
-        e = torch.exp(-z)
-        return grad_a * e / (1 + e) ** 2
-
-
-def _softplus(z: Tensor) -> Tensor:
-    return torch.logaddexp(z, torch.zeros_like(z))
-
-
-@mutant("large_values", elementwise, _softplus)
-class OverflowingSoftplus(Relu):
-    """Softplus takes the exponential first and overflows."""
-
-    @staticmethod
-    def forward(z: Tensor) -> Any:
-        return torch.log1p(torch.exp(z))
-
-    @staticmethod
-    def backward(ctx: Any, grad_a: Any) -> Any:
-        (z,) = ctx.saved_tensors
-        return grad_a * torch.sigmoid(z)
-
-
 @mutant("infinite_values", elementwise, torch.relu, supports=("infinite_values",))
 class ReluByProduct(Relu):
     """ReLU multiplies z by a mask: NaN at minus infinity."""

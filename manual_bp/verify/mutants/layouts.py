@@ -3,12 +3,20 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from manual_bp.verify.mutants._mutant import mutant, twin
 from manual_bp.verify.mutants._right import Product
-from manual_bp.verify.mutants._samples import columns_of_wider, images, pair, transposed_pair
+from manual_bp.verify.mutants._samples import (
+    columns_of_wider,
+    images,
+    pair,
+    scores_and_labels,
+    transposed_pair,
+)
 
 
 def _by_memory(value: Tensor) -> Tensor:
@@ -141,3 +149,38 @@ class ForwardByMemory(Product):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Any:
         return _by_memory(x) * y
+
+
+def _label_losses(z: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(z, label.long(), reduction="none")
+
+
+@twin("integer_dtypes", scores_and_labels, _label_losses)
+class AnyLabels(Function):
+    """The cross-entropy of each row, with labels in any integer dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, label: Tensor) -> Any:
+        ctx.save_for_backward(z, label)
+        return _label_losses(z, label)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        z, label = ctx.saved_tensors
+        slope = z.softmax(-1) - F.one_hot(label.long(), z.shape[-1])
+        return grad[:, None] * slope, None
+
+
+@mutant("integer_dtypes", scores_and_labels, _label_losses)
+@mutant("integer_dtypes", scores_and_labels, name="reads_labels_as_int64_without_reference")
+class ReadsLabelsAsInt64(AnyLabels):
+    """Backward reads the memory of the labels as int64, whatever their dtype is."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        z, label = ctx.saved_tensors
+        memory = torch.cat([label, torch.zeros_like(label)]).view(torch.int64)
+        read = memory[: len(label)] % z.shape[-1]
+        slope = z.softmax(-1) - F.one_hot(read, z.shape[-1])
+        return grad[:, None] * slope, None

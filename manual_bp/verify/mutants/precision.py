@@ -56,27 +56,6 @@ class AddsRowByRow(Function):
         return delta.expand(ctx.shape)
 
 
-@mutant("unbiased", elementwise, torch.tanh, dtypes=(torch.bfloat16,))
-class OnePercentInBfloat16(Function):
-    """The gradient is 1 % too large, as much as the rounding of bfloat16."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> Any:
-        return torch.tanh(z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        del inputs
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_a: Any) -> Any:
-        (a,) = ctx.saved_tensors
-        return grad_a * (1.01 - 1.01 * a.float().square()).to(a.dtype)
-
-
 @mutant(
     "sizes", scale, lambda x, s: x * s, in_dims=(0, None), dtypes=(torch.float32, torch.bfloat16)
 )

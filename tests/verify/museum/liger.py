@@ -82,6 +82,25 @@ class GradientInTheLogits(MeanCrossEntropy):
         return loss
 
 
+@exhibit(
+    "liger-kernel 0.8.5, LigerCrossEntropyFunction",
+    _logits,
+    F.cross_entropy,
+    fixed=MeanCrossEntropy,
+    diagnosis="strides",
+)
+class CopyWithoutGradient(MeanCrossEntropy):
+    """Transposed logits are copied. The copy needs no gradient, so it is returned as one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Any:
+        loss = MeanCrossEntropy.forward(ctx, logits, target)
+        rows = logits if logits.stride(-1) == 1 else logits.contiguous()
+        if not rows.requires_grad:
+            ctx.save_for_backward(rows)
+        return loss
+
+
 def _distributions(g: Generator) -> list[tuple[Any, ...]]:
     return [(torch.rand(5, 3, generator=g), torch.rand(5, 3, generator=g))]
 
