@@ -1,6 +1,5 @@
 """The value, and the first derivative."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,7 +21,8 @@ from manual_bp.verify._clues import is_linear, known_mistakes
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._context import CheckContext
 from manual_bp.verify._diagnose import DEMOTED
-from manual_bp.verify._precision import exact, narrowest, widen, widened
+from manual_bp.verify._precision import exact, narrowest, widened
+from manual_bp.verify.checks._along import directions_of, numeric_gradients, slope_along, terms_at
 from manual_bp.verify.checks._digits import is_demoted, results_of, rounds_to_half
 from manual_bp.verify.checks._far_out import far_out
 from manual_bp.verify.checks._shared import (
@@ -40,7 +40,6 @@ from manual_bp.verify.checks._slopes import (
     inner,
     slope,
     step_for,
-    steps_for,
     supported,
 )
 
@@ -99,8 +98,8 @@ def finite_differences(ctx: CheckContext, sample: Sample) -> None:
     rounds = rounds_to_half(ctx, sample, upstream)
     for i in positions(sample):
         before = ctx.comparisons
-        for direction in _directions(ctx, sample[i], found[i]):
-            along = _slope_along(ctx, sample, upstream, i, direction, found[i], rounds=rounds)
+        for direction in directions_of(ctx, sample[i], found[i]):
+            along = slope_along(ctx, sample, upstream, i, direction, found[i], rounds=rounds)
             if along.jumps:
                 ctx.kinks += along.has_quotient
                 continue
@@ -132,8 +131,8 @@ def slopes_far_out(ctx: CheckContext, sample: Sample) -> None:
             continue  # finite_differences and no_nan look at it
         upstream = [u * t.requires_grad for u, t in zip(upstream, outputs_of(result), strict=True)]
         rounds = rounds_to_half(ctx, arguments, upstream)
-        for direction in _directions(ctx, arguments[i], gradient):
-            along = _slope_along(ctx, arguments, upstream, i, direction, gradient, rounds=rounds)
+        for direction in directions_of(ctx, arguments[i], gradient):
+            along = slope_along(ctx, arguments, upstream, i, direction, gradient, rounds=rounds)
             if along.has_quotient and not along.jumps:
                 ctx.comparisons += 1
                 along.require(f"slope{where}")
@@ -171,88 +170,6 @@ def requires_grad_subsets(ctx: CheckContext, sample: Sample) -> None:
             ctx.compare_gradients(sample, found, {i: expected[i] for i in wanted}, where)
 
 
-def _directions(ctx: CheckContext, value: Tensor, gradient: Tensor | None) -> list[Tensor]:
-    directions = [ctx.random_like(value) for _ in range(3)]
-    if gradient is not None:  # so that no terms cancel, which are larger than their rounding
-        directions.append(directions[0].abs() * gradient.sgn())
-    if value.numel() <= 24:
-        axes = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
-        directions += [axis.view(value.shape) for axis in axes]
-    return directions
-
-
-def _slope_along(
-    ctx: CheckContext,
-    sample: Sample,
-    upstream: Sequence[Tensor],
-    i: int,
-    direction: Tensor,
-    gradient: Tensor | None,
-    *,
-    rounds: bool = False,
-) -> Slope:
-    """The slope of gradient_of, or, for a low precision, of the reference; else of the call.
-
-    rounds: Whether the call rounds to half precision on the way.
-    """
-    low = narrowest(sample)
-    reference = ctx.case.gradient_of or (None if low is None else ctx.case.reference)
-    call, start = ctx.call, sample
-    if reference is not None:
-        call, start = reference, ctx.in_domain(widened(sample))
-    # A call may round to a lower precision than that of its arguments.
-    coarsest = narrowest((*sample, *upstream) if reference is None else start)
-    coarsest = torch.bfloat16 if rounds else coarsest
-
-    def at(step: float) -> Slope:
-        along, noise = direction, 0.0
-        if coarsest is not None or i in ctx.case.project:
-            # Moved arguments are rounded, and kept in their domain: not exactly along it.
-            ahead, behind = (_shifted(ctx, start, i, along, shift)[i] for shift in (step, -step))
-            along = (widen(ahead) - widen(behind)) / (2 * step)
-        if not along.any():  # all of it is rounded away
-            return Slope(ctx.label(i), 0.0, math.nan, 0.0, jumps=True)
-        if low is not None:
-            lost = 8 * torch.finfo(low).eps * largest(gradient) + 5 * ctx.usual_loss().error(i)
-            noise = lost * float(along.abs().norm())
-        return slope(
-            ctx.label(i),
-            partial(_terms, ctx, call, start, upstream, i, along),
-            [inner(gradient, along)],
-            step,
-            eps=eps,
-            rtol=ctx.case.rtol,
-            atol=ctx.case.atol + noise,
-        )
-
-    eps = torch.finfo(coarsest or torch.float64).eps
-    tried = map(at, steps_for(start[i], eps))
-    usual = next(tried)
-    return usual if not usual.jumps else next((one for one in tried if not one.jumps), usual)
-
-
-def _terms(
-    ctx: CheckContext,
-    call: Call,
-    sample: Sample,
-    upstream: Sequence[Tensor],
-    i: int,
-    direction: Tensor,
-    shift: float,
-) -> Tensor:
-    """The terms of the sum of the outputs, weighted by upstream gradients, at a moved sample."""
-    with torch.no_grad():
-        results = outputs_of(call(*_shifted(ctx, sample, i, direction, shift)))
-    return torch.cat([inner(t, u) for t, u in zip(results, upstream, strict=True)])
-
-
-def _shifted(ctx: CheckContext, sample: Sample, i: int, direction: Tensor, shift: float) -> Sample:
-    """The sample with one argument moved along a direction, in its dtype and its domain."""
-    moved = (sample[i] + shift * direction).to(sample[i].dtype)
-    moved = ctx.in_domain((*sample[:i], moved, *sample[i + 1 :]))[i]
-    return leaves((*sample[:i], moved, *sample[i + 1 :]), ())
-
-
 def _shared_by_reference(
     ctx: CheckContext,
     sample: Sample,
@@ -273,7 +190,7 @@ def _shared_by_reference(
     if case.reference is None:
         return ""
     gradient = exact(ctx.reference, sample, upstream)[1][i]
-    claimed = _slope_along(ctx, sample, upstream, i, direction, gradient).claimed
+    claimed = slope_along(ctx, sample, upstream, i, direction, gradient).claimed
     noise = 0.0 if low is None else 8 * torch.finfo(low).eps
     if abs(along.claimed - claimed) > (1e-6 + noise) * abs(along.claimed):
         return ""
@@ -313,7 +230,7 @@ def _fault_of_reference(
         return [
             slope(
                 ctx.label(i),
-                partial(_terms, ctx, call, start, given, i, along),
+                partial(terms_at, ctx, call, start, given, i, along),
                 [inner(gradient[i], along)],
                 step_for([start[i]]),
                 rtol=ctx.case.rtol,
@@ -336,12 +253,12 @@ def _mistake(
     if narrowest(sample) is not None or ctx.case.project or count > _MOST_ELEMENTS:
         return ""
     try:
-        expected = _numeric_gradients(ctx, sample, upstream)
+        expected = numeric_gradients(ctx, sample, upstream)
     except Exception:
         return ""
     if found[i] is not None and not any(g.any() for g in expected.values() if g is not None):
         return f"the value does not change, and the call has a gradient: {TO_GRADIENT_OF}"
-    right = partial(_numeric_gradients, ctx)
+    right = partial(numeric_gradients, ctx)
     clues = partial(known_mistakes, sample, upstream, expected, right, ctx.label)
     budgets = {i: Budget(1e-5, 1e-6 * largest(expected[i]))}
     try:
@@ -349,22 +266,6 @@ def _mistake(
     except Mismatch as mismatch:
         return mismatch.diagnosis or _nonlinearity(ctx, sample, upstream, found)
     return ""
-
-
-def _numeric_gradients(ctx: CheckContext, sample: Sample, upstream: Sequence[Tensor]) -> Gradients:
-    """The gradients of the call in float64, by the slope along each element."""
-    found: Gradients = {}
-    for i in positions(sample):
-        gradient = torch.zeros_like(sample[i], memory_format=torch.contiguous_format)
-        for k in range(gradient.numel()):
-            for unit in (1, 1j) if gradient.is_complex() else (1,):
-                axis = torch.zeros_like(gradient)
-                axis.view(-1)[k] += unit
-                terms = partial(_terms, ctx, ctx.call, sample, upstream, i, axis)
-                along = slope(ctx.label(i), terms, [inner(None, axis)], step_for([sample[i]]))
-                gradient += axis * along.measured
-        found[i] = gradient
-    return found
 
 
 def _nonlinearity(
