@@ -38,11 +38,13 @@ from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.record import record
 from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
-from manual_bp.training_step import CapturedStep, TrainingStep
+from manual_bp.training_step import Adam, AdamW, CapturedStep, TrainingStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adam",
+    "AdamW",
     "CapturedStep",
     "ConversionReport",
     "Cost",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from manual_bp import _require
-from manual_bp.training_step._pass import fresh_buffers
+from manual_bp.training_step._layer import fresh_buffers
 from manual_bp.training_step._plan import Plan
 from manual_bp.training_step._snapshot import CostAttributes
 
@@ -64,8 +64,8 @@ class CapturedStep:
 
         Raises:
             TypeError, ValueError: x or y is not like the one captured.
-            RuntimeError: Network, cost, momentum or velocities have changed since (see
-                `TrainingStep`); the graph would go on training the old ones.
+            RuntimeError: Network, cost or velocities have changed since (see `TrainingStep`); the
+                graph would go on training the old ones.
         """
         for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
             _require.like(name, value, f"the captured {name}", captured)

@@ -1,7 +1,8 @@
 """What a step accepts: parameters that can be updated in place, and numbers that they can hold."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from manual_bp import _net, _require
 from manual_bp.training_step._overlap import overlapping, overlaps_itself
-from manual_bp.training_step._pass import Descent
+from manual_bp.training_step._rules import Adam, Descent, Options
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,18 +66,111 @@ def _require_apart(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def checked_numbers(dtype: torch.dtype, lr: object, descent: Descent) -> tuple[float, Descent]:
+def checked_numbers(
+    dtype: torch.dtype, lr: object, descent: Descent, names: Iterable[str]
+) -> tuple[float, Descent]:
     """The numbers as floats; refuse any that PyTorch would refuse in the middle of a step."""
     lr = checked_number("lr", lr)
-    descent = Descent(*(checked_number(name, n) for name, n in descent._asdict().items()))
+    numbers: dict[str, Any] = {n: checked_number(n, getattr(descent, n)) for n in _NUMBERS}
+    descent = descent._replace(
+        **numbers,
+        groups=_checked_groups(descent.groups, names),
+        max_norm=_checked_norm(descent.max_norm, dtype),
+    )
+    _require_rule(descent, dtype)
     require_within(dtype, lr, descent)
     return lr, descent
+
+
+_NUMBERS = ("momentum", "weight_decay", "dampening")
+
+
+def _checked_groups(groups: Any, names: Iterable[str]) -> dict[str, dict[str, float]]:
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            f"groups must be a mapping of patterns to options; got {type(groups).__name__}"
+        )
+    names, found = list(names), {}
+    for pattern, options in groups.items():
+        place = f"groups[{pattern!r}]"
+        if not isinstance(pattern, str):
+            raise TypeError(f"groups must have strings as keys; got {type(pattern).__name__}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{place} must fit the name of a parameter of net; got {', '.join(names)}"
+            )
+        if not isinstance(options, Mapping):
+            raise TypeError(f"{place} must be a mapping; got {type(options).__name__}")
+        for key in options:
+            _require.one_of(f"a key of {place}", key, Options._fields)
+        found[pattern] = {k: checked_number(f"{place}[{k!r}]", n) for k, n in options.items()}
+    return found
+
+
+def _checked_norm(max_norm: object, dtype: torch.dtype) -> float | None:
+    if max_norm is None:
+        return None
+    number = _require.number("max_norm", max_norm)
+    _require.above("max_norm", number, 0)
+    if dtype is torch.float16:
+        raise TypeError(
+            "max_norm must be None for parameters of float16, because a clipped δ would leave its "
+            f"range; got {max_norm}"
+        )
+    return number
+
+
+def _require_rule(descent: Descent, dtype: torch.dtype) -> None:
+    rule, momentum, nesterov = descent.rule, descent.momentum, descent.nesterov
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"nesterov must be True or False; got {nesterov!r}")
+    if nesterov and (not momentum or descent.dampening):
+        raise ValueError(
+            f"nesterov must be used with momentum and without dampening; got momentum={momentum}, "
+            f"dampening={descent.dampening}"
+        )
+    if rule is None:
+        return
+    if not isinstance(rule, Adam):
+        raise TypeError(f"rule must be an Adam, an AdamW or None; got {type(rule).__name__}")
+    if momentum or descent.dampening:
+        raise ValueError(
+            f"momentum and dampening must be 0 with a rule, which has its own; got {momentum} and "
+            f"{descent.dampening}"
+        )
+    if dtype is torch.float16:
+        raise TypeError(
+            f"rule must be None for parameters of float16, whose range is too small for g² and "
+            f"eps; got {type(rule).__name__}"
+        )
+    _require_betas(rule)
+    _require.at_least("eps", checked_number("eps", rule.eps), 0)
+
+
+def _require_betas(rule: Adam) -> None:
+    if not isinstance(rule.betas, tuple | list) or len(rule.betas) != 2:
+        raise TypeError(f"betas must be two numbers; got {rule.betas!r}")
+    for beta in rule.betas:
+        if not checked_number("betas", beta) < 1:
+            raise ValueError(f"betas must be below 1; got {rule.betas}")
 
 
 def require_within(dtype: torch.dtype, lr: float, descent: Descent) -> None:
     """Refuse numbers that the dtype of the parameters cannot hold."""
     most = torch.finfo(dtype).max
-    numbers = {"lr": lr} | descent._asdict() | {"lr * weight_decay": lr * descent.weight_decay}
+    numbers = {"lr": lr} | {name: getattr(descent, name) for name in _NUMBERS}
+    numbers["lr * weight_decay"] = lr * descent.weight_decay
+    if descent.rule is not None:
+        numbers["eps"] = descent.rule.eps
+    for pattern, options in descent.groups.items():
+        scale, weight_decay = options.get("lr_scale", 1.0), options.get("weight_decay", 0.0)
+        place = f"groups[{pattern!r}]"
+        numbers[f"lr_scale of {place}"] = scale
+        numbers[f"lr * lr_scale of {place}"] = lr * scale
+        numbers[f"weight_decay of {place}"] = weight_decay
+        numbers[f"lr * lr_scale * weight_decay of {place}"] = (
+            lr * scale * max(weight_decay, descent.weight_decay)
+        )
     for name, number in numbers.items():
         if number > most:
             raise ValueError(
@@ -91,24 +185,6 @@ def checked_number(name: str, value: object) -> float:
     if number == math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
     return number
-
-
-def checked_velocities(
-    velocities: Mapping[str, Any], parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Copies of saved velocities; refuse any that fits no parameter."""
-    found = {}
-    for name, velocity in velocities.items():
-        place = f"velocities[{name!r}]"
-        if name not in parameters:
-            raise KeyError(f"velocities: net has no parameter {name!r}")
-        _require.real(place, velocity)
-        _require.shape(place, velocity, parameters[name].shape, "its parameter's")
-        if velocity.is_meta:
-            raise ValueError(f"{place} must have values; got a meta tensor")
-        with torch.inference_mode(False):
-            found[name] = velocity.detach().clone()
-    return found
 
 
 def require_mapping(name: str, value: object) -> None:

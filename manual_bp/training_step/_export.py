@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from manual_bp.training_step._pass import Computation, Pass, fresh_buffers
+from manual_bp.training_step._clip import norm_dtype
+from manual_bp.training_step._layer import fresh_buffers
+from manual_bp.training_step._pass import Computation, Pass
 from manual_bp.training_step._plan import Plan
 
-State = dict[str, Tensor]
+Values = dict[str, Tensor]
 
 
 class StepModule(nn.Module):
@@ -27,15 +29,21 @@ class StepModule(nn.Module):
         self._computation = computation
 
     def forward(
-        self, x: Tensor, y: Tensor, lr: Tensor, parameters: State, velocities: State | None = None
-    ) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
-        """The cost before the step, the new parameters and, under momentum, the new velocities."""
-        new = {name: value.clone() for name, value in parameters.items()}
-        new_velocities = {name: value.clone() for name, value in (velocities or {}).items()}
-        samples, allocate = x.shape[:-1], fresh_buffers(x)
-        run = Pass(self._computation, new, new_velocities, samples, allocate, rate_is_tensor=True)
-        cost = run(x, y, lr)
-        return (cost, new) if velocities is None else (cost, new, new_velocities)
+        self, x: Tensor, y: Tensor, lr: Tensor, parameters: Values, *state: Values
+    ) -> tuple[Any, ...]:
+        """The cost before the step, the new parameters, and what the rule keeps, kind by kind."""
+        new, *kept = ({n: t.clone() for n, t in each.items()} for each in (parameters, *state))
+        slots = self._computation.descent.chosen.slots
+        run = Pass(
+            self._computation,
+            new,
+            dict(zip(slots, kept, strict=True)),
+            x.shape[:-1],
+            fresh_buffers(x),
+            x.new_empty((), dtype=norm_dtype(x.dtype)),
+            rate_is_tensor=True,
+        )
+        return (run(x, y, lr), new, *kept)
 
 
 @torch.no_grad()
@@ -52,10 +60,9 @@ def as_program(plan: Plan, y: Tensor | None) -> ExportedProgram:
     arguments: list[Any] = [x, y, x.new_zeros(()), parameters]
     batch = {0: Dim("batch", min=1)}
     shapes: list[Any] = [batch, batch, None, dict.fromkeys(parameters)]
-    velocities = plan.learned_velocities
-    if velocities is not None:
-        arguments.append(velocities)
-        shapes.append(dict.fromkeys(velocities))
+    state = list(plan.learned_state.values())
+    arguments += state
+    shapes += [tuple(dict.fromkeys(kept) for kept in state)] if state else []
     module = StepModule(plan.computation)
     module(*arguments)  # so that bad arguments are refused in our words
     return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))
@@ -87,7 +94,8 @@ def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -
         raise ImportError(
             "export_onnx needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
-    state = [*plan.parameters, *(f"velocity.{name}" for name in plan.learned_velocities or {})]
+    kept = plan.learned_state
+    state = [*plan.parameters, *(f"{_ONE.get(k, k)}.{name}" for k in kept for name in kept[k])]
     with warnings.catch_warnings():
         # From packages that the exporter uses.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -102,6 +110,9 @@ def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -
         )
     assert model is not None
     _write(path, model.model_proto.SerializeToString())
+
+
+_ONE = {"velocities": "velocity", "steps": "step"}
 
 
 def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
@@ -144,6 +155,23 @@ def _add(t: Tensor, other: Any, *, alpha: float = 1) -> Any:
     return NotImplemented if alpha == 1 else t + other * alpha
 
 
+def _addmm(t: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    # The numbers would be attributes, which ONNX holds in float32.
+    return NotImplemented if alpha == 1 and beta == 1 else beta * t + alpha * (a @ b)
+
+
+def _addcmul(t: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return t + a * b * value  # so that value is a factor like any other
+
+
+def _lerp_by_number(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    return start + (end - start) * weight  # likewise
+
+
+def _power_of_number(number: float, exponent: Tensor) -> Tensor:
+    return torch.scalar_tensor(number, dtype=exponent.dtype) ** exponent
+
+
 def _expm1(x: Tensor) -> Tensor:
     # torch.onnx would write e^x − 1, which loses digits for a small x.
     t = torch.tanh(x / 2)
@@ -152,10 +180,14 @@ def _expm1(x: Tensor) -> Tensor:
 
 _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.add.Tensor: _add,
+    torch.ops.aten.addcmul.default: _addcmul,
+    torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.expm1.default: _expm1,
     torch.ops.aten.mul.Tensor: _mul,
     torch.ops.aten.mv.default: _mv,
+    torch.ops.aten.lerp.Scalar: _lerp_by_number,
     torch.ops.aten.lerp.Tensor: _lerp,
+    torch.ops.aten.pow.Scalar: _power_of_number,
     torch.ops.aten.leaky_relu.default: _leaky_relu,
 }
 

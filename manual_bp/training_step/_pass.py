@@ -4,15 +4,18 @@ What `backprop` keeps in dictionaries is kept here in buffers, which every batch
 a layer's z and then its a in one buffer, δ in one of two buffers, which the layers use in turn.
 The gradient of a weight has no buffer: w is updated within the matrix product of its BP4,
 
-    w ← w − η ∂C/∂w                w.addmm_(delta.mT, a_prev, alpha=-lr)
+    w ← w − η ∂C/∂w                w.addmm_(delta.mT, a_prev, alpha=-lr/n)
 
-after BP2 has read it. With momentum, the product is added to the velocity instead.
+after BP2 has read it. With momentum, the product is added to the velocity instead. A rule that
+needs the gradient itself gets it in one buffer for all weights, on the CPU some rows at a time.
+
+If the gradient is to be clipped, every δ is computed and kept before the first update.
 
 η is a number. A CUDA graph and an exported program cannot change a number, so there η is a tensor,
 and δ is multiplied by it after BP2 has read δ. (The range of float16 is too small for that.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -24,22 +27,12 @@ from torch import Tensor
 from manual_bp import _net
 from manual_bp.costs._cost import Cost, bind
 from manual_bp.layers._activation import Activation
+from manual_bp.training_step import _clip
+from manual_bp.training_step._layer import Allocate, PassLayer
+from manual_bp.training_step._learn import Learned
+from manual_bp.training_step._rules import Descent, State, subtract
 
-# allocate(name, columns, widest) makes a buffer (N, columns). Buffers with the same name may share
-# memory, which must then be enough for `widest` columns.
-Allocate = Callable[[str, int, int], Tensor]
-
-
-def fresh_buffers(x: Tensor) -> Allocate:
-    """Allocate a new buffer each time, with one row for each sample of x."""
-    return lambda _name, columns, _widest: x.new_empty(prod(x.shape[:-1]), columns)
-
-
-class Descent(NamedTuple):
-    """How parameters follow their gradients; the names are those of `torch.optim.SGD`."""
-
-    momentum: float
-    weight_decay: float
+Learn = Callable[[PassLayer, Tensor], None]
 
 
 class Computation(NamedTuple):
@@ -68,50 +61,101 @@ class Pass:
     Args:
         computation: What is computed.
         values: The parameters, by their names in the network.
-        velocities: Those of the learned parameters under momentum, by the same names; else empty.
+        state: What the rule keeps of the learned ones, by the same names.
         samples: The shape of x without its last dimension.
         allocate: Makes the buffers.
+        norm: Where the norm of the gradient goes if it is clipped, shape ().
         rate_is_tensor: Whether η will be a tensor, shape ().
+        sums: By the names of the learned parameters, what −η times their gradients are added to;
+            values and state then stay as they are.
 
     Attributes:
-        state: All that a step changes: the values that are learned, and their velocities.
+        state: All that a step changes: the values that are learned, what is kept of them, norm.
     """
 
     def __init__(
         self,
         computation: Computation,
         values: Mapping[str, Tensor],
-        velocities: Mapping[str, Tensor],
+        state: State,
         samples: Sequence[int],
         allocate: Allocate,
+        norm: Tensor,
         *,
         rate_is_tensor: bool = False,
+        sums: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._input_activations, layers, cost, self._descent = computation
-        self._followers = [(values[n], velocities[n]) for n in computation.learned if velocities]
-        self.state = [values[n] for n in computation.learned] + [v for _, v in self._followers]
-        targets = {name: velocities.get(name, values[name]) for name in computation.learned}
-        widest = max(len(layer.w) for layer in layers)
-        self._layers: list[_PassLayer] = []
-        for l, layer in enumerate(layers):
-            # Backward needs the δ of two neighbouring layers at a time: two buffers are enough.
-            delta = allocate(f"delta {l % 2}", len(layer.w), widest)
-            self._layers.append(_PassLayer(layer, l, values, targets, delta, allocate))
-        for below, above in pairwise(self._layers):
-            above.a_prev = below.a
-        learns = [layer.learns_w or layer.learns_b for layer in layers]
-        lowest = learns.index(True) if any(learns) else len(layers)
-        self._downwards = self._layers[lowest:][::-1]
-        for above, below in pairwise(self._downwards):
-            above.below = below
+        self._input_activations, layers, cost, descent = computation
+        descent = descent if sums is None else Descent()
+        names, slots = computation.learned, descent.chosen.slots
+        kept = [state[slot][n] for slot in slots for n in names]
+        self.state = [*(values[n] for n in names), *kept, norm]
+        self._rate_is_tensor, self._momentum = rate_is_tensor, descent.momentum
+        self._needs_gradient = descent.chosen.needs_gradient
+        self._max_norm, self._norm = descent.max_norm, norm
+        self._reads_values = not rate_is_tensor and norm.device.type == "cpu"
+        targets = state.get("velocities", values) if sums is None else sums
+        learned = {
+            n: Learned(n, values[n], descent, state, targets[n], reads_values=self._reads_values)
+            for n in names
+        }
+        follows = bool(self._momentum) and not self._needs_gradient
+        self._followers = list(learned.values()) if follows else []
+        self._layers = self._make_layers(layers, values, learned, allocate)
+        self._downwards = self._link_downwards(layers)
         self._top = top = self._layers[-1]
         shape = (*samples, top.a.shape[-1])
         self._error_, self._sample_weight = bind(cost, top.a.view(shape), top.delta.view(shape))
-        self._rate_is_tensor = rate_is_tensor
+        self._error_weight: float | None = None
+        if self._clips or self._needs_gradient:
+            self._error_weight, self._sample_weight = self._sample_weight, 1.0
         weight = 1.0 if rate_is_tensor else self._sample_weight
-        self._sample_weights = top.delta.new_full((top.delta.shape[0],), weight)
+        sample_weights = top.delta.new_full((top.delta.shape[0],), weight)
+        for each in self._layers:
+            # Not in one call of addmv_, which rounds b once for every sample.
+            each.sum_delta = partial(torch.mv, each.delta_t, sample_weights, out=each.grad_b)  # BP3
         self._lr: Any = None
-        self._factors = _Factors(None, None, {}, {})
+        self._rate: Any = None
+
+    @property
+    def _clips(self) -> bool:
+        return self._max_norm is not None
+
+    def _link_downwards(self, layers: Sequence[_net.Layer]) -> list[PassLayer]:
+        """The layers from the top to the lowest that learns, each with the next as its `below`."""
+        learns = [layer.learns_w or layer.learns_b for layer in layers]
+        lowest = learns.index(True) if any(learns) else len(layers)
+        downwards = self._layers[lowest:][::-1]
+        for above, below in pairwise(downwards):
+            above.below = below
+        return downwards
+
+    def _make_layers(
+        self,
+        layers: Sequence[_net.Layer],
+        values: Mapping[str, Tensor],
+        learned: Mapping[str, Learned],
+        allocate: Allocate,
+    ) -> list[PassLayer]:
+        widest = max(len(layer.w) for layer in layers)
+        made: list[PassLayer] = []
+        for l, layer in enumerate(layers):
+            out = len(layer.w)
+            # Backward needs the δ of two neighbouring layers at a time: two buffers are enough,
+            # unless all are kept.
+            name, room = (f"delta of {l}", out) if self._clips else (f"delta {l % 2}", widest)
+            delta = allocate(name, out, room)
+            made.append(PassLayer(layer, l, values, learned, delta, allocate))
+            if self._clips and layer is not layers[-1]:
+                made[-1].keep_a(allocate("backup", out, widest))
+        for below, above in pairwise(made):
+            above.a_prev = below.a
+        weights = [each for each in made if each.learned_w is not None]
+        if weights and (self._clips or self._needs_gradient):
+            room = max(each.largest_block for each in weights)
+            for each in weights:
+                each.make_blocks(allocate, room)
+        return made
 
     def __call__(self, x: Tensor, y: Tensor, lr: Any) -> Tensor:
         """Take one step of gradient descent; returns C before the step."""
@@ -133,134 +177,106 @@ class Pass:
         # 3. Output error.
         cost = self._error_(y)  # BP1: ∇_a C
         self._top.times_sigma_prime_(self._top.delta)  # BP1: ⊙ σ'(z)
+        if self._error_weight is not None:
+            self._top.delta.mul_(self._error_weight)
 
         # 4. Backward, and 5. gradients.
         if self._rate_is_tensor or lr != self._lr:
-            self._lr, self._factors = lr, self._factors_of(lr)
-        self._descend(a_first)
-        if self._followers:
-            self._follow_velocities(lr)
+            self._set_rate(lr)
+        # Not kept: a reference to itself would keep the buffers of a replaced pass.
+        learn = self._learn_from_gradients if self._needs_gradient else self._learn_in_products
+        if self._clips:
+            self._descend(a_first, _learn_later)
+            self._clip_and_learn(a_first, learn)
+        else:
+            self._descend(a_first, learn)
+        for learned in self._followers:
+            learned.follow_velocity()
         return cost
 
-    def _descend(self, a_first: Tensor) -> None:
-        """Backward; each gradient is added to its parameter, or velocity, as it is computed."""
-        keep, rate, kwargs_b, kwargs_w = self._factors
+    def _descend(self, a_first: Tensor, learn: Learn) -> None:
+        """Backward; each layer learns as soon as BP2 has read its weights."""
         for layer in self._downwards:
             below = layer.below
             if below is not None:
                 torch.mm(layer.delta, layer.w, out=below.delta)  # BP2: wᵀδ, before w is updated
-            if rate is not None:
-                layer.delta.mul_(rate)
-            if layer.target_b is not None:
-                if keep is not None:
-                    layer.target_b.mul_(keep)
-                # Not in one call of addmv_, which rounds b once for every sample.
-                torch.mv(layer.delta_t, self._sample_weights, out=layer.grad_b)  # BP3
-                layer.target_b.add_(layer.grad_b, **kwargs_b)
-            if layer.target_w is not None:
-                if not kwargs_w and keep is not None:
-                    layer.target_w.mul_(keep)
-                a_prev = a_first if layer.a_prev is None else layer.a_prev
-                layer.target_w.addmm_(layer.delta_t, a_prev, **kwargs_w)  # BP4
+            learn(layer, a_first if layer.a_prev is None else layer.a_prev)
             if below is not None:  # its a may be overwritten now
                 below.times_sigma_prime_(below.delta)  # BP2: ⊙ σ'(z)
 
-    def _factors_of(self, lr: Any) -> "_Factors":
-        momentum, weight_decay = self._descent
-        keep = 1 - lr * weight_decay if weight_decay else None
-        rate, rate_w = -lr, -lr * self._sample_weight
-        if momentum:
-            keep, rate, rate_w = momentum, 1.0, self._sample_weight
+    def _clip_and_learn(self, a_first: Tensor, learn: Learn) -> None:
+        """Measure the gradient, and only then update."""
+        pairs = [
+            (each, a_first if each.a_prev is None else each.a_prev) for each in self._downwards
+        ]
+        norms: list[Any] = []
+        for layer, a_prev in pairs:
+            if layer.learned_b is not None:
+                layer.sum_delta()
+                norms.append(_clip.norm_of(layer.grad_b))
+            if layer.learned_w is not None:
+                by_gram = _clip.norm_by_gram(layer.delta, a_prev) if self._reads_values else None
+                if by_gram is None:
+                    norms += [_clip.norm_of(g) for g in _gradients_of_w(layer, a_prev)]
+                else:
+                    norms.append(by_gram)
+        assert self._max_norm is not None
+        factor = _clip.factor(norms, self._max_norm, self._norm, reads_values=self._reads_values)
+        for layer, a_prev in pairs:
+            if factor is not None:
+                layer.delta.mul_(factor)
+            learn(layer, a_prev)
+
+    def _learn_in_products(self, layer: PassLayer, a_prev: Tensor) -> None:
+        """Add each gradient to its parameter, velocity or sum as it is computed."""
+        w, b = layer.learned_w, layer.learned_b
+        if self._rate is not None:
+            layer.delta.mul_(self._rate)
+        if b is not None:
+            if b.keep is not None:
+                b.target.mul_(b.keep)
+            if b.decay is not None:
+                subtract(b.target, b.target, b.decay)
+            layer.sum_delta()
+            b.target.add_(layer.grad_b, **b.kwargs)
+        if w is not None:
+            if w.keep is not None:
+                w.target.mul_(w.keep)
+            if w.decay is not None:
+                subtract(w.target, w.target, w.decay)
+            w.target.addmm_(layer.delta_t, a_prev, **w.kwargs)  # BP4, added
+
+    def _learn_from_gradients(self, layer: PassLayer, a_prev: Tensor) -> None:
+        """Hand each gradient to the rule."""
+        w, b = layer.learned_w, layer.learned_b
+        if b is not None:
+            layer.sum_delta()
+            b.begin(self._lr)
+            b.update(layer.grad_b)
+        if w is not None:
+            w.begin(self._lr)
+            for block, grad_w in enumerate(_gradients_of_w(layer, a_prev)):
+                w.update(grad_w, block)
+
+    def _set_rate(self, lr: Any) -> None:
+        self._lr = lr
+        if self._needs_gradient:
+            return
         if self._rate_is_tensor:
-            return _Factors(keep, rate_w, {}, {})
-        # A beta of 1 is left out: reading it takes PyTorch a tenth of a small product's time.
-        beta = {} if keep is None else {"beta": keep}
-        return _Factors(keep, None, {"alpha": rate}, {"alpha": rate_w} | beta)
-
-    def _follow_velocities(self, lr: Any) -> None:
-        for value, velocity in self._followers:
-            if self._descent.weight_decay:
-                velocity.add_(value, alpha=self._descent.weight_decay)
-            if isinstance(lr, Tensor):
-                value.addcmul_(velocity, lr, value=-1)
-            else:
-                value.add_(velocity, alpha=-lr)
+            self._rate = self._sample_weight * (1 if self._momentum else -lr)
+        for layer in self._downwards:
+            if layer.learned_b is not None:
+                layer.learned_b.set_rate(lr, 1.0, is_in_delta=self._rate_is_tensor)
+            if layer.learned_w is not None:
+                weight = self._sample_weight
+                layer.learned_w.set_rate(lr, weight, is_in_delta=self._rate_is_tensor)
 
 
-class _Factors(NamedTuple):
-    """The numbers in the additions of BP3 and BP4.
-
-    keep: What a parameter or velocity is multiplied by first; None for 1.
-    rate: What δ is multiplied by; None if `kwargs_b` and `kwargs_w` hold the rate.
-    kwargs_b, kwargs_w: Keyword arguments of the two additions. Those for w include keep.
-    """
-
-    keep: Any
-    rate: Any
-    kwargs_b: dict[str, float]
-    kwargs_w: dict[str, float]
+def _learn_later(layer: PassLayer, a_prev: Tensor) -> None:
+    """What a layer does in a backward whose gradient is to be clipped."""
 
 
-class _PassLayer:
-    """One layer's parameters and buffers in a pass.
-
-    Attributes:
-        w: Weights (out, in); w_t: the same, (in, out); b: biases (out,), or None.
-        target_w: What BP4 is added to, w or its velocity; None if w is frozen; target_b likewise.
-        z: Where weighted inputs go, (N, out). The first activation turns them into a, in place.
-        a: The output of the last activation: z itself, unless there are several.
-        a_prev: The a of the layer below; None for the first layer.
-        sigma_: Computes a from z, in the buffers.
-        times_sigma_prime_: Turns ∂C/∂a into δ, in place.
-        delta: Its error, (N, out); delta_t: the same, (out, N).
-        grad_b: The buffer of ∂C/∂b, (out,).
-        below: The layer that δ is propagated to, if any.
-    """
-
-    __slots__ = (
-        "a", "a_prev", "b", "below", "delta", "delta_t", "grad_b", "sigma_", "target_b", "target_w",
-        "times_sigma_prime_", "w", "w_t", "z",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        layer: _net.Layer,
-        l: int,
-        values: Mapping[str, Tensor],
-        targets: Mapping[str, Tensor],
-        delta: Tensor,
-        allocate: Allocate,
-    ) -> None:
-        w, b = f"{layer.name}.weight", f"{layer.name}.bias"
-        self.w, self.b = values[w], values.get(b)
-        self.w_t = self.w.mT
-        self.target_w, self.target_b = targets.get(w), targets.get(b)
-        out = len(self.w)
-        self.z = self.a = allocate(f"z {l}", out, out)
-        self.delta, self.delta_t = delta, delta.mT
-        self.grad_b = self.w.new_empty(out)
-        self.a_prev: Tensor | None = None
-        self.below: _PassLayer | None = None
-        sigmas: list[Callable[[], object]] = []
-        primes: list[Callable[[Tensor], object]] = []
-        for i, activation in enumerate(layer.activations):
-            if i > 0:  # a buffer for each, because σ' of an inner activation needs its own a
-                inner, self.a = self.a, allocate(f"z {l} {i}", out, out)
-                sigmas.append(partial(self.a.copy_, inner))
-            sigma_, times_sigma_prime_ = activation.bind(self.a)
-            sigmas.append(sigma_)
-            primes.append(times_sigma_prime_)
-        self.sigma_ = _one_after_another(sigmas)
-        self.times_sigma_prime_ = _one_after_another(primes[::-1])
-
-
-def _one_after_another(calls: Sequence[Callable[..., object]]) -> Callable[..., object]:
-    """One function that makes all the calls, with the same arguments."""
-    if len(calls) == 1:
-        return calls[0]
-
-    def call(*args: Tensor) -> None:
-        for each in calls:
-            each(*args)
-
-    return call
+def _gradients_of_w(layer: PassLayer, a_prev: Tensor) -> Iterator[Tensor]:
+    """The blocks of ∂C/∂w, one after another in the same buffer."""
+    for delta_t, grad_w in layer.blocks:
+        yield torch.mm(delta_t, a_prev, out=grad_w)  # BP4

@@ -12,10 +12,11 @@ from torch.export import ExportedProgram
 from manual_bp import _net, _require
 from manual_bp._torch import any_autocast_is_on, transforms_are_active
 from manual_bp.costs._cost import Cost
-from manual_bp.training_step import _checks, _export
+from manual_bp.training_step import _checks, _export, _state
 from manual_bp.training_step._captured import CapturedStep
-from manual_bp.training_step._pass import Descent
+from manual_bp.training_step._micro_batches import MicroBatches
 from manual_bp.training_step._plan import Plan
+from manual_bp.training_step._rules import Adam, Descent
 
 
 class TrainingStep:
@@ -27,7 +28,7 @@ class TrainingStep:
 
     does what `cost = QuadraticCost()(net(x), y)`, `cost.backward()` and a step of
     `torch.optim.SGD(net.parameters(), lr)` do, up to rounding, without a graph and without
-    gradients: `.grad` is neither read nor written.
+    gradients: `.grad` is neither read nor written. Adam, AdamW and `clip_grad_norm_` are options.
 
     Args:
         net: As for `backprop`: linear layers and activations, ours or `torch.nn`'s, or
@@ -37,20 +38,40 @@ class TrainingStep:
         cost: A `Cost` reduced by "mean" or "sum".
         lr: The learning rate η, at least 0.
         momentum: μ, at least 0.
-        weight_decay: λ, at least 0; for weights and biases alike.
+        weight_decay: λ, at least 0; for weights and biases alike, unless groups say otherwise.
+        dampening: τ, at least 0: how much less of a gradient enters its velocity.
+        nesterov: Whether momentum is Nesterov's, which needs momentum and no dampening.
+        rule: `Adam()` or `AdamW()` instead of SGD; then momentum and dampening must be 0. None is
+            SGD.
+        groups: By patterns of parameter names, as "*.bias" or "0.*", which options differ for
+            these: "weight_decay", and "lr_scale", by which lr is multiplied. A parameter takes the
+            options of each pattern that fits its name in `net.state_dict()`; the last one counts.
+        max_norm: What the norm of the whole gradient is clipped to, above 0, before any parameter
+            changes; None does not clip, infinity only measures.
 
     Attributes:
         net, cost, momentum, weight_decay: As given.
         lr: As given; it may be set between any two steps, as schedules do.
+        grad_norm: The norm of the last gradient before it was clipped.
 
-    A step, in the formulas of SGD, for each parameter p with the gradient g of the cost:
+    A step, for each parameter p with the gradient g of the cost:
 
         p ← p − η (g + λ p)                            without momentum
         v ← μ v + g + λ p,  then  p ← p − η v          with momentum, starting from v = 0
 
-    Memory besides the parameters, and the velocities v under momentum: the activations of the
-    largest batch so far, and two δ, each as wide as the widest layer. Buffers are allocated at the
-    first batch, and again at a larger one.
+    With dampening, (1 − τ) (g + λ p) enters v, except for the first time. With Nesterov's momentum,
+    p ← p − η (g + λ p + μ v). `Adam` and `AdamW` state their own.
+
+    Clipping multiplies g by max_norm / (norm + 1e-6), if that is below 1. A norm that is nan makes
+    all parameters nan, as with `clip_grad_norm_`: `grad_norm` tells.
+
+    Memory besides the parameters, and what the rule keeps for each (v; m and v for Adam): the
+    activations of the largest batch so far, and two δ, each as wide as the widest layer. Nesterov,
+    dampening and Adam need the gradient of a weight: one buffer for 2¹⁸ numbers on the CPU (or one
+    row, if that is longer), and for the largest weight on an accelerator. Clipping needs that
+    buffer, a δ for each layer, a copy of the widest activations, and for a moment two matrices
+    (N, N), together at most half a weight. Buffers are allocated at the first batch, and again at
+    a larger one.
 
     Two threads must not call it at once. A step notices whether modules, their options, parameters
     or attributes of the cost have been replaced, moved, cast, loaded, frozen or set since the last
@@ -59,11 +80,13 @@ class TrainingStep:
     cost, as in a list.
 
     Raises:
-        TypeError: net, cost or a number is of the wrong kind (see `backprop`), or a parameter is
-            not of float16, bfloat16, float32 or float64.
+        TypeError: net, cost or an option is of the wrong kind (see `backprop`); a parameter is not
+            of float16, bfloat16, float32 or float64; or it is of float16, whose range is too small
+            for Adam and for clipping.
         ValueError: Sizes do not match; a parameter that learns shares memory with another,
             overlaps itself, or was made in inference mode; the cost is not reduced; a number is
-            below 0 or too large for the parameters' dtype; or a Softplus has a threshold below 20.
+            below 0 or too large for the parameters' dtype; options exclude each other; a pattern
+            fits no parameter; or a Softplus has a threshold below 20.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2 for the algorithm, chapter 3 for
     momentum and weight decay.
@@ -77,9 +100,16 @@ class TrainingStep:
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        rule: Adam | None = None,
+        groups: Mapping[str, Mapping[str, float]] | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self._net, self._cost = net, cost
-        self._plan = Plan(net, cost, lr, Descent(momentum, weight_decay), {})
+        groups = {} if groups is None else groups
+        descent = Descent(momentum, weight_decay, dampening, nesterov, rule, groups, max_norm)
+        self._plan = Plan(net, cost, lr, descent, {})
 
     @property
     def net(self) -> nn.Sequential:
@@ -116,13 +146,24 @@ class TrainingStep:
         """How strongly parameters are drawn to 0, λ."""
         return self._plan.descent.weight_decay
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last gradient before it was clipped, shape (); nan before the first step.
+
+        None if gradients are not clipped. Of float32 for parameters of 16 bits.
+        """
+        return None if self._plan.descent.max_norm is None else self._plan.norm.clone()
+
+    def __call__(self, x: Tensor, y: Tensor, *, micro_batch: int | None = None) -> Tensor:
         """Take one step of gradient descent on a batch.
 
         Args:
             x: Inputs, shape (N, in); also (in,) and (..., in). Of the parameters' dtype, on their
                 device.
             y: Targets, as the cost takes them.
+            micro_batch: If given, the first dimension is read in parts of this size (or less), and
+                their gradients are added up. This is the same step, up to rounding. It needs
+                buffers for a part only, but a gradient for each parameter.
 
         Returns:
             The cost of the batch before the step, shape (), without a graph. It is a new tensor at
@@ -139,16 +180,20 @@ class TrainingStep:
         eager mode.
         """
         if is_compiling() or transforms_are_active():
-            return self._call_untraced(x, y)
+            return self._call_untraced(x, y, micro_batch)
         plan = self._refresh()
         _refuse_autocast()
+        if micro_batch is not None:
+            with plan.guard():
+                plan.micro_batches = plan.micro_batches or MicroBatches(plan)
+                return plan.micro_batches(x, y, micro_batch)  # type: ignore[no-any-return]
         run = plan.pass_for(x)
         with plan.guard():
             if plan.may_overlap_parameters(x):
                 x = x.clone()  # BP4 of the first layer reads x after other parameters have changed
             return run(x, y, plan.lr)
 
-    def _call_untraced(self, x: Tensor, y: Tensor) -> Tensor:
+    def _call_untraced(self, x: Tensor, y: Tensor, micro_batch: int | None) -> Tensor:
         """The step as a graph break, where `torch.compile` is tracing; elsewhere a refusal."""
         if transforms_are_active():
             raise RuntimeError(
@@ -160,14 +205,14 @@ class TrainingStep:
                 "a TrainingStep must not be traced by torch.export; use its own export() and "
                 "export_onnx()"
             )
-        cost: Tensor = torch.compiler.disable(self)(x, y)  # type: ignore[no-untyped-call]
-        return cost
+        untraced = torch.compiler.disable(self)  # type: ignore[no-untyped-call]
+        return untraced(x, y, micro_batch=micro_batch)  # type: ignore[no-any-return]
 
     def _refresh(self) -> Plan:
         """The plan for network and cost as they are now."""
         plan = self._plan
         if not plan.is_current():
-            plan = Plan(self._net, self._cost, plan.lr, plan.descent, plan.velocities)
+            plan = Plan(self._net, self._cost, plan.lr, plan.descent, plan.state)
             self._plan = plan
         return plan
 
@@ -209,8 +254,10 @@ class TrainingStep:
 
         x is (N, in) with any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
         parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities of
-        the parameters that learn, at first all 0, is the last argument and the last result. Nothing
-        is changed in place. Which parameters are frozen is fixed at the export.
+        the parameters that learn, at first all 0, is the last argument and the last result; with
+        Adam, so are dicts of m, of v and of the numbers of steps (of float64, shape ()), in this
+        order; with dampening, velocities and numbers of steps. Nothing is changed in place. Which
+        parameters are frozen is fixed at the export, and so are all numbers but lr.
 
         Args:
             path: Where to. An existing file is replaced once the new one is complete.
@@ -230,7 +277,8 @@ class TrainingStep:
         Inputs are x, y, lr, and each parameter by its name in `net.state_dict()`; outputs are
         cost, and the new value of each as new.<name>. With momentum, velocity.<name> of each
         parameter that learns is an input as well, at first all 0, and new.velocity.<name> an
-        output. Shapes are as for `export`.
+        output; likewise exp_avg.<name> (m), exp_avg_sq.<name> (v) and step.<name> with Adam.
+        Shapes are as for `export`.
 
         Needs the extra `onnx`.
 
@@ -255,16 +303,15 @@ class TrainingStep:
     def state_dict(self) -> dict[str, Any]:
         """What to save besides `net.state_dict()` to continue training later.
 
-        The numbers by their names, and copies of the velocities by the names of their parameters.
+        The numbers by their names, as far as they are not the default, and copies of what the rule
+        keeps (velocities; exp_avg, exp_avg_sq and steps), by the names of the parameters.
         """
-        plan = self._plan
-        velocities = {name: v.clone() for name, v in plan.velocities.items()}
-        return {"lr": plan.lr, **plan.descent._asdict(), "velocities": velocities}
+        return _state.saved(self._plan)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned.
+        """Continue from what `state_dict` returned, with its numbers and its rule.
 
-        A parameter without a velocity in it starts from v = 0.
+        A parameter without a velocity in it starts from v = 0; likewise with Adam.
 
         Raises:
             KeyError: A key is missing or unknown, or a velocity belongs to no parameter of net.
@@ -273,32 +320,26 @@ class TrainingStep:
 
         After one of these errors, nothing has changed.
         """
-        _checks.require_mapping("state", state)
-        keys = ("lr", *Descent._fields, "velocities")
-        if state.keys() != set(keys):
-            raise KeyError(
-                f"state must have the keys {', '.join(keys)}, and no others; "
-                f"got {', '.join(map(str, state)) or 'none'}"
-            )
-        _checks.require_mapping("velocities", state["velocities"])
-        velocities = _checks.checked_velocities(state["velocities"], self._refresh().parameters)
-        descent = Descent(state["momentum"], state["weight_decay"])
-        self._plan = Plan(self._net, self._cost, state["lr"], descent, velocities)
+        lr, descent, kept = _state.read(state, self._refresh().parameters)
+        self._plan = Plan(self._net, self._cost, lr, descent, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the plan: the passes of a copy would go on writing to the buffers of the original.
         plan = self._plan
-        return vars(self) | {"_plan": (plan.lr, plan.descent, plan.velocities)}
+        return vars(self) | {"_plan": (plan.lr, plan.descent, plan.state)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._plan = Plan(self._net, self._cost, *state["_plan"])
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(net={self.net!r}, cost={self.cost!r}, lr={self.lr}, "
-            f"momentum={self.momentum}, weight_decay={self.weight_decay})"
+        defaults = Descent()._asdict()
+        changed = "".join(
+            f", {name}={value!r}"
+            for name, value in self._plan.descent._asdict().items()
+            if name in ("momentum", "weight_decay") or value != defaults[name]
         )
+        return f"{type(self).__name__}(net={self.net!r}, cost={self.cost!r}, lr={self.lr}{changed})"
 
 
 def _refuse_autocast() -> None:

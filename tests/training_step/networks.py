@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from manual_bp import (
+    Adam,
+    AdamW,
     Cost,
     Linear,
     QuadraticCost,
@@ -61,23 +64,46 @@ def batch(net: nn.Sequential, cost: Cost, *samples: int, indices: bool = False) 
 
 
 class Reference:
-    """The same training by autograd and `torch.optim.SGD`, on a copy of the network."""
+    """The same training by autograd and `torch.optim`, on a copy of the network."""
 
-    def __init__(self, net: nn.Sequential, cost: Cost, lr: float, **options: float) -> None:
-        self.net, self.cost = copy.deepcopy(net), cost
-        learned = [p for p in self.net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(learned, lr, foreach=False, **options)  # type: ignore[arg-type]
+    def __init__(self, net: nn.Sequential, cost: Cost, lr: float, **options: Any) -> None:
+        self.net, self.cost, self.lr = copy.deepcopy(net), cost, lr
+        groups, decay = options.pop("groups", {}), options.pop("weight_decay", 0.0)
+        self.max_norm, rule = options.pop("max_norm", None), options.pop("rule", None)
+        kind: Any = torch.optim.SGD
+        if rule is not None:
+            kind = getattr(torch.optim, type(rule).__name__)
+            options |= {"betas": rule.betas, "eps": rule.eps}
+        each = []
+        for name, p in self.net.named_parameters():
+            own = {"lr_scale": 1.0, "weight_decay": decay}
+            for pattern, changed in groups.items():
+                own |= changed if fnmatchcase(name, pattern) else {}
+            if p.requires_grad:
+                each.append({"params": [p], "lr": lr * own["lr_scale"], **own})
+        self.optimizer = kind(each, lr, foreach=False, **options)
+        self.grad_norm: Tensor | None = None
 
     def set_lr(self, lr: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
         # An in-place activation at the beginning would overwrite x.
         cost: Tensor = self.cost(self.net(x.clone()), y)
         cost.backward()
+        if self.max_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
         self.optimizer.step()
         return cost.detach()
+
+
+def both(
+    net: nn.Sequential, cost: Cost, lr: float, **options: Any
+) -> tuple[TrainingStep, Reference]:
+    """Our step, and the same training by PyTorch on a copy of the network."""
+    return TrainingStep(net, cost, lr, **options), Reference(net, cost, lr, **options)
 
 
 def values(net: nn.Module) -> list[Tensor]:
@@ -91,12 +117,27 @@ def assert_follows(net: nn.Module, reference: nn.Module, **tolerances: float) ->
         torch.testing.assert_close(ours, theirs, **tolerances)  # type: ignore[arg-type]
 
 
-DESCENTS: list[dict[str, float]] = [
+DESCENTS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
     {"weight_decay": 0.1},
     {"momentum": 0.8, "weight_decay": 0.05},
 ]
+
+
+GROUPS: dict[str, dict[str, float]] = {
+    "*.bias": {"weight_decay": 0.0},
+    "0.*": {"lr_scale": 0.2},
+    "0.bias": {"lr_scale": 3},
+}
+RULES: dict[str, dict[str, Any]] = {
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "adam": {"rule": Adam((0.8, 0.99), 1e-6), "weight_decay": 0.1},
+    "adamw": {"rule": AdamW(), "weight_decay": 0.1, "groups": GROUPS},
+    "groups": {"weight_decay": 0.1, "groups": GROUPS},
+    "momentum groups": {"momentum": 0.5, "weight_decay": 0.1, "groups": GROUPS},
+}
 
 
 class Autograd(Cost):
@@ -128,12 +169,15 @@ every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 every_cost = pytest.mark.parametrize("cost", COSTS, ids=repr)
 
 
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
 every_descent = pytest.mark.parametrize(
     "descent", DESCENTS, ids=lambda d: "+".join(d) if d else "plain"
 )
 
 
-def follow(net: nn.Sequential, cost: Cost, steps: int, **descent: float) -> None:
+def follow(net: nn.Sequential, cost: Cost, steps: int, **descent: Any) -> None:
     """Compare with autograd and SGD, with batches of several sizes and two learning rates."""
     # Rounding errors grow from step to step, but a wrong gradient would be off by far more.
     tolerances: Any = {"rtol": 1e-11, "atol": 1e-13}
@@ -151,6 +195,7 @@ def follow(net: nn.Sequential, cost: Cost, steps: int, **descent: float) -> None
         samples = (8, 8, 3, 11, 1)[number % 5]
         x, y = batch(net, cost, samples, indices=takes_indices and number % 2 == 1)
         torch.testing.assert_close(step(x, y), reference(x, y), **tolerances)
+        torch.testing.assert_close(step.grad_norm, reference.grad_norm, **tolerances)
     assert_follows(net, reference.net, **tolerances)
 
 

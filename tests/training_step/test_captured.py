@@ -18,8 +18,10 @@ from tests.training_step.networks import (
     Reference,
     assert_follows,
     batch,
+    both,
     every_activation,
     every_descent,
+    every_rule,
     network,
     values,
 )
@@ -79,7 +81,10 @@ def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
     def recorded(step: TrainingStep, x: Tensor, y: Tensor) -> CapturedStep:
-        state = [*step.net.parameters(), *step._plan.velocities.values()]
+        state = [
+            *step.net.parameters(),
+            *(t for kept in step._plan.state.values() for t in kept.values()),
+        ]
         before = [t.detach().clone() for t in state]
         captured = step._capture(x, y)
         with torch.no_grad():
@@ -93,7 +98,7 @@ def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
 @every_descent
 @pytest.mark.parametrize("cost", [*COSTS, Autograd()], ids=repr)
 def test_captured_steps_equal_autograd_and_sgd(
-    cost: Cost, descent: dict[str, float], device: torch.device, capture: Capture
+    cost: Cost, descent: dict[str, Any], device: torch.device, capture: Capture
 ) -> None:
     net = network(device=device)
     indices = isinstance(cost, SoftmaxCrossEntropyCost)
@@ -107,6 +112,23 @@ def test_captured_steps_equal_autograd_and_sgd(
         x, y = batch(net, cost, 4, indices=indices)
         run = step if number == 5 else captured  # they share parameters and velocities
         torch.testing.assert_close(run(x, y), reference(x, y))
+    assert_follows(net, reference.net)
+
+
+@every_rule
+def test_captured_steps_of_every_rule_equal_torch_optim(
+    rule: dict[str, Any], device: torch.device, capture: Capture
+) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    step, reference = both(net, cost, 0.1, max_norm=0.1, **rule)
+    captured = capture(step, *batch(net, cost, 4))
+    for number in range(10):
+        step.lr = 0.1 / (1 + number // 4)
+        reference.set_lr(step.lr)
+        x, y = batch(net, cost, 4)
+        run = step if number in (0, 5) else captured  # they share the numbers of steps, too
+        torch.testing.assert_close(run(x, y), reference(x, y))
+        torch.testing.assert_close(step.grad_norm, reference.grad_norm)
     assert_follows(net, reference.net)
 
 

@@ -29,8 +29,10 @@ from manual_bp import (
 from manual_bp.training_step import _export
 from tests.training_step.networks import (
     ACTIVATIONS,
+    RULES,
     Reference,
     batch,
+    both,
     every_descent,
     network,
     values,
@@ -59,7 +61,7 @@ def assert_close(found: dict[str, Tensor], net: nn.Module, **tolerances: float) 
 @every_descent
 @pytest.mark.parametrize("cost", [QuadraticCost(), SoftmaxCrossEntropyCost("sum")], ids=repr)
 def test_program_equals_autograd_and_sgd(
-    cost: Cost, descent: dict[str, float], tmp_path: Path
+    cost: Cost, descent: dict[str, Any], tmp_path: Path
 ) -> None:
     net = network(Tanh())
     step, reference = TrainingStep(net, cost, 0.1, **descent), Reference(net, cost, 0.1, **descent)
@@ -80,6 +82,31 @@ def test_program_equals_autograd_and_sgd(
     assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
 
 
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_clipped_program_of_a_rule_equals_torch_optim(name: str, tmp_path: Path) -> None:
+    net, cost = network(Tanh(), (7, 5, 3)), QuadraticCost()
+    step, reference = both(net, cost, 0.1, max_norm=0.1, **RULES[name])
+    step.export(tmp_path / "step.pt2")
+    program = torch.export.load(tmp_path / "step.pt2").module()
+    state: list[Any] = [state_of(net)]
+    state += [{n: torch.zeros_like(t) for n, t in k.items()} for k in kept_of(step).values()]
+    for number, samples in enumerate((5, 2, 8, 1)):
+        lr = 0.1 / (number + 1)
+        reference.set_lr(lr)
+        x, y = batch(net, cost, samples)
+        found, *state = program(x, y, torch.tensor(lr, dtype=x.dtype), *state)
+        torch.testing.assert_close(found, reference(x, y))
+    assert_close(state[0], reference.net, rtol=1e-11, atol=1e-13)
+
+
+def kept_of(step: TrainingStep) -> dict[str, dict[str, Tensor]]:
+    """What the rule keeps, by its kind."""
+    return {kind: kept for kind, kept in step.state_dict().items() if kind in KEPT and kept}
+
+
+KEPT = {"velocities": "velocity", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "steps": "step"}
+
+
 class InOnnxruntime:
     """A training loop that needs onnxruntime and NumPy, and no PyTorch."""
 
@@ -87,8 +114,10 @@ class InOnnxruntime:
         onnxruntime = pytest.importorskip("onnxruntime", reason=NEEDS_ONNX)
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.state = {name: p.numpy() for name, p in state_of(step.net).items()}
-        if step.momentum:
-            self.state |= {f"velocity.{name}": 0 * value for name, value in self.state.items()}
+        for kind, kept in kept_of(step).items():
+            self.state |= {
+                f"{KEPT[kind]}.{name}": torch.zeros_like(t).numpy() for name, t in kept.items()
+            }
 
     def __call__(self, x: Tensor, y: Tensor, lr: float) -> float:
         inputs = {"x": x.numpy(), "y": y.numpy(), "lr": torch.tensor(lr, dtype=x.dtype).numpy()}
@@ -99,7 +128,7 @@ class InOnnxruntime:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        named = {n: v for n, v in self.state.items() if not n.startswith("velocity.")}
+        named = {n: v for n, v in self.state.items() if not n.startswith(tuple(KEPT.values()))}
         return {name: torch.from_numpy(value) for name, value in named.items()}
 
 
@@ -109,10 +138,10 @@ def exported(step: TrainingStep, tmp_path: Path, y: Tensor | None = None) -> InO
     return InOnnxruntime(tmp_path / "step.onnx", step)
 
 
-def train(step: TrainingStep, run: InOnnxruntime, steps: int, *, indices: bool = False) -> None:
-    reference = Reference(
-        step.net, step.cost, 0.1, momentum=step.momentum, weight_decay=step.weight_decay
-    )
+def train(
+    step: TrainingStep, run: InOnnxruntime, steps: int, *, indices: bool = False, **descent: Any
+) -> None:
+    reference = Reference(step.net, step.cost, 0.1, **descent)
     for number in range(steps):
         lr = 0.1 if number < steps // 2 else 0.03
         reference.set_lr(lr)
@@ -123,9 +152,17 @@ def train(step: TrainingStep, run: InOnnxruntime, steps: int, *, indices: bool =
 
 
 @every_descent
-def test_fifty_steps_in_onnxruntime_equal_sgd(descent: dict[str, float], tmp_path: Path) -> None:
+def test_fifty_steps_in_onnxruntime_equal_sgd(descent: dict[str, Any], tmp_path: Path) -> None:
     step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1, **descent)
-    train(step, exported(step, tmp_path), 50)
+    train(step, exported(step, tmp_path), 50, **descent)
+
+
+@pytest.mark.parametrize("name", ["dampening", "adamw"])
+def test_clipped_steps_of_a_rule_in_onnxruntime_are_exact(name: str, tmp_path: Path) -> None:
+    descent: dict[str, Any] = {"max_norm": 0.1} | RULES[name]
+    step = TrainingStep(network(sizes=(4, 3, 2)), QuadraticCost(), 0.1, **descent)
+    session = exported(step, tmp_path).session
+    assert_exact(step, partial(run_onnx, session), exact_start(step), **descent)
 
 
 def test_every_activation_trains_in_onnxruntime(tmp_path: Path) -> None:
@@ -156,7 +193,7 @@ def test_frozen_parameters_are_returned_unchanged(tmp_path: Path) -> None:
     net.get_parameter("0.weight").requires_grad_(False)
     net.get_parameter("4.bias").requires_grad_(False)
     step = TrainingStep(net, QuadraticCost(), 0.1, weight_decay=0.1)
-    train(step, exported(step, tmp_path), 4)
+    train(step, exported(step, tmp_path), 4, weight_decay=0.1)
 
 
 def test_all_frozen_network_with_momentum_takes_empty_velocities(tmp_path: Path) -> None:
@@ -185,7 +222,7 @@ def test_only_parameters_that_learn_need_velocities(tmp_path: Path) -> None:
 
 
 # Numbers that are not exact in float32.
-DESCENT = {"momentum": 0.9, "weight_decay": 0.01}
+DESCENT: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01}
 
 
 def network_of(*activations: nn.Module) -> nn.Sequential:
@@ -200,12 +237,15 @@ def network_of_all(*more: nn.Module) -> nn.Sequential:
 
 
 def assert_exact(
-    step: TrainingStep, run: Callable[..., Any], state: dict[str, Tensor], *, indices: bool
+    step: TrainingStep,
+    run: Callable[..., Any],
+    state: dict[str, Tensor],
+    *,
+    indices: bool = False,
+    **descent: Any,
 ) -> None:
     """Three steps, each from the state of the last, are accurate to the digits of float64."""
-    reference = Reference(
-        step.net, step.cost, 0.1, momentum=step.momentum, weight_decay=step.weight_decay
-    )
+    reference = Reference(step.net, step.cost, 0.1, **descent)
     for samples in (3, 7, 1):
         x, y = batch(step.net, step.cost, samples, indices=indices)
         cost, *new = run(x, y, torch.tensor(0.1, dtype=x.dtype), state)
@@ -218,8 +258,8 @@ def assert_exact(
 
 def exact_start(step: TrainingStep) -> dict[str, Tensor]:
     state = state_of(step.net)
-    if step.momentum:
-        state |= {f"velocity.{name}": torch.zeros_like(p) for name, p in state.items()}
+    for kind, kept in kept_of(step).items():
+        state |= {f"{KEPT[kind]}.{name}": torch.zeros_like(t) for name, t in kept.items()}
     return state
 
 
@@ -232,12 +272,12 @@ def exact_start(step: TrainingStep) -> dict[str, Tensor]:
     ],
 )
 def test_onnx_model_in_float64_is_exact(
-    cost: Cost, descent: dict[str, float], indices: bool, tmp_path: Path
+    cost: Cost, descent: dict[str, Any], indices: bool, tmp_path: Path
 ) -> None:
     step = TrainingStep(network_of_all(), cost, 0.1, **descent)
     session = exported(step, tmp_path, torch.tensor([2]) if indices else None).session
     assert_has_no_float32(tmp_path / "step.onnx")
-    assert_exact(step, partial(run_onnx, session), exact_start(step), indices=indices)
+    assert_exact(step, partial(run_onnx, session), exact_start(step), indices=indices, **descent)
 
 
 def test_softplus_in_float64_is_exact_by_the_onnx_definitions(tmp_path: Path) -> None:
@@ -281,7 +321,7 @@ def test_program_in_float64_is_exact(tmp_path: Path) -> None:
         cost, parameters, velocities = program(x, y, lr, parameters, velocities)
         return [cost, *parameters.values(), *velocities.values()]
 
-    assert_exact(step, run, exact_start(step), indices=False)
+    assert_exact(step, run, exact_start(step), **DESCENT)
 
 
 def test_small_softplus_slopes_are_accurate_in_onnxruntime(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.training_step.networks import (
 
 
 @every_descent
-def test_training_resumes_from_a_saved_state(descent: dict[str, float], tmp_path: Any) -> None:
+def test_training_resumes_from_a_saved_state(descent: dict[str, Any], tmp_path: Any) -> None:
     net, cost = network(), QuadraticCost()
     step = TrainingStep(net, cost, 0.1, **descent)
     for _ in range(3):
@@ -82,7 +82,7 @@ ZEROS = torch.zeros(5, 7)
             r"velocities\['0.weight'\] must have a real floating-point dtype",
         ),
         ({"velocities": [ZEROS]}, TypeError, "velocities must be a mapping, .* got list"),
-        ({"nesterov": True}, KeyError, "state must have the keys lr, .*; got lr, .*, nesterov"),
+        ({"nesterow": True}, KeyError, "state must have the keys lr, .*; got lr, .*, nesterow"),
         (None, TypeError, r"state must be a mapping, as state_dict\(\) gives it; got NoneType"),
         ([("lr", 0.1)], TypeError, "state must be a mapping, .* got list"),
         ({}, KeyError, "state must have the keys lr, .* got none"),

@@ -23,7 +23,7 @@ from manual_bp import (
     Tanh,
     TrainingStep,
 )
-from manual_bp.training_step._pass import fresh_buffers
+from manual_bp.training_step._layer import fresh_buffers
 from manual_bp.training_step._plan import MOST_PASSES
 from tests.helpers import LAYOUTS, Operations, only_new_objects
 from tests.test_backprop import (
@@ -69,7 +69,7 @@ def test_step_equals_the_hand_worked_one(reduction: Any, weight: float) -> None:
 @every_cost
 @every_activation
 def test_a_hundred_steps_equal_autograd_and_sgd(
-    activation: nn.Module, cost: Cost, descent: dict[str, float], device: torch.device
+    activation: nn.Module, cost: Cost, descent: dict[str, Any], device: torch.device
 ) -> None:
     follow(network(activation, device=device), cost, 100, **descent)
 
@@ -87,7 +87,7 @@ def test_a_hundred_steps_equal_autograd_and_sgd(
     ],
 )
 def test_other_kinds_of_networks_equal_autograd_and_sgd(
-    modules: Callable[[], list[nn.Module]], descent: dict[str, float], device: torch.device
+    modules: Callable[[], list[nn.Module]], descent: dict[str, Any], device: torch.device
 ) -> None:
     net = nn.Sequential(*modules()).double().to(device)
     follow(net, QuadraticCost(), 10, **descent)
@@ -164,7 +164,7 @@ def test_step_is_as_accurate_as_autograd(
 @pytest.mark.parametrize(("lr", "samples"), [(1e-3, 1024), (0.1, 8192), (0.1, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_updates_are_as_accurate_as_autograd(
-    dtype: torch.dtype, lr: float, samples: int, descent: dict[str, float], device: torch.device
+    dtype: torch.dtype, lr: float, samples: int, descent: dict[str, Any], device: torch.device
 ) -> None:
     """Two steps from parameters that are 0, so that only the updates are rounded.
 
@@ -426,7 +426,7 @@ def test_step_works_without_the_private_guard(monkeypatch: pytest.MonkeyPatch) -
 @every_descent
 @every_cost
 def test_learning_rate_in_a_tensor_equals_autograd_and_sgd(
-    cost: Cost, descent: dict[str, float], device: torch.device
+    cost: Cost, descent: dict[str, Any], device: torch.device
 ) -> None:
     """As in a CUDA graph and an exported program, which could not change a number."""
     net = network(device=device)
@@ -488,7 +488,7 @@ def frozen_and_tied(net: nn.Sequential) -> None:
 @every_descent
 @pytest.mark.parametrize("change", [on_one_buffer, interleaved, frozen_and_tied])
 def test_parameters_in_one_buffer_or_frozen_and_tied_are_trained(
-    change: Any, descent: dict[str, float]
+    change: Any, descent: dict[str, Any]
 ) -> None:
     net = network(sizes=(5, 5, 5, 5))
     change(net)
@@ -498,7 +498,7 @@ def test_parameters_in_one_buffer_or_frozen_and_tied_are_trained(
 @pytest.mark.parametrize("name", ["0.weight", "2.weight", "4.weight", "0.bias", "4.bias"])
 @every_descent
 def test_batch_that_is_part_of_a_parameter_is_read_before_the_update(
-    name: str, descent: dict[str, float]
+    name: str, descent: dict[str, Any]
 ) -> None:
     """All of the step sees the values before it."""
     net, cost = network(sizes=(5, 5, 5, 5)), QuadraticCost()
