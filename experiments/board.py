@@ -22,7 +22,7 @@ from experiments import checkpoint
 from manual_bp.board import CHARTS as TRACE_CHARTS
 from manual_bp.board import HEAT_MAP, TraceBoard, add, figure_image, grey_image
 
-TILE_SCALE = 10  # pixels of the picture for a weight
+TILE = 80  # pixels for a neuron in the picture of the first layer
 _EVENTS = "events.out.tfevents."  # how TensorBoard recognises its files
 
 _CHARTS = {
@@ -159,7 +159,8 @@ class Board:
         tiles = w.reshape(-1, *image_shape) / w.abs().max().clamp(min=1e-30)
         columns = math.ceil(math.sqrt(1.5 * len(tiles)))
         empty = -len(tiles) % columns
-        tiles = tiles.repeat_interleave(TILE_SCALE, 1).repeat_interleave(TILE_SCALE, 2)
+        scale = max(1, TILE // max(image_shape))
+        tiles = tiles.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         tiles = F.pad(tiles, (2, 2, 2, 2, 0, empty), value=1)
         rows = tiles.reshape(-1, columns, *tiles.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)
         add(self._main, _CHARTS["first_layer"], step, image=grey_image(rows.numpy()))

@@ -15,7 +15,7 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from experiments.board import CHARTS, TILE_SCALE, Board, keep_events
+from experiments.board import CHARTS, TILE, Board, keep_events
 from experiments.train import main
 from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
 from tests.helpers import logged_below, logged_in
@@ -81,7 +81,7 @@ def test_a_tile_is_white_where_a_weight_is_largest_and_grey_where_it_is_zero(
         board.log_weight_image(w, (2, 3), 0)
     (image,) = logged_in(tmp_path).Images("4. pictures/weights of the first layer")
     picture = imread(BytesIO(image.encoded_image_string))[..., 0]
-    frame, size = 2, TILE_SCALE
+    frame, size = 2, TILE // 3
     assert picture.shape == (2 * frame + 2 * size, 2 * (2 * frame + 3 * size))
     middle = frame + size // 2
     assert picture[middle, middle + size] == 1  # the first neuron, row 0, column 1
