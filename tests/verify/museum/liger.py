@@ -87,7 +87,7 @@ class GradientInTheLogits(MeanCrossEntropy):
     _logits,
     F.cross_entropy,
     fixed=MeanCrossEntropy,
-    diagnosis="strides",
+    diagnosis="contiguous",
 )
 class CopyWithoutGradient(MeanCrossEntropy):
     """Transposed logits are copied. The copy needs no gradient, so it is returned as one."""
