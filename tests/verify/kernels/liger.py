@@ -247,7 +247,6 @@ LIGER = [
         _rotated,
         expected_failures=dict.fromkeys(
             (
-                "unbiased",
                 "writes_nothing",
                 "repeatable_backward",
                 "interleaved_calls",
