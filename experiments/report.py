@@ -42,7 +42,8 @@ _MOST_NUMBERS = 5000  # in a chart; each takes about 25 bytes
 
 # Steps and values; for a distribution its median, and the lower and the upper end of a band.
 Curve = tuple[Sequence[float], ...]
-_BAND = " The line is the median; the band has the middle two thirds."
+_MEDIAN_ONLY = " The line is the median."
+_WITH_BAND = " The line is the median; the band has the middle two thirds."
 # In hundredths of a percent: a normal distribution has its standard deviation at the outer two.
 _MEDIAN, _LOW, _HIGH = 5000, 1587, 8413
 
@@ -62,8 +63,7 @@ def write_report(folder: Path, config: Mapping[str, Any], lines: Sequence[str]) 
     parts: dict[str, list[dict[str, str]]] = {}
     for tag, description in CHARTS:
         group, _, title = tag.partition("/")
-        is_distribution = any(len(curve) > 2 for curve in curves.get(tag, {}).values())
-        about = _markup(description + _BAND * is_distribution)
+        about = _markup(description + _about_lines(curves.get(tag, {})))
         part: dict[str, str] = {"title": title, "description": about}
         if tag in curves:
             part["svg"] = _chart(curves[tag])
@@ -78,6 +78,13 @@ def write_report(folder: Path, config: Mapping[str, Any], lines: Sequence[str]) 
     path = folder / NAME
     checkpoint.write(path, page.encode())
     return path
+
+
+def _about_lines(curves: Mapping[str, Curve]) -> str:
+    """What the lines of a chart are if they are distributions; many bands would hide each other."""
+    if not any(len(curve) > 2 for curve in curves.values()):
+        return ""
+    return _MEDIAN_ONLY if len(curves) > _MOST_IN_LEGEND else _WITH_BAND
 
 
 def _markup(description: str) -> Markup:
@@ -138,7 +145,7 @@ def _chart(curves: Mapping[str, Curve]) -> str:
         for (name, curve), colour in zip(_thinned(curves).items(), colours, strict=True):
             steps, values, *band = curve
             axes.plot(steps, values, label=name, color=colour)
-            if band:
+            if band and len(curves) <= _MOST_IN_LEGEND:
                 low, high = band
                 axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
         if len(curves) <= _MOST_IN_LEGEND:
