@@ -112,6 +112,7 @@ class Board:
         history: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         self._folder = folder
+        self._on_disk: dict[str, int] = {}  # what `sync` has made sure of
         if step:
             for each in _event_files(folder):
                 _sort_before_now(folder / each)
@@ -141,11 +142,17 @@ class Board:
         }
 
     def sync(self) -> None:
-        """Wait until the event files are on the disk, as far as `sizes` has counted them."""
+        """Wait until the event files are on the disk, as far as `sizes` has counted them.
+
+        Of each folder only the last file grows; those of earlier Boards are on the disk.
+        """
+        sizes = self.sizes()
         for name, paths in _event_files(self._folder).items():
-            for path in paths:
-                checkpoint.sync(path)
-            checkpoint.sync_names(self._folder / name)
+            if name not in self._on_disk:
+                checkpoint.sync_names(self._folder / name)
+            if sizes[name] != self._on_disk.get(name):
+                checkpoint.sync(paths[-1])
+        self._on_disk = sizes
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log cost and accuracy on training and test set: "train_cost" is train's cost."""

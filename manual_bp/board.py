@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -79,6 +80,9 @@ HEAT_MAP = (
     "The size of the error of every layer at every step: the first layer is at the bottom. A "
     "picture that is dark at the bottom shows an error that vanishes on its way back (BP2).",
 )
+
+# The charts that each writer has described.
+_DESCRIBED: "WeakKeyDictionary[FileWriter, set[str]]" = WeakKeyDictionary()
 
 # The last bin of a TensorBoard histogram ends at 1e20, so larger numbers are treated as infinite.
 HISTOGRAM_LIMIT = 1e20
@@ -229,6 +233,8 @@ def add(writer: "FileWriter", chart: tuple[str, str], step: int, **value: Any) -
     """Log a value as a part of a chart, which has a name and a description.
 
     The methods of SummaryWriter take no description, and replace letters such as δ in the name.
+    TensorBoard reads the description of the first value; with later ones, it would only make the
+    file several times as long.
 
     writer: That of a SummaryWriter (`file_writer`), or of `TraceBoard.run`.
     value: A simple_value, histo or image of TensorBoard's `Summary.Value`.
@@ -240,16 +246,20 @@ def add(writer: "FileWriter", chart: tuple[str, str], step: int, **value: Any) -
 
     tag, description = chart
     (kind,) = value
-    plugin, data_class = {
-        "simple_value": (scalar, summary_pb2.DATA_CLASS_SCALAR),
-        "histo": (histogram, summary_pb2.DATA_CLASS_TENSOR),
-        "image": (image, summary_pb2.DATA_CLASS_BLOB_SEQUENCE),
-    }[kind]
-    metadata = plugin.create_summary_metadata(tag, description)
-    metadata.data_class = data_class  # without it, TensorBoard's fast loader drops the description
-    values = [summary_pb2.Summary.Value(tag=tag, metadata=metadata, **value)]
+    summary = summary_pb2.Summary.Value(tag=tag, **value)
+    described = _DESCRIBED.setdefault(writer, set())
+    if tag not in described:
+        described.add(tag)
+        plugin, data_class = {
+            "simple_value": (scalar, summary_pb2.DATA_CLASS_SCALAR),
+            "histo": (histogram, summary_pb2.DATA_CLASS_TENSOR),
+            "image": (image, summary_pb2.DATA_CLASS_BLOB_SEQUENCE),
+        }[kind]
+        summary.metadata.CopyFrom(plugin.create_summary_metadata(tag, description))
+        # Without it, TensorBoard's fast loader drops the description.
+        summary.metadata.data_class = data_class
     add_summary: Any = writer.add_summary
-    add_summary(summary_pb2.Summary(value=values), step)
+    add_summary(summary_pb2.Summary(value=[summary]), step)
 
 
 def figure_image(figure: "Figure") -> Any:

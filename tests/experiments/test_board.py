@@ -13,11 +13,15 @@ from urllib.request import ProxyHandler, build_opener
 import pytest
 import torch
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
+from experiments import checkpoint
 from experiments.board import CHARTS, TILE, Board, keep_events
 from experiments.train import main
 from manual_bp import Linear, QuadraticCost, Sigmoid, Trace, backprop
+from tests.experiments.walk.browser import needs_chromium, watch
 from tests.helpers import logged_below, logged_in
 
 
@@ -140,15 +144,15 @@ def asked(address: str) -> Any:
     raise AssertionError(f"no answer from {address}")
 
 
-@pytest.mark.parametrize(("plugin", "kind"), [("scalars", "scalars"), ("images", "images")])
+@pytest.mark.parametrize("kind", ["scalars", "histograms", "images"])
 def test_every_tag_arrives_in_tensorboard_with_its_description(
-    plugin: str, kind: str, served: tuple[Path, str]
+    kind: str, served: tuple[Path, str]
 ) -> None:
     folder, address = served
     logged = logged_below(folder)
     expected = {name: set(log.Tags()[kind]) for name, log in logged.items() if log.Tags()[kind]}
     for _ in range(300):  # it reads the files after it has begun to answer
-        found = asked(f"{address}/{plugin}/tags")
+        found = asked(f"{address}/{kind}/tags")
         if {name: set(tags) for name, tags in found.items()} == expected:
             break
         time.sleep(0.1)
@@ -159,18 +163,85 @@ def test_every_tag_arrives_in_tensorboard_with_its_description(
             assert about["description"].startswith("<p>")
 
 
+def test_the_text_arrives_in_tensorboard(served: tuple[Path, str]) -> None:
+    _, address = served
+    for _ in range(300):
+        found = asked(f"{address}/text/tags")
+        if found:
+            break
+        time.sleep(0.1)
+    assert found == {".": ["how to read this run/text_summary"]}
+
+
 def test_the_report_has_every_chart_and_needs_nothing_else(served: tuple[Path, str]) -> None:
     folder, _ = served
     page = (folder / "report.html").read_text("utf-8")
     assert len(page) < 2_000_000
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", page)
     assert not re.findall(r"url\((?!#)", page)
-    tags = {tag for log in logged_below(folder).values() for tag in log.Tags()["scalars"]}
-    assert page.count("<svg") == len(tags) == 6
+    logs = logged_below(folder).values()
+    tags = {tag for log in logs for kind in ("scalars", "histograms") for tag in log.Tags()[kind]}
+    assert page.count("<svg") == len(tags) == 10
     assert page.count("<img") == 3
     for tag, _ in CHARTS:
-        group, _, title = tag.partition("/")
-        is_shown = group != "3. distributions" and title != "what the network answers"
-        assert (f"<b>{title}</b>" in page) == is_shown
+        title = tag.partition("/")[2]
+        assert (f"<b>{title}</b>" in page) == (title != "what the network answers")
     assert "64→30 sigmoid" in page
     assert "<td>quadratic</td>" in page
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1240, 360])
+def test_a_browser_shows_the_whole_report_and_nothing_is_wider_than_the_page(
+    width: int, served: tuple[Path, str], tmp_path: Path
+) -> None:
+    page = (served[0] / "report.html").read_text("utf-8")
+    found = watch(
+        page.replace("'none';", "'none'; script-src 'unsafe-inline';", 1),  # for the test's own
+        f"""
+        document.documentElement.style.width = "{width}px";
+        const boxes = (parts) => all(parts).map((part) => part.getBoundingClientRect());
+        return {{
+          drawn: boxes("figure svg, figure img").filter((box) => box.height > 60).length,
+          wide: boxes("body :not(svg *)").filter((box) => box.right > {width} + 1).length,
+          loaded: all("img").every((image) => image.naturalWidth > 100),
+        }};
+        """,
+        tmp_path,
+    )
+    assert found == {"drawn": page.count("<figure>"), "wide": 0, "loaded": True}
+
+
+def test_a_description_is_written_with_the_first_value_only(tmp_path: Path) -> None:
+    steps = 100
+    for again in (0, steps):  # the second one goes on
+        with Board(tmp_path, again, {0: {}} if again else None) as board:
+            for step in range(again, again + steps):
+                board.log_metrics({"train_cost": 0.5}, step)
+    for path in (tmp_path / "train").iterdir():
+        events = RawEventFileLoader(str(path)).Load()
+        values = [v for event in events for v in Event.FromString(event).summary.value]
+        found = [value.metadata.summary_description for value in values]
+        assert found == [CHARTS[0][1], *[""] * (steps - 1)]
+
+
+def test_only_what_has_grown_is_forced_to_the_disk(
+    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sync", synced.append)
+    for step in range(5):  # as a run that goes on again and again
+        with Board(tmp_path, step, {} if step else None) as board:
+            board.traces.log(trace, step)
+            board.log_metrics({"test_cost": 0.5, "train_cost": 0.5}, step)
+            board.sync()
+            runs = [tmp_path, *(path for path in tmp_path.iterdir() if path.is_dir())]
+            assert len(runs) == 5
+            newest = [max(run.glob("events*")) for run in runs]
+            assert sorted(synced) == sorted([*runs, *newest])  # not more each time
+            synced.clear()
+            board.log_metrics({"test_cost": 0.5}, step)
+            board.sync()
+            board.sync()
+        assert [path.parent.name for path in synced] == ["test"]
+        synced.clear()
