@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class Board:
         self._folder = folder
         self._on_disk: dict[str, int] = {}  # what `sync` has made sure of
         if step:
-            for each in _event_files(folder):
+            for each in event_files(folder):
                 _sort_before_now(folder / each)
         # For a TensorBoard that shows the run already, and has read what was dropped since. The
         # first purge_step that it reads does not count as a restart, hence one at step 0, too.
@@ -136,23 +136,20 @@ class Board:
         The folders are relative to that of the run.
         """
         self._writer.flush()
-        return {
-            name: sum(path.stat().st_size for path in paths)
-            for name, paths in _event_files(self._folder).items()
-        }
+        return {name: _size(paths) for name, paths in event_files(self._folder).items()}
 
     def sync(self) -> None:
-        """Wait until the event files are on the disk, as far as `sizes` has counted them.
+        """Wait until what `sizes` has counted is on the disk.
 
         Of each folder only the last file grows; those of earlier Boards are on the disk.
         """
-        sizes = self.sizes()
-        for name, paths in _event_files(self._folder).items():
+        for name, paths in event_files(self._folder).items():
+            size = _size(paths)
             if name not in self._on_disk:
                 checkpoint.sync_names(self._folder / name)
-            if sizes[name] != self._on_disk.get(name):
+            if size != self._on_disk.get(name):
                 checkpoint.sync(paths[-1])
-        self._on_disk = sizes
+            self._on_disk[name] = size
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log cost and accuracy on training and test set: "train_cost" is train's cost."""
@@ -217,23 +214,29 @@ def keep_events(folder: Path, sizes: Mapping[str, int]) -> bool:
 
     Killed at any moment and called again, it has the same result.
     """
-    found = _event_files(folder)
+    found = event_files(folder)
     kept = [_keep(found.get(name, []), sizes.get(name, 0)) for name in found.keys() | sizes]
     return all(kept)
 
 
 def _keep(files: list[Path], size: int) -> bool:
     for path in files:
-        kept = min(size, path.stat().st_size)
+        found = path.stat().st_size
+        kept = min(size, found)
         size -= kept
-        if kept:
-            os.truncate(path, kept)
-        else:
+        if not kept:
             path.unlink()
+        elif kept < found:
+            os.truncate(path, kept)
+            checkpoint.sync(path)  # `Board.sync` only looks after files that grow
     return size == 0
 
 
-def _event_files(folder: Path) -> dict[str, list[Path]]:
+def _size(files: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def event_files(folder: Path) -> dict[str, list[Path]]:
     """The event files in each folder, in the order in which TensorBoard reads them."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob(f"{_EVENTS}*")):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import checkpoint
-from experiments.board import CHARTS
+from experiments.board import CHARTS, event_files
 
 NAME = "report.html"
 _TEMPLATE = Path(__file__).with_suffix(".html")
@@ -99,8 +99,7 @@ def _logged(folder: Path) -> tuple[dict[str, dict[str, Curve]], dict[str, bytes]
     """The curves of each chart, by the names of their folders, and the last image of each."""
     curves: dict[str, dict[str, Curve]] = {}
     images: dict[str, bytes] = {}
-    places = {path.parent for path in folder.rglob("events.out.tfevents.*")}
-    for place in sorted(places, key=lambda place: _in_order(place.name)):
+    for place in sorted(map(folder.joinpath, event_files(folder)), key=_in_order):
         found: Any = EventAccumulator(str(place), size_guidance={"scalars": 0, "images": 1})
         found.Reload()
         for tag in found.Tags()["scalars"]:
@@ -120,11 +119,11 @@ def _distribution(events: Sequence[Any]) -> Curve:
     return [step for step, _ in found], *parts
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def _in_order(folder: Path) -> list[tuple[int, str]]:
     """A key that puts layer 2 before layer 10."""
     return [
         (int(part or 0), "") if k % 2 else (0, part)
-        for k, part in enumerate(re.split(r"(\d+)", name))
+        for k, part in enumerate(re.split(r"(\d+)", folder.name))
     ]
 
 

@@ -101,14 +101,21 @@ def test_the_confusion_is_also_written_as_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_events_are_cut_to_their_sizes_in_every_folder(tmp_path: Path, trace: Trace) -> None:
+def test_events_are_cut_to_their_sizes_in_every_folder(
+    tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Board(tmp_path) as board:
         board.log_metrics({"train_cost": 0.5}, 0)
         before = board.sizes()
         board.log_metrics({"train_cost": 0.25, "test_cost": 0.5}, 1)
         board.traces.log(trace, 1)
-    assert keep_events(tmp_path, before)
-    assert keep_events(tmp_path, before)  # once more, as after a kill
+    synced: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", synced.append)
+        assert keep_events(tmp_path, before)
+        assert [path.parent.name for path in synced] == ["train"]
+        assert keep_events(tmp_path, before)  # once more, as after a kill
+        assert len(synced) == 1  # the cut files; what was kept whole is on the disk
     logged = logged_below(tmp_path)
     assert set(logged) == {".", "train"}  # the others are from later
     assert [point.step for point in logged["train"].Scalars("1. learning/cost")] == [0]
@@ -234,6 +241,7 @@ def test_only_what_has_grown_is_forced_to_the_disk(
         with Board(tmp_path, step, {} if step else None) as board:
             board.traces.log(trace, step)
             board.log_metrics({"test_cost": 0.5, "train_cost": 0.5}, step)
+            board.sizes()
             board.sync()
             runs = [tmp_path, *(path for path in tmp_path.iterdir() if path.is_dir())]
             assert len(runs) == 5
@@ -241,6 +249,7 @@ def test_only_what_has_grown_is_forced_to_the_disk(
             assert sorted(synced) == sorted([*runs, *newest])  # not more each time
             synced.clear()
             board.log_metrics({"test_cost": 0.5}, step)
+            board.sizes()
             board.sync()
             board.sync()
         assert [path.parent.name for path in synced] == ["test"]
