@@ -19,6 +19,8 @@ Config = TypeVar("Config")
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
+_SIGHUP: int = getattr(signal, "SIGHUP", 0)  # Windows has none
+
 
 def parse(
     config: type[Config],
@@ -107,8 +109,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, stop)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-        signal.signal(signal.SIGHUP, stop)
+    if _SIGHUP and signal.getsignal(_SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(_SIGHUP, stop)
     threading.excepthook = _in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -140,14 +142,14 @@ class HungUp(KeyboardInterrupt):
 
 _STOPS: dict[type[KeyboardInterrupt], tuple[str, int]] = {
     Terminated: ("terminated", signal.SIGTERM),
-    HungUp: ("hung up", signal.SIGHUP),
+    HungUp: ("hung up", _SIGHUP),
 }
 
 
 def _interrupt(number: int) -> KeyboardInterrupt:
     """What to raise for a signal."""
-    if number == signal.SIGHUP:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the shell and the system each send one
+    if number == _SIGHUP:
+        signal.signal(_SIGHUP, signal.SIG_IGN)  # the shell and the system each send one
         _leave_closed_terminal()
         return HungUp()
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
@@ -181,7 +183,7 @@ def finish_first() -> Iterator[list[KeyboardInterrupt]]:
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, _SIGHUP)):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, note)
     try:

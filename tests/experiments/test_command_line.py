@@ -106,7 +106,7 @@ def test_a_reason_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str
 
 PROGRAM = """
 import os, signal, sys, threading, time
-from experiments.command_line import run
+from experiments.command_line import finish_first, run
 assert not {"torch", "tyro", "numpy"} & set(sys.modules)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
@@ -116,10 +116,10 @@ def main():
 ROOT = Path(__file__).parents[2]
 
 
-def started(main: str, *, nohup: bool = False) -> "subprocess.Popen[str]":
+def started(main: str, *, first: str = "") -> "subprocess.Popen[str]":
     """A program that has started to run."""
-    first = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if nohup else ""
-    program = f"{first}{PROGRAM}{textwrap.indent(textwrap.dedent(main), '    ')}\nrun(main)"
+    body = textwrap.indent(textwrap.dedent(main), "    ")
+    program = f"import signal\n{first}\n{PROGRAM}{body}\nrun(main)"
     return subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -238,11 +238,19 @@ def test_a_program_finishes_when_its_terminal_is_closed(tmp_path: Path) -> None:
 
 def test_a_program_that_ignores_hangups_is_not_stopped_by_one() -> None:
     """As nohup starts it."""
-    with started(
-        "os.kill(os.getpid(), signal.SIGHUP); print('goes on'); return 0", nohup=True
-    ) as r:
+    ignores = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    goes_on = "os.kill(os.getpid(), signal.SIGHUP); print('goes on'); return 0"
+    with started(goes_on, first=ignores) as r:
         assert r.communicate() == ("started\ngoes on\n", "")
     assert r.returncode == 0
+
+
+def test_a_program_runs_where_there_are_no_hangups() -> None:
+    """As on Windows."""
+    terminates = "with finish_first(): pass\nos.kill(os.getpid(), signal.SIGTERM)"
+    with started(terminates, first="del signal.SIGHUP") as r:
+        assert r.communicate() == ("started\n", "terminated\n")
+    assert r.returncode == 143
 
 
 def test_signals_that_are_ignored_stay_ignored_and_others_are_restored() -> None:
