@@ -61,11 +61,12 @@ def gradients_by_backward(
     outputs, given = zip(*((t, u) for t, u in pairs if t.requires_grad), strict=True)
     for i in wanted:
         arguments[i].grad = None
-    torch.autograd.backward(outputs, given, retain_graph=True)
-    found: Gradients = {i: arguments[i].grad for i in wanted}
-    for i, grad in zip(wanted, before, strict=True):
-        arguments[i].grad = grad
-    return found
+    try:
+        torch.autograd.backward(outputs, given, retain_graph=True)
+        return {i: arguments[i].grad for i in wanted}
+    finally:
+        for i, grad in zip(wanted, before, strict=True):
+            arguments[i].grad = grad
 
 
 def by_backward(call: Call, hold: Callable[[Sample], None]) -> Call:

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from manual_bp.verify import check_function, check_module
+from manual_bp.verify._calling import gradients_by_backward
 
 X, Y = torch.randn(5, 3), torch.randn(5, 3)
 
@@ -203,3 +204,23 @@ def test_parameters_that_a_reentrant_checkpoint_forgets_are_named_as_such() -> N
         lambda: Reentrant(1.0), [(X,)], lambda: Plain(1.0), only=["requires_grad_subsets"]
     )
     assert "what runs again in backward, as in a reentrant checkpoint" in report.verdict
+
+
+def test_grad_stays_as_it_was_also_if_backward_raises() -> None:
+    class Fails(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise RuntimeError("not today")
+
+    x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
+    x.grad, y.grad = before = torch.ones_like(x), torch.ones_like(y)
+    result = Fails.apply(x) + y
+    with pytest.raises(RuntimeError, match="not today"):
+        gradients_by_backward(result, (x, y), [torch.ones_like(X)])
+    assert x.grad is before[0]
+    assert y.grad is before[1]
+    assert torch.equal(y.grad, torch.ones_like(Y))
