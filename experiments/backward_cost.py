@@ -38,6 +38,13 @@ PROGRAM = "python -m experiments.backward_cost"
 ALIKE = 1.25  # a ratio below is about the same
 
 SHOWN = {"products": "the matrix products alone", "layers": "all of it, in our layers"}
+_STEP = "Step: the width of the layers, or their number."
+CHARTS = {
+    "forward_microseconds": f"The time of the forward pass, the median of all rounds. {_STEP}",
+    "backward_microseconds": f"The time of the backward pass, the median of all rounds. {_STEP}",
+    "times_forward": f"The time of backward over that of forward. {_STEP}",
+    "counted": f"The operations of backward over those of forward, counted. {_STEP}",
+}
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"measuring for about {config.budget:.0f} s, on one core", flush=True)
     count = len(SHOWN) * (len(config.widths) + len(config.layers))
     rows = findings.add_rows(timed(config), count)
-    findings.add_curves(rows, over="size")
+    findings.add_curves(rows, over="size", charts=CHARTS)
     findings.add_picture(partial(draw, rows))
     return findings.conclude(conclusion(rows))

@@ -42,6 +42,12 @@ SHOWN = {
     "differences": "finite differences, no backpropagation",
 }
 STEP = 1e-6  # in float64, rounding and curvature are both small
+_SIZE = "Step: the number of samples, or of parameters."
+CHARTS = {
+    "milliseconds": f"The time of one gradient, the median of all rounds. {_SIZE}",
+    "times_batch": f"The same over the time of the batch in matrices. {_SIZE}",
+    "error": f"The norm of the difference from the batch in matrices, relative. {_SIZE}",
+}
 COST = QuadraticCost()
 
 
@@ -202,6 +208,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"measuring for about {config.budget:.0f} s, on one core", flush=True)
     count = len(WAYS) * (len(config.samples) + len(config.hidden))
     rows = findings.add_rows(timed(config), count)
-    findings.add_curves(rows, over="size")
+    findings.add_curves(rows, over="size", charts=CHARTS)
     findings.add_picture(partial(draw, rows))
     return findings.conclude(conclusion(rows))

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ class Findings:
             found.append(row)
         return found
 
-    def add_curves(self, rows: Iterable[Row], over: str) -> None:
-        """Log rows to TensorBoard; `over` names the column of steps."""
-        log_curves(self._folder.path, rows, over)
+    def add_curves(self, rows: Iterable[Row], over: str, charts: Mapping[str, str]) -> None:
+        """Log rows to TensorBoard: see `log_curves`."""
+        log_curves(self._folder.path, rows, over, charts)
 
     def add_picture(self, draw: Callable[[Figure], None]) -> None:
         """Draw the picture of the experiment, and write it as a PNG."""

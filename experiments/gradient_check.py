@@ -36,6 +36,10 @@ SIZES = (6, 5, 4)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 EQUATIONS = ("BP1", "BP2", "BP3", "BP4")
 FORGOTTEN, TOO_LARGE = "forgotten", "too_large"
+CHARTS = {
+    "error": "The norm of the difference between a gradient and finite differences, relative to "
+    "the larger of both. Step: how often the step of the differences was halved, from 1 on.",
+}
 COST = QuadraticCost()
 
 
@@ -239,6 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = Findings(PROGRAM, config)
     kinds = len(EQUATIONS) + len(mistakes(config))
     rows = findings.add_rows(measure(config), len(DTYPES) * (config.halvings + 1) * kinds)
-    findings.add_curves(rows, over="halvings")
+    findings.add_curves(rows, over="halvings", charts=CHARTS)
     findings.add_picture(partial(draw, config, rows))
     return findings.conclude(conclusion(config, rows))

@@ -32,6 +32,13 @@ PROGRAM = "python -m experiments.slow_learning"
 
 COSTS = {"quadratic": "quadratic", "sigmoid-cross-entropy": "cross-entropy"}
 HALF = 0.5  # below it the output is nearer to 0 than to 1
+CHARTS = {
+    "output": "The output a of the neuron, which should fall to 0. Step: the epoch.",
+    "delta": "|δ| = |∇_a C| σ'(z), by BP1: how fast the bias learns. Step: the epoch.",
+    "grad_a": "|∇_a C|, the first factor of |δ| by BP1. Step: the epoch.",
+    "sigma_prime": "σ'(z), the second factor of |δ| by BP1; small where the neuron is saturated. "
+    "Step: the epoch.",
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(Config, arguments, PROGRAM)
     findings = Findings(PROGRAM, config)
     rows = findings.add_rows(measure(config), total=len(COSTS) * (config.epochs + 1))
-    findings.add_curves(rows, over="epoch")
+    findings.add_curves(rows, over="epoch", charts=CHARTS)
     findings.add_picture(partial(draw, rows))
     return findings.conclude(conclusion(config, rows))

@@ -35,6 +35,10 @@ PROGRAM = "python -m experiments.small_activations"
 
 COST = "quadratic"
 INPUTS = ("original", "dimmed")
+CHARTS = {
+    "moved": "How far the weights that read this half of the pixels have moved from their start: "
+    "the norm over all of them. Step: the update.",
+}
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = list(measure(config))
     pixels = [row for found, _ in measured for row in found]
     rows = findings.add_rows(pixels, len(pixels))
-    findings.add_curves([row for _, found in measured for row in found], over="update")
+    findings.add_curves(
+        [row for _, found in measured for row in found], over="update", charts=CHARTS
+    )
     findings.add_picture(partial(draw, rows, digits(config, "original").shape))
     return findings.conclude(conclusion(config, rows))

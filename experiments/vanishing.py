@@ -39,6 +39,11 @@ ACTIVATIONS = ("sigmoid", "tanh", "relu")
 STARTS = {"pytorch": "PyTorch's start", "scaled": "scaled start"}
 SHORT = {"pytorch": "PyTorch", "scaled": "scaled"}
 FADED = 0.1  # if less of the error arrives, it is said to fade
+CHARTS = {
+    "delta": "‖δ^l‖ of each layer l, relative to that of the output layer. Step: the layer l.",
+    "by_w": "By BP2, what wᵀ does to the error of the layer above: ‖wᵀδ‖ / ‖δ‖. Step: the layer l.",
+    "by_sigma_prime": "By BP2, what σ' does to it then: ‖wᵀδ ⊙ σ'(z)‖ / ‖wᵀδ‖. Step: the layer l.",
+}
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = len(ACTIVATIONS) * len(STARTS) * sum(set(config.layers))
     rows = findings.add_rows(measure(config), total)
     most = max(config.layers)
-    findings.add_curves([row for row in rows if row["layers"] == most], over="layer")
+    findings.add_curves([row for row in rows if row["layers"] == most], over="layer", charts=CHARTS)
     findings.add_picture(partial(draw, rows))
     return findings.conclude(conclusion(rows))
