@@ -121,15 +121,19 @@ class _Difference:
         if got.is_complex() or not (got.isfinite().all() and expected.isfinite().all()):
             return ""
         got, expected = got.double().flatten(), expected.double().flatten()
-        if expected.numel() < 2 or not expected.count_nonzero():
+        if not expected.count_nonzero():
             return ""
         ratio = float((got @ expected) / (expected @ expected))
         if not self.is_like(ratio * self.expected):
             return ""
         rtol = self.budget.loosened().rtol
-        if abs(ratio - 1) > 10 * rtol:
-            return _ratio_diagnosis(ratio, sizes, rtol)
-        if self.budget.dtype is None and not self.budget.wrong(got, ratio * expected).any():
+        is_one = expected.numel() == 1  # any two numbers have a ratio: only a known one says more
+        if abs(ratio - 1) > 10 * rtol and (not is_one or self.budget.dtype is None):
+            other = "" if is_one else f"{ratio:.6g} times the right one, everywhere"
+            return _ratio_diagnosis(ratio, sizes, rtol) or other
+        if is_one or self.budget.dtype is not None:
+            return ""
+        if not self.budget.wrong(got, ratio * expected).any():
             return f"1 {ratio - 1:+.3g} times the right one, everywhere: a digit of a constant"
         return ""
 
@@ -269,7 +273,7 @@ def _corrected(got: Tensor, expected: Tensor, wrong: Tensor) -> Iterator[tuple[s
 
 
 def _ratio_diagnosis(ratio: float, sizes: Sequence[int], rtol: float) -> str:
-    """The mistake that a factor points to: of those within the tolerance the closest."""
+    """The mistake that a factor points to: of those within the tolerance the closest, or ""."""
     known = {-1.0: "-1 times the right one: a sign error"}
     for n in sorted({size for size in sizes if size > 1}):
         mean = f"1/{n} of the right one: a mean over {n} where a sum belongs"
@@ -290,7 +294,7 @@ def _ratio_diagnosis(ratio: float, sizes: Sequence[int], rtol: float) -> str:
     close = sorted((abs(ratio / factor - 1), factor) for factor in known)
     if close[0][0] < rtol and (len(close) < 2 or close[1][0] > 2 * rtol):
         return known[close[0][1]]
-    return f"{ratio:.6g} times the right one, everywhere"
+    return ""
 
 
 def _distance(got: Tensor, other: Tensor) -> float:

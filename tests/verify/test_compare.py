@@ -7,6 +7,7 @@ from torch import Tensor
 from manual_bp.verify._compare import Mismatch, compare
 
 RIGHT = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], dtype=torch.float64)
+ONE = torch.tensor(0.7, dtype=torch.float64)
 SQUARE = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
 
 
@@ -24,6 +25,9 @@ def message(got: Tensor | None, expected: Tensor, **options: Any) -> str:
         (RIGHT * 1.001, RIGHT, {}, "1.001 times the right one, everywhere"),
         (-RIGHT, RIGHT, {}, "-1 times the right one: a sign error"),
         (RIGHT * 0, RIGHT, {}, "zero everywhere"),
+        (ONE / 15, ONE, {"sizes": [5, 3, 15]}, "1/15 of the right one: a mean over 15 where a sum"),
+        (-ONE, ONE, {}, "-1 times the right one: a sign error"),
+        (ONE / 2, ONE, {}, "0.5 times the right one, everywhere: a factor 2 is missing"),
         (SQUARE.mT, SQUARE, {}, "equal to the transpose"),
         (RIGHT.mT, RIGHT, {}, "equal to the transpose"),
         (RIGHT.expand(5, 2, 3), RIGHT, {}, "missing a sum over the batch"),
@@ -38,6 +42,10 @@ def test_the_diagnosis_names_the_mistake(
     got: Tensor, expected: Tensor, options: Any, diagnosis: str
 ) -> None:
     assert f"diagnosis: {diagnosis}" in message(got, expected, **options)
+
+
+def test_a_ratio_of_single_numbers_that_is_no_known_one_says_nothing() -> None:
+    assert "times the right one" not in message(1.37 * ONE, ONE, sizes=[5, 3])
 
 
 def test_the_message_gives_index_values_and_ratio() -> None:
