@@ -8,7 +8,6 @@ with the same parameters, hooks, training mode and keys; references to these sta
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -17,13 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from manual_bp import _require, _torch
+from manual_bp._fuse import Class, neighbours, pairs_to_fuse
 from manual_bp.layers._activation import ACTIVATIONS
 from manual_bp.layers._formula import torch_base
 from manual_bp.layers.linear import Linear
 from manual_bp.layers.linear_sigmoid import LinearSigmoid
-from manual_bp.layers.sigmoid import Sigmoid
-
-Class = type[Any]
 
 # The attribute in which a module keeps the class that it had, so that copies and pickles of it can
 # be restored as well.
@@ -50,8 +47,15 @@ class Left(NamedTuple):
 class ConversionReport:
     """What `convert` or `restore` did to each module; prints as one line for each kind.
 
-    changed: The modules whose class was changed.
-    left: The layers that one would expect to be changed, and all that have no counterpart.
+    Attributes:
+        changed: The modules whose class was changed.
+        left: The layers that one would expect to be changed, and all that have no counterpart.
+
+    Examples:
+        >>> print(convert(nn.Sequential(nn.Linear(3, 2), nn.ReLU())))
+        2 changed, 0 left as they are
+          1 Linear -> Linear
+          1 ReLU -> ReLU
     """
 
     changed: tuple[Change, ...]
@@ -83,6 +87,12 @@ def convert(model: nn.Module, fuse: bool = False) -> ConversionReport:
 
     Raises:
         TypeError: model is not an nn.Module.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())
+        >>> report = convert(model)
+        >>> type(model[0]) is Linear, len(report.changed)
+        (True, 2)
     """
     _require_module(model)
     changes: dict[nn.Module, Class] = {}
@@ -100,7 +110,7 @@ def convert(model: nn.Module, fuse: bool = False) -> ConversionReport:
         del changes[module]
         left[module] = "nn.MultiheadAttention computes with its weight and never calls it"
     if fuse:
-        fused, apart = _pairs_to_fuse(model, changes)
+        fused, apart = pairs_to_fuse(model, changes)
         changes, left = changes | fused, left | apart
     return _apply(model, changes, left)
 
@@ -118,6 +128,12 @@ def restore(model: nn.Module) -> ConversionReport:
 
     Raises:
         TypeError: model is not an nn.Module.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())
+        >>> _ = convert(model), restore(model)
+        >>> type(model[0]) is nn.Linear
+        True
     """
     _require_module(model)
     changes: dict[nn.Module, Class] = {}
@@ -134,7 +150,7 @@ def restore(model: nn.Module) -> ConversionReport:
             left[module] = "its class has changed since"
     fused = [
         pair
-        for _, pair in _neighbours(model)
+        for _, pair in neighbours(model)
         if isinstance(pair.linear, LinearSigmoid) and type(pair.sigmoid) is nn.Identity
     ]
     while halves := [pair for pair in fused if len(changes.keys() & set(pair)) == 1]:
@@ -291,60 +307,3 @@ def _classes_given_for(before: Class) -> Iterator[Class]:
         if issubclass(before, theirs) and before is not ours:
             yield ours if before is theirs else _joined(ours, before)
     yield from (LinearSigmoid, nn.Identity)
-
-
-class _Pair(NamedTuple):
-    linear: nn.Module
-    sigmoid: nn.Module
-
-
-def _pairs_to_fuse(
-    model: nn.Module, changes: dict[nn.Module, Class]
-) -> tuple[dict[nn.Module, Class], dict[nn.Module, str]]:
-    """The classes to give to the pairs that can be fused, and why the Linears of others cannot be.
-
-    A module may occur in several places: it can be fused only if it is part of a pair in each.
-    """
-    pairs = list(_pairs(model, changes))
-    apart = {pair.linear: f"not fused: {why}" for pair in pairs if (why := _reason_against(pair))}
-    places = Counter(m for parent in model.modules() for m in _torch.own_modules(parent).values())
-    while True:
-        kept = [pair for pair in pairs if pair.linear not in apart]
-        used = Counter(module for pair in kept for module in pair)
-        lone = [p for p in kept if any(used[module] != places[module] for module in p)]
-        if not lone:
-            break
-        apart |= {p.linear: "not fused: it or its Sigmoid also occurs elsewhere" for p in lone}
-    fused: dict[nn.Module, Class] = {pair.linear: LinearSigmoid for pair in kept}
-    return fused | {pair.sigmoid: nn.Identity for pair in kept}, apart
-
-
-def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Sequential, _Pair]]:
-    """The pairs of neighbouring modules in each Sequential of a model."""
-    for module in model.modules():
-        if isinstance(module, nn.Sequential):
-            children = [m for m in _torch.own_modules(module).values() if m is not None]
-            yield from ((module, _Pair(*pair)) for pair in pairwise(children))
-
-
-def _pairs(model: nn.Module, changes: dict[nn.Module, Class]) -> Iterator[_Pair]:
-    for sequential, pair in _neighbours(model):
-        runs_in_order = type(sequential).forward is nn.Sequential.forward
-        classes = [changes.get(m, type(m)) for m in pair]
-        if runs_in_order and "forward" not in vars(sequential) and classes == [Linear, Sigmoid]:
-            yield pair
-
-
-def _reason_against(pair: _Pair) -> str:
-    if _torch.has_global_hooks():
-        return "there are global hooks, which would not see z"
-    if any(map(_torch.has_forward_hooks, pair)):
-        return "there are hooks, which would not see z"
-    if any(map(_torch.has_backward_hooks, pair)):
-        return "there are hooks, which would not see delta"
-    if any("forward" in vars(m) for m in pair):
-        return "a forward was replaced on the object"
-    weight = _held(pair.linear).get("weight")
-    if weight is None or not weight.is_floating_point():
-        return "its weight is computed from others, or is not real"
-    return ""
