@@ -50,6 +50,12 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
             cost is not a `Cost`, or x or y is not a tensor of real numbers.
         ValueError: net has no linear layer; its sizes and devices, x and y do not fit each other;
             or the cost is not reduced.
+
+    Examples:
+        >>> net, x, y = nn.Sequential(Linear(3, 2), Sigmoid()), torch.rand(5, 3), torch.rand(5, 2)
+        >>> trace = backprop(net, x, y, QuadraticCost())
+        >>> trace["0"].delta.shape, trace["0"].grad_w.shape
+        (torch.Size([5, 2]), torch.Size([2, 3]))
     """
     input_activations, layers = parse(net)
     require_input(x, layers[0])

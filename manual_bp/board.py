@@ -1,13 +1,5 @@
 """Traces in TensorBoard: the terms of the four equations, for every layer and step.
 
-    writer = SummaryWriter("runs/mine")
-    board = TraceBoard(writer)
-    ...
-    with manual_bp.record(model) as trace:
-        cost(model(x), y).backward()
-    board.log(trace, step, learning_rate=0.1)
-    optimizer.step()
-
 TensorBoard gives each run, which is a folder, a colour. So each layer has a folder of its own, in
 that of the writer, and every chart shows all layers, each in its colour.
 
@@ -109,6 +101,14 @@ class TraceBoard:
 
     Raises:
         TypeError: writer is not a SummaryWriter.
+
+    Examples:
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> model = nn.Sequential(nn.Linear(3, 2))
+        >>> with record(model) as trace:
+        ...     model(torch.rand(5, 3)).square().mean().backward()
+        >>> with SummaryWriter("runs/mine") as writer:
+        ...     TraceBoard(writer).log(trace, step=0, learning_rate=0.1)
     """
 
     def __init__(

@@ -87,6 +87,17 @@ class Cost(nn.Module):
 
     Raises:
         ValueError: reduction is none of these.
+
+    Examples:
+        >>> class QuarticCost(Cost):
+        ...     def forward(self, a, y):
+        ...         return (a - y).pow(4).sum(-1).mean()
+        ...
+        ...     def gradient(self, a, y):
+        ...         return 4 * (a - y).pow(3) / len(a)
+        >>> trace = backprop(
+        ...     nn.Sequential(Linear(3, 2)), torch.rand(5, 3), torch.rand(5, 2), QuarticCost()
+        ... )
     """
 
     def __init__(self, reduction: Reduction = "mean") -> None:

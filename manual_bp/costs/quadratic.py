@@ -41,6 +41,12 @@ class QuadraticCostFunction(Function):
     Saves: a and y.
     Errors: none; `quadratic_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, the cost in BP1.
+
+    Examples:
+        >>> a = torch.tensor([[1.0, 0.5]], requires_grad=True)
+        >>> QuadraticCostFunction.apply(a, torch.tensor([[1.0, 0.0]]), "mean").backward()
+        >>> a.grad  # ∇_a C = a − y
+        tensor([[0.0000, 0.5000]])
     """
 
     generate_vmap_rule = True
@@ -101,6 +107,10 @@ def quadratic_cost(a: Tensor, y: Tensor, reduction: Reduction = "mean") -> Tenso
             unknown.
 
     See `QuadraticCostFunction` for the gradients.
+
+    Examples:
+        >>> quadratic_cost(torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, 0.0]]))
+        tensor(0.1250)
     """
     return _call(quadratic_cost, a, y, reduction)
 
@@ -109,6 +119,11 @@ class QuadraticCost(Cost):
     """The quadratic cost C = (1/n) Σ_x ½‖y − a‖² of a network's output activations.
 
     See `quadratic_cost` for shapes, units and errors.
+
+    Examples:
+        >>> a, y = torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, 0.0]])
+        >>> QuadraticCost()(a, y), QuadraticCost().gradient(a, y)
+        (tensor(0.1250), tensor([[0.0000, 0.5000]]))
     """
 
     def forward(self, a: Tensor, y: Tensor) -> Tensor:

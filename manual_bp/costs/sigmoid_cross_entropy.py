@@ -39,6 +39,12 @@ class SigmoidCrossEntropyCostFunction(Function):
     Saves: z; and y, only if ∂C/∂z is needed.
     Errors: none; `sigmoid_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, the cross-entropy cost.
+
+    Examples:
+        >>> z = torch.tensor([[0.0, 0.0]], requires_grad=True)
+        >>> SigmoidCrossEntropyCostFunction.apply(z, torch.tensor([[1.0, 0.0]]), "mean").backward()
+        >>> z.grad  # δ = a − y
+        tensor([[-0.5000,  0.5000]])
     """
 
     generate_vmap_rule = True
@@ -108,6 +114,10 @@ def sigmoid_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
             unknown.
 
     See `SigmoidCrossEntropyCostFunction` for the gradients.
+
+    Examples:
+        >>> sigmoid_cross_entropy_cost(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor(1.3863)
     """
     return _call(sigmoid_cross_entropy_cost, z, y, reduction)
 
@@ -116,6 +126,11 @@ class SigmoidCrossEntropyCost(Cost):
     """The cross-entropy of a = σ(z) against targets y, for a network whose output is z.
 
     See `sigmoid_cross_entropy_cost` for shapes, units and errors.
+
+    Examples:
+        >>> z, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> SigmoidCrossEntropyCost()(z, y), SigmoidCrossEntropyCost().gradient(z, y)
+        (tensor(1.3863), tensor([[-0.5000,  0.5000]]))
     """
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ class SoftmaxCrossEntropyCostFunction(Function):
     Saves: z; and y, only if ∂C/∂z is needed.
     Errors: none; `softmax_cross_entropy_cost` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 3, softmax and log-likelihood.
+
+    Examples:
+        >>> z = torch.tensor([[0.0, 0.0]], requires_grad=True)
+        >>> SoftmaxCrossEntropyCostFunction.apply(z, torch.tensor([0]), "mean").backward()
+        >>> z.grad  # δ = a − y
+        tensor([[-0.5000,  0.5000]])
     """
 
     generate_vmap_rule = True
@@ -138,6 +144,10 @@ def softmax_cross_entropy_cost(z: Tensor, y: Tensor, reduction: Reduction = "mea
             is unknown.
 
     See `SoftmaxCrossEntropyCostFunction` for the gradients.
+
+    Examples:
+        >>> softmax_cross_entropy_cost(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.6931)
     """
     return _call(softmax_cross_entropy_cost, z, y, reduction)
 
@@ -146,6 +156,11 @@ class SoftmaxCrossEntropyCost(Cost):
     """The cross-entropy of a = softmax(z) against targets y, for a network whose output is z.
 
     See `softmax_cross_entropy_cost` for shapes, units and errors.
+
+    Examples:
+        >>> z, y = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+        >>> SoftmaxCrossEntropyCost()(z, y), SoftmaxCrossEntropyCost().gradient(z, y)
+        (tensor(0.6931), tensor([[-0.5000,  0.5000]]))
     """
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:

@@ -32,6 +32,12 @@ class LeakyReLUFunction(Function):
     Errors: none; `leaky_relu` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Maas, Hannun and Ng,
     Rectifier Nonlinearities Improve Neural Network Acoustic Models, for the slope below 0.
+
+    Examples:
+        >>> z = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> LeakyReLUFunction.apply(z, 0.1, False).sum().backward()
+        >>> z.grad  # σ'(z)
+        tensor([0.1000, 1.0000])
     """
 
     generate_vmap_rule = True
@@ -85,6 +91,10 @@ def leaky_relu(z: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
         ValueError: negative_slope is below 0.
 
     See `LeakyReLUFunction` for the gradient.
+
+    Examples:
+        >>> leaky_relu(torch.tensor([-1.0, 0.0, 1.0]), 0.1)
+        tensor([-0.1000,  0.0000,  1.0000])
     """
     return _leaky_relu("z", z, negative_slope, inplace)
 
@@ -111,6 +121,10 @@ class LeakyReLU(Activation, nn.LeakyReLU, function=leaky_relu):
 
     Input and output have the same, arbitrary shape. See `leaky_relu` for the errors raised and
     `LeakyReLUFunction` for the gradient.
+
+    Examples:
+        >>> LeakyReLU(0.1)(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.1000,  0.0000,  1.0000])
     """
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:

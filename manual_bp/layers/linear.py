@@ -31,6 +31,12 @@ class LinearFunction(Function):
     Saves: a, only if ∂C/∂w is required; w, only if ∂C/∂a is. Nothing else is used above.
     Errors: none; `linear` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP2 to BP4.
+
+    Examples:
+        >>> a, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]], requires_grad=True)
+        >>> LinearFunction.apply(a, w, None).backward()
+        >>> w.grad  # BP4, where δ is 1
+        tensor([[1., 2.]])
     """
 
     generate_vmap_rule = True
@@ -89,6 +95,10 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         ValueError: A shape does not fit w, or a device differs from that of w.
 
     See `LinearFunction` for the gradients.
+
+    Examples:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]))
+        tensor([[16.]])
     """
     return _linear(("a", "w", "b"), a, w, b)
 
@@ -113,6 +123,12 @@ class Linear(nn.Linear):
     in_features), bias (out_features,).
 
     See `linear` for the errors raised and `LinearFunction` for the gradients.
+
+    Examples:
+        >>> layer = Linear(3, 2)
+        >>> layer(torch.rand(5, 3)).sum().backward()
+        >>> layer.bias.grad  # BP3: δ is 1 for each of the five samples
+        tensor([5., 5.])
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear gives it)

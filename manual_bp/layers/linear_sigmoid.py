@@ -48,6 +48,12 @@ class LinearSigmoidFunction(Function):
     Saves: a; a_prev, only if ∂C/∂w is required; w, only if ∂C/∂a_prev is. z is overwritten.
     Errors: none; `linear_sigmoid` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 to BP4.
+
+    Examples:
+        >>> a, w = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2, requires_grad=True)
+        >>> LinearSigmoidFunction.apply(a, w, None).backward()
+        >>> w.grad  # BP4, where δ is σ'(0) = 1/4
+        tensor([[0.2500, 0.5000]])
     """
 
     generate_vmap_rule = True
@@ -127,6 +133,11 @@ def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         ValueError: A shape does not fit w, or a device differs from that of w.
 
     See `LinearSigmoidFunction` for the gradients.
+
+    Examples:
+        >>> a, w, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.tensor([-1.0])
+        >>> linear_sigmoid(a, w, b)
+        tensor([[0.5000]])
     """
     return _linear_sigmoid(("a", "w", "b"), a, w, b)
 
@@ -151,6 +162,11 @@ class LinearSigmoid(nn.Module):
     in_features), bias (out_features,).
 
     See `linear_sigmoid` for the errors raised and `LinearSigmoidFunction` for the gradients.
+
+    Examples:
+        >>> layer = LinearSigmoid(3, 2)
+        >>> layer(torch.rand(5, 3)).shape, sorted(layer.state_dict())
+        (torch.Size([5, 2]), ['bias', 'weight'])
     """
 
     bias: nn.Parameter | None

@@ -31,6 +31,12 @@ class ReLUFunction(Function):
     Errors: none; `relu` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for the
     rectified linear unit.
+
+    Examples:
+        >>> z = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> ReLUFunction.apply(z, False).sum().backward()
+        >>> z.grad  # σ'(z)
+        tensor([0., 0., 1.])
     """
 
     generate_vmap_rule = True
@@ -79,6 +85,10 @@ def relu(z: Tensor, inplace: bool = False) -> Tensor:
         TypeError: z is not a dense tensor, or its dtype is complex or bool.
 
     See `ReLUFunction` for the gradient.
+
+    Examples:
+        >>> relu(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0., 0., 1.])
     """
     return _relu("z", z, inplace)
 
@@ -94,6 +104,10 @@ class ReLU(Activation, nn.ReLU, function=relu):
 
     Input and output have the same, arbitrary shape. See `relu` for the errors raised and
     `ReLUFunction` for the gradient.
+
+    Examples:
+        >>> ReLU()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0., 0., 1.])
     """
 
     slope_bounds = (0.0, 1.0)

@@ -33,6 +33,12 @@ class SigmoidFunction(Function):
     Saves: only a, since σ'(z) = a (1 − a).
     Errors: none; `sigmoid` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 1 for σ'.
+
+    Examples:
+        >>> z = torch.tensor([0.0, 2.0], requires_grad=True)
+        >>> SigmoidFunction.apply(z).sum().backward()
+        >>> z.grad  # σ'(z)
+        tensor([0.2500, 0.1050])
     """
 
     generate_vmap_rule = True
@@ -78,6 +84,10 @@ def sigmoid(z: Tensor) -> Tensor:
         TypeError: z is not a dense tensor.
 
     See `SigmoidFunction` for the gradient.
+
+    Examples:
+        >>> sigmoid(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.2689, 0.5000, 0.7311])
     """
     return _sigmoid("z", z)
 
@@ -90,6 +100,10 @@ class Sigmoid(Activation, nn.Sigmoid, function=sigmoid):
 
     Input and output have the same, arbitrary shape. See `sigmoid` for the errors raised and
     `SigmoidFunction` for the gradient.
+
+    Examples:
+        >>> Sigmoid()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.2689, 0.5000, 0.7311])
     """
 
     slope_bounds = (0.0, 0.25)

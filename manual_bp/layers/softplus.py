@@ -39,6 +39,12 @@ class SoftplusFunction(Function):
     Errors: none; `softplus` checks the arguments.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; Dugas et al.,
     Incorporating Second-Order Functional Knowledge for Better Option Pricing, for softplus.
+
+    Examples:
+        >>> z = torch.tensor([0.0, 2.0], requires_grad=True)
+        >>> SoftplusFunction.apply(z, 1.0, 20.0).sum().backward()
+        >>> z.grad  # σ'(z), the sigmoid of z
+        tensor([0.5000, 0.8808])
     """
 
     generate_vmap_rule = True
@@ -89,6 +95,10 @@ def softplus(z: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
         ValueError: beta is 0.
 
     See `SoftplusFunction` for the gradient.
+
+    Examples:
+        >>> softplus(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.3133, 0.6931, 1.3133])
     """
     return _softplus("z", z, beta, threshold)
 
@@ -112,6 +122,10 @@ class Softplus(Activation, nn.Softplus, function=softplus):
 
     Input and output have the same, arbitrary shape. See `softplus` for the errors raised and
     `SoftplusFunction` for the gradient.
+
+    Examples:
+        >>> Softplus()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.3133, 0.6931, 1.3133])
     """
 
     slope_bounds = (0.0, 1.0)

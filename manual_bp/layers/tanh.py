@@ -36,6 +36,12 @@ class TanhFunction(Function):
     Saves: only a, since σ'(z) = 1 − a².
     Errors: none; `tanh` checks the argument.
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, BP1 and BP2; chapter 3 for tanh.
+
+    Examples:
+        >>> z = torch.tensor([0.0, 2.0], requires_grad=True)
+        >>> TanhFunction.apply(z).sum().backward()
+        >>> z.grad  # σ'(z)
+        tensor([1.0000, 0.0707])
     """
 
     generate_vmap_rule = True
@@ -81,6 +87,10 @@ def tanh(z: Tensor) -> Tensor:
         TypeError: z is not a dense tensor.
 
     See `TanhFunction` for the gradient.
+
+    Examples:
+        >>> tanh(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.7616,  0.0000,  0.7616])
     """
     return _tanh("z", z)
 
@@ -93,6 +103,10 @@ class Tanh(Activation, nn.Tanh, function=tanh):
 
     Input and output have the same, arbitrary shape. See `tanh` for the errors raised and
     `TanhFunction` for the gradient.
+
+    Examples:
+        >>> Tanh()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.7616,  0.0000,  0.7616])
     """
 
     slope_bounds = (0.0, 1.0)

@@ -37,10 +37,6 @@ def record(
 ) -> AbstractContextManager[Trace]:
     """Record one backward pass through a model as a Trace, like the one that `backprop` returns.
 
-        with manual_bp.record(model) as trace:
-            cost(model(x), y).backward()
-        trace["encoder.fc1"].delta
-
     The trace is filled when `backward()` has run. Weights, gradients and random numbers are the
     same as without `record`. The hooks are removed when the block is left, even by an exception,
     and copies and pickles of the model have none. The trace holds a and δ of every recorded layer
@@ -73,6 +69,13 @@ def record(
         RuntimeError: From backward(), if it is called a second time in one block. On entering a
             block that was entered before. On leaving it, if no backward pass reached a layer, or
             none of the layers that it reached can be recorded.
+
+    Examples:
+        >>> model = nn.ModuleDict({"encoder": nn.Linear(3, 2)})
+        >>> with record(model) as trace:
+        ...     model["encoder"](torch.rand(5, 3)).square().mean().backward()
+        >>> trace["encoder"].delta.shape
+        torch.Size([5, 2])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")

@@ -34,6 +34,12 @@ class LayerDiagnostics:
     does not hold, because a does not go directly into another layer, or not only there; what needs
     σ', if no known activation follows; grad_norm if w is frozen; update if no learning rate is
     given; dead_inputs if the inputs were overwritten. The largest σ' is the largest possible.
+
+    Examples:
+        >>> net, x, y = nn.Sequential(Linear(3, 2), Sigmoid()), torch.rand(5, 3), torch.rand(5, 2)
+        >>> layer = backprop(net, x, y, QuadraticCost()).diagnostics()["0"]
+        >>> layer.verdict, layer.zeros
+        ('learns', 0.0)
     """
 
     name: str
@@ -62,7 +68,14 @@ class Diagnostics:
 
     The table leaves out columns that are empty or 0 in all layers.
 
-    elsewhere: The names of parameters whose gradient comes from elsewhere than these layers.
+    Attributes:
+        elsewhere: The names of parameters whose gradient comes from elsewhere than these layers.
+
+    Examples:
+        >>> net, x, y = nn.Sequential(Linear(3, 2), Sigmoid()), torch.rand(5, 3), torch.rand(5, 2)
+        >>> diagnostics = backprop(net, x, y, QuadraticCost()).diagnostics()
+        >>> [layer.name for layer in diagnostics]  # print(diagnostics) shows a table
+        ['0']
     """
 
     layers: tuple[LayerDiagnostics, ...]

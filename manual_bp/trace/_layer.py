@@ -35,14 +35,21 @@ class LayerTrace:
     the parameter is frozen or absent, as `.grad` would be. The first layer's a_prev shares the
     memory of x: nothing is copied.
 
-    calls: a_prev, z, a and delta for each time that the layer ran. If it ran more than once, they
-        are found only here; the gradients are sums over all calls.
-    scale: The factor that turns a row of delta into ∂C_x/∂z: N under "mean", 1 under "sum".
-    learns_w, learns_b: Whether w and b get gradients in this pass; None to look at w and b now.
-    w_is_leaf: Whether w was a leaf, not computed from other tensors; None to look at w now.
-    given: ∂C/∂w and ∂C/∂b if they are known already; else they are computed when asked for.
-    has_samples: Whether the input's first dimension is the samples, and not made by the model.
-    w_version: What `version(w)` was in the pass; None for the present one.
+    Attributes:
+        calls: a_prev, z, a and delta for each time that the layer ran. If it ran more than once,
+            they are found only here; the gradients are sums over all calls.
+        scale: The factor that turns a row of delta into ∂C_x/∂z: N under "mean", 1 under "sum".
+        learns_w, learns_b: Whether w and b get gradients in this pass; None to look at w and b now.
+        w_is_leaf: Whether w was a leaf, not computed from other tensors; None to look at w now.
+        given: ∂C/∂w and ∂C/∂b if they are known already; else they are computed when asked for.
+        has_samples: Whether the input's first dimension is the samples, and not made by the model.
+        w_version: What `version(w)` was in the pass; None for the present one.
+
+    Examples:
+        >>> net, x, y = nn.Sequential(Linear(3, 2), Sigmoid()), torch.rand(5, 3), torch.rand(5, 2)
+        >>> layer = backprop(net, x, y, QuadraticCost())["0"]
+        >>> layer.grad_w.shape, layer.per_sample_grad_w().shape
+        (torch.Size([2, 3]), torch.Size([5, 2, 3]))
     """
 
     name: str

@@ -1,9 +1,8 @@
 """One whole pass of the algorithm: its cost, its output, and its layers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch import Tensor
 from manual_bp import _require
 from manual_bp._function import has_concrete_values
 from manual_bp._torch import map_tensors
-from manual_bp.trace import _per_sample
 from manual_bp.trace._call import DistinctMemory, Pair, joined
 from manual_bp.trace._diagnostics import Diagnostics
+from manual_bp.trace._gradient import Gradient, norms_of
 from manual_bp.trace._layer import LayerTrace
 from manual_bp.trace._measure import diagnose
 
@@ -22,17 +21,23 @@ from manual_bp.trace._measure import diagnose
 class Trace:
     """One pass of the algorithm: the cost, the output, and every linear layer in forward order.
 
-    cost: The cost, of shape ().
-    output: The network's output.
-    layers: The linear layers that an error reached.
-    parameter_names: The name of every parameter in the network's `named_parameters()`.
-    missed: The linear layers that no error reached, with the reason for each.
-    elsewhere: The names of parameters whose gradient comes, wholly or in part, from elsewhere than
-        `layers`, such as a LayerNorm's or that of a weight which is also an Embedding's; or from
-        layers that have no samples. Per-sample results lack that part.
-    chosen: Whether the user chose the layers.
-    is_assigned: Whether `backward()` has added the gradients of this pass to `.grad` already.
-    batch: N, if the model's input and output show it.
+    Attributes:
+        cost: The cost, of shape ().
+        output: The network's output.
+        layers: The linear layers that an error reached.
+        parameter_names: The name of every parameter in the network's `named_parameters()`.
+        missed: The linear layers that no error reached, with the reason for each.
+        elsewhere: The names of parameters whose gradient comes, wholly or in part, from elsewhere
+            than `layers`, such as a LayerNorm's or that of a weight which is also an Embedding's;
+            or from layers that have no samples. Per-sample results lack that part.
+        chosen: Whether the user chose the layers.
+        is_assigned: Whether `backward()` has added the gradients of this pass to `.grad` already.
+        batch: N, if the model's input and output show it.
+
+    Examples:
+        >>> net, x, y = nn.Sequential(Linear(3, 2), Sigmoid()), torch.rand(5, 3), torch.rand(5, 2)
+        >>> backprop(net, x, y, QuadraticCost()).per_sample_norms().shape
+        torch.Size([5])
     """
 
     cost: Tensor
@@ -175,7 +180,7 @@ class Trace:
         LayerNorm's gradient, is not included. Raises the same errors as `per_sample_grads`.
         """
         dtype = torch.promote_types(self.layers[0].w.dtype.to_real(), torch.float32)
-        return _norms(self._gradients()).to(dtype)
+        return norms_of(self._gradients()).to(dtype)
 
     def clipped_grads(self, max_norm: float) -> dict[str, Tensor]:
         """The gradient with each sample's own scaled down to a norm of at most max_norm, by name.
@@ -202,7 +207,7 @@ class Trace:
                 f"these, or choose the layers to clip, with record(model, layers=[...])"
             )
         gradients = self._gradients()
-        norms = _norms(gradients)
+        norms = norms_of(gradients)
         # An infinite norm gives no usable weight: 0 would drop the sample silently.
         weights = (max_norm / norms).clamp(max=1).masked_fill(norms.isinf(), torch.nan)
         return {gradient.name: gradient.weighted(weights) for gradient in gradients}
@@ -248,7 +253,7 @@ class Trace:
         elsewhere = tuple(name for name in self.elsewhere if name not in names)
         return diagnose(self.layers, learning_rate, elsewhere)
 
-    def _gradients(self) -> list["_Gradient"]:
+    def _gradients(self) -> list[Gradient]:
         """The gradient of each parameter that learns, as all the pairs that it is made of."""
         pairs: dict[int, list[Pair]] = {}  # by the id of the parameter
         parameters: list[tuple[Tensor, str, bool]] = []
@@ -270,7 +275,7 @@ class Trace:
             if layer.b is not None and layer.learns_b:
                 add(layer.b, layer, "bias", (delta, delta))  # BP3 has no a
         gradients = [
-            _Gradient(p, name, is_weight, joined(pairs[id(p)]), layers[0].scale)
+            Gradient(p, name, is_weight, joined(pairs[id(p)]), layers[0].scale)
             for p, name, is_weight in parameters
         ]
         if not gradients:
@@ -295,45 +300,6 @@ class Trace:
         if not self._is_filled:
             return "Trace(not filled yet)"
         return f"Trace(cost={_as_text(self.cost)}, layers={list(self.layers)})"
-
-
-class _Gradient(NamedTuple):
-    """A parameter's gradient, as the pairs (a, δ) of all the layers that use it."""
-
-    parameter: Tensor
-    name: str
-    is_weight: bool
-    pair: Pair
-    scale: int
-
-    def per_sample(self) -> Tensor:
-        a, delta = self.pair
-        delta = delta * self.scale  # before the product, which is far larger
-        grads = _per_sample.grad_w(a, delta) if self.is_weight else _per_sample.grad_b(delta)
-        return grads.to(self.parameter.dtype)
-
-    def norms(self, known: dict[int, Tensor]) -> Tensor:
-        """Without the scale; known: the norms of tensors with one row a sample, by their id."""
-        a, delta = self.pair
-        if a.shape[1] == 1:
-            return known[id(delta)] * known[id(a)] if self.is_weight else known[id(delta)]
-        return _per_sample.norm_w(a, delta) if self.is_weight else _per_sample.norm_b(delta)
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        a, delta = self.pair
-        if self.is_weight:
-            grad = _per_sample.weighted_grad_w(a, delta, weights)
-        else:
-            grad = _per_sample.weighted_grad_b(delta, weights)
-        return grad.to(self.parameter.dtype)
-
-
-def _norms(gradients: Sequence[_Gradient]) -> Tensor:
-    """The norm of each sample's gradient over all of these parameters, (N,), float64."""
-    rows = {id(t): t for gradient in gradients for t in gradient.pair if t.shape[1] == 1}
-    norms = _per_sample.norms_of_one_row(list(rows.values())) if rows else []
-    known = dict(zip(rows, norms, strict=True))
-    return reduce(torch.hypot, [g.norms(known) for g in gradients]) * gradients[0].scale
 
 
 def _as_text(cost: Tensor) -> str:

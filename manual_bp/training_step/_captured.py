@@ -20,6 +20,13 @@ class CapturedStep:
 
     Autograd does not see updates made by a graph: it will not notice that a weight which it saved
     before has changed since.
+
+    Examples:
+        >>> if torch.cuda.is_available():
+        ...     net = nn.Sequential(Linear(3, 2), Sigmoid()).cuda()
+        ...     x, y = torch.rand(5, 3, device="cuda"), torch.rand(5, 2, device="cuda")
+        ...     step = TrainingStep(net, QuadraticCost(), lr=1.0).cuda_graph(x, y)
+        ...     cost = step(x, y)
     """
 
     def __init__(self, plan: Plan, x: Tensor, y: Tensor, is_current: Callable[[], bool]) -> None:

@@ -84,6 +84,11 @@ class Adam:
     The numbers are checked by `TrainingStep`.
 
     Source: Kingma and Ba, Adam: A Method for Stochastic Optimization, algorithm 1.
+
+    Examples:
+        >>> net = nn.Sequential(Linear(3, 2), Sigmoid())
+        >>> step = TrainingStep(net, QuadraticCost(), lr=1e-3, rule=Adam(betas=(0.9, 0.99)))
+        >>> cost = step(torch.rand(5, 3), torch.rand(5, 2))
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -126,6 +131,11 @@ class AdamW(Adam):
         p ← p − η λ p  at first, and g stays as it is
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2.
+
+    Examples:
+        >>> net = nn.Sequential(Linear(3, 2), Sigmoid())
+        >>> step = TrainingStep(net, QuadraticCost(), lr=1e-3, rule=AdamW(), weight_decay=0.01)
+        >>> cost = step(torch.rand(5, 3), torch.rand(5, 2))
     """
 
     is_decoupled = True

@@ -22,13 +22,9 @@ from manual_bp.training_step._rules import Adam, Descent
 class TrainingStep:
     """Backpropagation and gradient descent in one, in place, close to the speed of the products.
 
-        step = TrainingStep(net, QuadraticCost(), lr=3.0)
-        for x, y in batches:
-            cost = step(x, y)
-
-    does what `cost = QuadraticCost()(net(x), y)`, `cost.backward()` and a step of
-    `torch.optim.SGD(net.parameters(), lr)` do, up to rounding, without a graph and without
-    gradients: `.grad` is neither read nor written. Adam, AdamW and `clip_grad_norm_` are options.
+    A call does what `cost(net(x), y).backward()` and a step of `torch.optim.SGD` do, up to
+    rounding, without a graph: `.grad` is neither read nor written. Adam, AdamW and
+    `clip_grad_norm_` are options.
 
     Args:
         net: As for `backprop`: linear layers and activations, ours or `torch.nn`'s, or
@@ -90,6 +86,11 @@ class TrainingStep:
 
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2 for the algorithm, chapter 3 for
     momentum and weight decay.
+
+    Examples:
+        >>> net = nn.Sequential(Linear(3, 2), Sigmoid())
+        >>> step = TrainingStep(net, QuadraticCost(), lr=3.0)
+        >>> cost = step(torch.rand(5, 3), torch.rand(5, 2))
     """
 
     def __init__(

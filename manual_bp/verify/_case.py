@@ -19,28 +19,35 @@ Dtypes = torch.dtype | tuple[torch.dtype | None, ...]
 class Case:
     """One Function or module to judge; made by `function_case` or `module_case`.
 
-    call: Takes the arguments of a sample. A module's parameters are its last arguments.
-    draw: Makes samples from a generator; the same seed gives the same samples.
-    reference: The same function in ordinary differentiable PyTorch; None if not given.
-    supports: Capabilities that must work. Others may be refused, but never silently wrong.
-    in_dims: As for `torch.vmap`: the sample dimension of each argument.
-    dtypes: In which dtypes the call works. The widest comes first.
-    rtol, atol: A tolerance in addition to the allowance for rounding.
-    varying: As in_dims, for each group of other dimensions that may have any size.
-    labels: Names of the arguments in messages.
-    project: For positions of arguments, a function that maps a tensor into the domain.
-    special: For positions of arguments, values at which a branch may begin.
-    expected_failures: Names of checks that are known to fail, with the reason.
-    factory, reference_factory: Make the module and its reference, if the case is a module.
-    nested_inputs: Nests the arguments in a sample, without parameters, as the call takes them.
-    parameters: How many of the last arguments are parameters of a module.
-    module, reference_module: What call and reference run, with the parameters and buffers that
-        their last call left.
-    operator: The operator of `torch.library` that is judged, if the call is one.
-    gradient_of: A function that has the intended gradient, if that is not the derivative.
-    is_random: Whether it draws global random numbers, so the call and the reference set the seeds.
-    by_backward: Whether only `.backward()` gives all gradients, in `.grad`.
-    location: Where the command line found the case, as package.module:Name.
+    Attributes:
+        call: Takes the arguments of a sample. A module's parameters are its last arguments.
+        draw: Makes samples from a generator; the same seed gives the same samples.
+        reference: The same function in ordinary differentiable PyTorch; None if not given.
+        supports: Capabilities that must work. Others may be refused, but never silently wrong.
+        in_dims: As for `torch.vmap`: the sample dimension of each argument.
+        dtypes: In which dtypes the call works. The widest comes first.
+        rtol, atol: A tolerance in addition to the allowance for rounding.
+        varying: As in_dims, for each group of other dimensions that may have any size.
+        labels: Names of the arguments in messages.
+        project: For positions of arguments, a function that maps a tensor into the domain.
+        special: For positions of arguments, values at which a branch may begin.
+        expected_failures: Names of checks that are known to fail, with the reason.
+        factory, reference_factory: Make the module and its reference, if the case is a module.
+        nested_inputs: Nests the arguments in a sample, without parameters, as the call takes them.
+        parameters: How many of the last arguments are parameters of a module.
+        module, reference_module: What call and reference run, with the parameters and buffers that
+            their last call left.
+        operator: The operator of `torch.library` that is judged, if the call is one.
+        gradient_of: A function that has the intended gradient, if that is not the derivative.
+        is_random: Whether it draws global random numbers, so the call and the reference set the
+            seeds.
+        by_backward: Whether only `.backward()` gives all gradients, in `.grad`.
+        location: Where the command line found the case, as package.module:Name.
+
+    Examples:
+        >>> case = function_case(torch.sin, [(torch.randn(5, 3),)], torch.sin)
+        >>> case.name, case.dtypes
+        ('sin', (torch.float64,))
     """
 
     name: str

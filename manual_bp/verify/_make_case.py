@@ -88,6 +88,11 @@ def function_case(
         ValueError: A capability is unknown, a tolerance is negative, in_dims, dtypes, varying or
             project do not fit the samples, special names no argument, or gradient_of was given
             without a reference.
+
+    Examples:
+        >>> case = function_case(torch.sin, [(torch.randn(5, 3),)], torch.sin, in_dims=(0,))
+        >>> run(case, only=["gradients_match_reference"]).verdict
+        'ok'
     """
     is_function = isinstance(fn, type) and issubclass(fn, Function)
     call = _callable("fn", fn.apply if is_function else fn)
@@ -157,6 +162,13 @@ def module_case(
     Raises:
         TypeError: factory or reference does not make modules, or samples are not tuples.
         ValueError: As for `function_case`, or module and reference have different parameters.
+
+    Examples:
+        >>> def layer():
+        ...     return nn.Linear(3, 2)
+        >>> case = module_case(layer, [(torch.randn(5, 3),)], layer)
+        >>> run(case, only=["gradients_match_reference"]).ok  # those of weight and bias, too
+        True
     """
     module = _built("factory", factory, seed, device)
     trusted = _built_like("reference", reference, module, seed, device)

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pytest.MarkDecorator":
     """A decorator for a test with one argument, `check`, which the test should call.
 
-        @parametrize_with_checks([function_case(...), module_case(...)])
-        def test_my_layers(check):
-            check()
-
     Tests are named `<case>-<check>`, so that `-k` can select them. Checks that do not apply are
     skipped with the reason, as are cases on a device that is missing. An expected failure is an
     xfail.
@@ -28,6 +24,11 @@ def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pyt
     Args:
         cases: What to judge.
         slow: Whether to run the compiler checks too.
+
+    Examples:
+        >>> @parametrize_with_checks([function_case(torch.sin, [(torch.randn(5, 3),)])])
+        ... def test_my_layers(check):
+        ...     check()
     """
     import pytest
 

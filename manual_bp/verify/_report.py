@@ -13,11 +13,18 @@ NOT_JUDGED = "declared, but it cannot be judged"
 class Outcome:
     """What one check found, with the number of comparisons and the seconds it took.
 
-    message: What was found. For a failure, lines with the diagnosis, with where it fails, and with
-        how to run it again may follow.
-    notes: What else there is to say.
-    follows_from: The check on which this failure builds, and which fails too, expected or not;
-        empty if there is none.
+    Attributes:
+        message: What was found. For a failure, lines with the diagnosis, with where it fails, and
+            with how to run it again may follow.
+        notes: What else there is to say.
+        follows_from: The check on which this failure builds, and which fails too, expected or not;
+            empty if there is none.
+
+    Examples:
+        >>> case = function_case(torch.sin, [(torch.randn(5, 3),)])
+        >>> (outcome,) = run(case, only=["finite_differences"]).outcomes
+        >>> outcome.check, outcome.status
+        ('finite_differences', 'passed')
     """
 
     check: str
@@ -66,7 +73,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcomes of all checks of a case, the dtypes it was judged in, and how it was called."""
+    """The outcomes of all checks of a case, the dtypes it was judged in, and how it was called.
+
+    Examples:
+        >>> report = check_function(torch.sin, [(torch.randn(5, 3),)], only=["finite_differences"])
+        >>> report.raise_if_failed()
+        >>> report.verdict
+        'ok'
+    """
 
     case: str
     seed: int

@@ -42,6 +42,12 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     Raises:
         TypeError: only is a string, or a result holds tensors that would not be judged.
         ValueError: A check is unknown, or PyTorch cannot use the device here.
+
+    Examples:
+        >>> case = function_case(torch.sin, [(torch.randn(5, 3),)])
+        >>> report = run(case, only=["finite_differences"])
+        >>> report.ok, report.ran
+        (True, 1)
     """
     if isinstance(only, str):
         raise TypeError(f"only must be names in a list or tuple; got {only!r}")
@@ -102,6 +108,11 @@ def check_function(
     Raises:
         TypeError: fn or reference is not callable, or samples are not argument tuples.
         ValueError: A capability or a check is unknown.
+
+    Examples:
+        >>> checks = ["gradients_match_reference"]
+        >>> check_function(torch.sin, [(torch.randn(5, 3),)], torch.cos, only=checks).ok
+        False
     """
     return run(function_case(fn, samples, reference, **options), only, slow=slow)
 
@@ -119,6 +130,11 @@ def check_module(
 
     Takes functions that make the module and its reference, see `module_case`. The other arguments
     are those of `check_function`, which raises the same errors.
+
+    Examples:
+        >>> checks = ["gradients_match_reference"]
+        >>> check_module(nn.Tanh, [(torch.randn(5, 3),)], nn.Tanh, only=checks).ok
+        True
     """
     return run(module_case(factory, samples, reference, **options), only, slow=slow)
 

@@ -53,3 +53,4 @@ CHECKS: tuple[Check, ...] = tuple(
     value for file in _FILES for value in vars(file).values() if isinstance(value, Check)
 )
 CAPABILITIES = frozenset(check.name for check in CHECKS if check.capability)
+"""What a case may declare in `supports`: the names of the checks that need not pass otherwise."""
