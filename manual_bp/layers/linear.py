@@ -97,7 +97,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     See `LinearFunction` for the gradients.
 
     Examples:
-        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]))
+        >>> a, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> linear(a, w, torch.tensor([5.0]))
         tensor([[16.]])
     """
     return _linear(("a", "w", "b"), a, w, b)

@@ -135,8 +135,8 @@ def linear_sigmoid(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     See `LinearSigmoidFunction` for the gradients.
 
     Examples:
-        >>> a, w, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), torch.tensor([-1.0])
-        >>> linear_sigmoid(a, w, b)
+        >>> a, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
+        >>> linear_sigmoid(a, w, torch.tensor([-1.0]))
         tensor([[0.5000]])
     """
     return _linear_sigmoid(("a", "w", "b"), a, w, b)

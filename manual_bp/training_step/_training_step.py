@@ -88,8 +88,7 @@ class TrainingStep:
     momentum and weight decay.
 
     Examples:
-        >>> net = nn.Sequential(Linear(3, 2), Sigmoid())
-        >>> step = TrainingStep(net, QuadraticCost(), lr=3.0)
+        >>> step = TrainingStep(nn.Sequential(Linear(3, 2), Sigmoid()), QuadraticCost(), lr=3.0)
         >>> cost = step(torch.rand(5, 3), torch.rand(5, 2))
     """
 

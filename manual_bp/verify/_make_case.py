@@ -152,7 +152,9 @@ def module_case(
 ) -> Case:
     """A case of a module. Its parameters become arguments, so their gradients are judged too.
 
-    Args: as for `function_case`, except
+    What is not listed here is as for `function_case`.
+
+    Args:
         factory: Makes the module.
         samples: Arguments of its forward.
         reference: Makes a module that is trusted, with the same parameter names.

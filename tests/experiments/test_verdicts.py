@@ -15,7 +15,7 @@ SOFTMAX, SIGMOID = "softmax-cross-entropy", "sigmoid-cross-entropy"
 # Options that differ from the default; how the message about the run begins; how the verdict on one
 # of its layers begins (on all of them, if that is "learns"); and words that the verdict has.
 RUNS: list[tuple[dict[str, Any], str, str, str]] = [
-    # From the README.
+    # From docs/train.md.
     ({"epochs": 30}, LEARNED, "learns", ""),
     ({"activation": "relu", "learning_rate": 1.0, "epochs": 30}, LEARNED, "learns", ""),
     ({"cost": SOFTMAX, "learning_rate": 0.5, "epochs": 30}, LEARNED, "learns", ""),
