@@ -40,7 +40,7 @@ def backprop(net: nn.Sequential, x: Tensor, y: Tensor, cost: Cost) -> Trace:
             need a net that ends with a linear layer.
 
     Returns:
-        A `Trace`. Its gradients are those of the reduced cost: they equal `.grad` after
+        A `Trace`. Its gradients are those of the reduced cost, equal to `.grad` after
         `cost(net(x), y).backward()`. Parameters and their `.grad` are left as they were. Nothing
         in the Trace is part of an autograd graph.
 

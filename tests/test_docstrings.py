@@ -2,6 +2,8 @@
 
 import doctest
 import importlib.util
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ IMPORTS = {
     "nn": nn,
     **{name.rpartition(".")[2]: value for name, value in PUBLIC.items()},
 }
+
+
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    pages = "\n".join(page.read_text("utf-8") for page in REFERENCE.glob("*.md"))
+    # A function that has the name of its module is asked for as a part of that.
+    names = [f"{n}.{n.rpartition('.')[2]}" if n in sys.modules else n for n in PUBLIC]
+    assert sorted(re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)) == sorted(names)
 
 
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])

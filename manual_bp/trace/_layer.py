@@ -39,7 +39,8 @@ class LayerTrace:
         calls: a_prev, z, a and delta for each time that the layer ran. If it ran more than once,
             they are found only here; the gradients are sums over all calls.
         scale: The factor that turns a row of delta into ∂C_x/∂z: N under "mean", 1 under "sum".
-        learns_w, learns_b: Whether w and b get gradients in this pass; None to look at w and b now.
+        learns_w: Whether w gets a gradient in this pass; None to look at w now.
+        learns_b: Whether b does, likewise.
         w_is_leaf: Whether w was a leaf, not computed from other tensors; None to look at w now.
         given: ∂C/∂w and ∂C/∂b if they are known already; else they are computed when asked for.
         has_samples: Whether the input's first dimension is the samples, and not made by the model.

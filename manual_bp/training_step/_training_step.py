@@ -39,14 +39,13 @@ class TrainingStep:
         nesterov: Whether momentum is Nesterov's, which needs momentum and no dampening.
         rule: `Adam()` or `AdamW()` instead of SGD; then momentum and dampening must be 0. None is
             SGD.
-        groups: By patterns of parameter names, as "*.bias" or "0.*", which options differ for
+        groups: By patterns of parameter names, as `*.bias` or `0.*`, which options differ for
             these: "weight_decay", and "lr_scale", by which lr is multiplied. A parameter takes the
             options of each pattern that fits its name in `net.state_dict()`; the last one counts.
         max_norm: What the norm of the whole gradient is clipped to, above 0, before any parameter
             changes; None does not clip, infinity only measures.
 
     Attributes:
-        net, cost, momentum, weight_decay: As given.
         lr: As given; it may be set between any two steps, as schedules do.
         grad_norm: The norm of the last gradient before it was clipped.
 

@@ -26,17 +26,19 @@ class Case:
         supports: Capabilities that must work. Others may be refused, but never silently wrong.
         in_dims: As for `torch.vmap`: the sample dimension of each argument.
         dtypes: In which dtypes the call works. The widest comes first.
-        rtol, atol: A tolerance in addition to the allowance for rounding.
+        rtol: A relative tolerance in addition to the allowance for rounding.
+        atol: An absolute one, likewise.
         varying: As in_dims, for each group of other dimensions that may have any size.
         labels: Names of the arguments in messages.
         project: For positions of arguments, a function that maps a tensor into the domain.
         special: For positions of arguments, values at which a branch may begin.
         expected_failures: Names of checks that are known to fail, with the reason.
-        factory, reference_factory: Make the module and its reference, if the case is a module.
+        factory: Makes the module, if the case is one.
+        reference_factory: Makes its reference.
         nested_inputs: Nests the arguments in a sample, without parameters, as the call takes them.
         parameters: How many of the last arguments are parameters of a module.
-        module, reference_module: What call and reference run, with the parameters and buffers that
-            their last call left.
+        module: What call runs, with the parameters and buffers that its last call left.
+        reference_module: What reference runs, likewise.
         operator: The operator of `torch.library` that is judged, if the call is one.
         gradient_of: A function that has the intended gradient, if that is not the derivative.
         is_random: Whether it draws global random numbers, so the call and the reference set the
