@@ -152,14 +152,13 @@ def module_case(
 ) -> Case:
     """A case of a module. Its parameters become arguments, so their gradients are judged too.
 
-    What is not listed here is as for `function_case`.
+    The arguments are those of `function_case`, except:
 
-    Args:
-        factory: Makes the module.
-        samples: Arguments of its forward.
-        reference: Makes a module that is trusted, with the same parameter names.
-        gradient_of: Makes a module that has the intended gradient, likewise.
-        dtypes: A tuple has one dtype for each input. Then the parameters stay as they are made.
+    - factory: Makes the module.
+    - samples: Arguments of its forward.
+    - reference: Makes a module that is trusted, with the same parameter names.
+    - gradient_of: Makes a module that has the intended gradient, likewise.
+    - dtypes: A tuple has one dtype for each input. Then the parameters stay as they are made.
 
     Raises:
         TypeError: factory or reference does not make modules, or samples are not tuples.
