@@ -30,8 +30,6 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-# What has no use on a page, and would take room.
-HIDDEN = {"README.md": ["navigation"], "docs/walk.md": ["navigation", "toc"]}
 # The page itself, in place of its picture.
 WALK = """<iframe class="walk" src="assets/walk.html" title="One step of learning"></iframe>
 
@@ -77,13 +75,16 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links lead to the copies, and take from code blocks what only our tests read."""
     place = _place_in_repository(page.file.src_uri)
-    if not place.endswith(".md"):
-        return markdown
-    page.meta["hide"] = HIDDEN.get(place, [])
+    if place.endswith((".py", "/walk.md")):
+        page.meta["hide"] = ["navigation", "toc"]  # code and the walk need the room
+    elif not place.startswith("docs/"):
+        page.meta["hide"] = ["navigation"]
     if place.startswith("docs/reference/"):
         page.meta["search"] = {"boost": 4}  # who looks for a name finds it first
     if place == "docs/walk.md":
         markdown = re.sub(r"!\[.*\]\(pictures/walk.png\)", WALK, markdown)
+    if not place.endswith(".md"):
+        return markdown
     here = posixpath.dirname(page.file.src_uri)
 
     def lead(link: re.Match[str]) -> str:
