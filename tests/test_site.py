@@ -22,8 +22,10 @@ SITE = ROOT / "site"
 def test_the_menu_has_every_page_once() -> None:
     settings = (ROOT / "mkdocs.yml").read_text("utf-8")
     menu = re.findall(r"^ +- (?:\w+: )?(\S+\.md)$", settings, flags=re.MULTILINE)
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert sorted(menu) == sorted(["index.md", *pages])
+    docs = ROOT / "docs"
+    pages = [page.relative_to(docs) for kind in ("*.md", "*.ipynb") for page in docs.rglob(kind)]
+    shown = [page.with_suffix(".md").as_posix() for page in pages]
+    assert sorted(menu) == sorted(["index.md", *shown])
 
 
 class Elements(HTMLParser):

@@ -1,6 +1,7 @@
 """What the site does besides mkdocs: each function `on_...` is called by mkdocs at that event.
 
 - The README is the first page, and what `experiments.walk` writes is a file of the site.
+- A notebook is a page, with the outputs that it has kept.
 - Links from the docs into the repository work on GitHub as they are. Here they lead to copies of
   the files, in `repository/`.
 - KaTeX turns the formulas into HTML, so that readers need only its style and its fonts. It is not a
@@ -19,6 +20,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[2]
 MODULES = ROOT / "build" / "npm" / "node_modules"
@@ -57,7 +59,12 @@ def on_files(files: Files, config: Any) -> Files:
     """Add what is not in docs/."""
     from experiments.walk.__main__ import Config, invent, write
 
-    docs = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
+    notebooks = [file for file in files if file.src_uri.endswith(".ipynb")]
+    docs = [f"docs/{file.src_uri}" for file in (*files.documentation_pages(), *notebooks)]
+    for notebook in notebooks:
+        files.remove(notebook)
+        for file in _pages_of(notebook, config):
+            files.append(file)
     readme = (ROOT / "README.md").read_text("utf-8")
     files.append(File.generated(config, "index.md", content=readme))
     walk, _ = write(Config(), invent(Config()))
@@ -83,7 +90,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page.meta["search"] = {"boost": 4}  # who looks for a name finds it first
     if place == "docs/walk.md":
         markdown = re.sub(r"!\[.*\]\(pictures/walk.png\)", WALK, markdown)
-    if not place.endswith(".md"):
+    if not place.endswith((".md", ".ipynb")):
         return markdown
     here = posixpath.dirname(page.file.src_uri)
 
@@ -119,6 +126,16 @@ def on_page_content(html_: str, page: Any, **_: Any) -> str:
     return FORMULA.sub(lambda f: f"<{f[1]} data-search-exclude>{next(made)}</{f[1]}>", html_)
 
 
+def _pages_of(notebook: File, config: Any) -> Iterator[File]:
+    """A notebook as a page, and its pictures."""
+    path = Path(notebook.src_uri)
+    names = {"unique_key": path.stem, "output_files_dir": "."}
+    text, made = MarkdownExporter().from_filename(str(notebook.abs_src_path), resources=names)
+    yield File.generated(config, path.with_suffix(".md").as_posix(), content=text)
+    for name, picture in made["outputs"].items():
+        yield File.generated(config, (path.parent / name).as_posix(), content=picture)
+
+
 def _repository_files(pages: list[str]) -> Iterator[str]:
     """The files and folders outside of docs/ that these pages link to, and those that they do."""
     known = set(pages)
@@ -140,7 +157,7 @@ def _place_in_site(path: str) -> str:
     if path == "README.md":
         return "index.md"
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
     is_shown = path.endswith((".md", ".png"))
     return f"repository/{path}" if is_shown else f"repository/{path}.md"
 
@@ -150,7 +167,8 @@ def _place_in_repository(path: str) -> str:
     if path == "index.md":
         return "README.md"
     if not path.startswith("repository/"):
-        return f"docs/{path}"
+        notebook = f"docs/{path.removesuffix('.md')}.ipynb"
+        return notebook if (ROOT / notebook).exists() else f"docs/{path}"
     place = path.removeprefix("repository/")
     return place if (ROOT / place).exists() else place.removesuffix(".md")
 
