@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from manual_bp.verify._global_state import seed_pytorch
+
 # Before Triton is imported, by whatever test: its own functions, too, are either interpreted or
 # compiled from then on.
 if not torch.cuda.is_available():
@@ -36,4 +38,4 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed_pytorch(0)
