@@ -26,6 +26,7 @@ from manual_bp.verify._clues import clues_for
 from manual_bp.verify._compare import Mismatch, NotApplicable, compare
 from manual_bp.verify._diagnose import threshold
 from manual_bp.verify._domain import projected, projected_directions
+from manual_bp.verify._global_state import seed_pytorch
 from manual_bp.verify._precision import WIDE, Loss, loss, narrowest, widened
 from manual_bp.verify._rounding import is_rounding
 
@@ -57,7 +58,7 @@ class CheckContext:
         # CPU generators use the lower 32 bits only.
         seed = zlib.crc32(f"{check} {case.seed}".encode())
         self.generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
+        seed_pytorch(seed)
         self.samples = [s for dtypes in case.dtypes for s in self.draw(dtypes)]
         self._losses: dict[int, Loss] = {}
         self.current: Sample | None = None

@@ -85,6 +85,14 @@ STATES: dict[str, State] = {
 }
 
 
+def seed_pytorch(seed: int) -> None:
+    """Seed PyTorch's generators of all devices."""
+    # With no device but the CPU, `torch.manual_seed` formats a stack for each kind of device, in
+    # case one turns up later: half a millisecond.
+    has_others = torch.accelerator.is_available()
+    (torch.manual_seed if has_others else torch.default_generator.manual_seed)(int(seed))
+
+
 def random_numbers(device: torch.device) -> dict[str, RandomNumbers]:
     """The global generators of PyTorch (the CPU's, and that of a device), NumPy and Python."""
     # NumPy's legacy functions share this one; a candidate that uses them is what is looked for.
@@ -110,10 +118,10 @@ def changed(before: Any, now: Any) -> bool:
     """Whether two states that were read differ."""
     if isinstance(before, torch.Tensor):
         return not torch.equal(before, now)
-    if isinstance(before, tuple):
-        return any(changed(one, other) for one, other in zip(before, now, strict=True))
     if isinstance(before, np.ndarray):
         return not np.array_equal(before, now)
+    if isinstance(before, tuple) and any(isinstance(part, np.ndarray) for part in before):
+        return any(changed(one, other) for one, other in zip(before, now, strict=True))
     return bool(before != now)
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from manual_bp._torch import own_buffers, own_parameters
 from manual_bp.verify._arguments import Structure
 from manual_bp.verify._case import Call, is_differentiable
+from manual_bp.verify._global_state import seed_pytorch
 
 # The dict in which a module holds a tensor, its key there, and its name in the whole module.
 _Place = tuple[dict[str, Any], str, str]
@@ -53,7 +54,7 @@ def put_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 def same_state(module: nn.Module, seed: int) -> Iterator[None]:
     """A region in which the module computes with copies of its buffers, and this seed."""
     places, buffers = _places(module, own_buffers), dict(module.named_buffers())
-    torch.manual_seed(seed)
+    seed_pytorch(seed)
     _put(places, {name: buffer.clone() for name, buffer in buffers.items()})
     try:
         yield

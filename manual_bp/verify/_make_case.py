@@ -21,6 +21,7 @@ from manual_bp.verify._case import (
     is_differentiable,
 )
 from manual_bp.verify._domain import Numbers, Project, domains, special_values
+from manual_bp.verify._global_state import seed_pytorch
 from manual_bp.verify._lifted import lifted
 from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CAPABILITIES
@@ -257,7 +258,7 @@ def _with_parameters(draw: Draw, parameters: list[nn.Parameter]) -> Draw:
 
 
 def _built(name: str, factory: Any, seed: int, device: torch.device | str | None) -> nn.Module:
-    torch.manual_seed(seed)
+    seed_pytorch(seed)
     module = _callable(name, factory)()
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must make an nn.Module; got {type(module).__name__}")

@@ -1,13 +1,14 @@
 """A pytest test for each case and check."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from manual_bp.verify._case import Case
-from manual_bp.verify._run import run
+from manual_bp.verify._check import Check
+from manual_bp.verify._run import Judged, first_outcome, report_on, require_usable
 from manual_bp.verify.checks import CHECKS
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pyt
 
     parameters = [
         pytest.param(
-            partial(_judge, case, check.name),
+            partial(_judge, case, check, first),
             id=f"{case.name}-{check.name}" + ("" if case.device.type == "cpu" else "-cuda"),
             marks=pytest.mark.skipif(
                 case.device.type == "cuda" and not torch.cuda.is_available(),
@@ -42,19 +43,22 @@ def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pyt
             ),
         )
         for case in cases
+        for first in [cache(partial(first_outcome, case))]  # once for all tests of a case
         for check in CHECKS
         if slow or not check.slow
     ]
     return pytest.mark.parametrize("check", parameters)
 
 
-def _judge(case: Case, check: str) -> None:
+def _judge(case: Case, check: Check, first: Callable[[], Judged]) -> None:
     import pytest
 
-    (outcome,) = run(case, only=[check]).outcomes
+    require_usable(case)
+    (outcome,) = report_on(case, [check], first()).outcomes
     if outcome.status == "not applicable":
         pytest.skip(outcome.message)
     if outcome.status == "expected failure":
         pytest.xfail(outcome.message)
     if outcome.is_failure:
-        pytest.fail(f"{case.name}, {check}, seed {case.seed}: {outcome.message}", pytrace=False)
+        where = f"{case.name}, {check.name}, seed {case.seed}"
+        pytest.fail(f"{where}: {outcome.message}", pytrace=False)

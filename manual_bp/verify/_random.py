@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from manual_bp.verify._case import Call
+from manual_bp.verify._global_state import seed_pytorch
 
 
 def reseed(seed: int) -> None:
     """Set all global seeds."""
-    torch.manual_seed(seed)
+    seed_pytorch(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the code under test may use it)
 

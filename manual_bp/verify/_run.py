@@ -30,6 +30,13 @@ _FLAKY = (
 _DETERMINISTIC = next(check for check in CHECKS if check.name == "deterministic")
 
 
+class Judged(NamedTuple):
+    """An outcome, and whether two calls with the same arguments gave different results."""
+
+    outcome: Outcome
+    calls_differ: bool
+
+
 @without_pytorch_warnings()
 def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> Report:
     """Judge a case.
@@ -57,15 +64,28 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
         chosen = [c for c in CHECKS if (slow or not c.slow) and _is_for(c, case)]
     else:
         chosen = [c for c in CHECKS if c.name in only]
-    dtypes = _names(case.dtypes)
+    return report_on(case, chosen, first_outcome(case))
+
+
+@without_pytorch_warnings()
+def first_outcome(case: Case) -> Judged:
+    """Whether calls agree.
+
+    Before anything else calls the code, so that what its first call leaves behind shows.
+    """
     with restored(case.device):
-        # Before anything else calls the code, so that what its first call leaves behind shows.
-        first = _outcome(case, _DETERMINISTIC)
+        return _outcome(case, _DETERMINISTIC)
+
+
+@without_pytorch_warnings()
+def report_on(case: Case, checks: Iterable[Check], first: Judged) -> Report:
+    """Judge a case, of which it is known whether calls agree."""
+    with restored(case.device):
         with restored(case.device):
             ready, notes = prepared(case, first.calls_differ)
         known = {_DETERMINISTIC.name: first} if ready.call is case.call else {}
-        outcomes = tuple(_follow(_outcomes(ready, chosen, known), chosen))
-    return Report(case.name, case.seed, str(case.device), outcomes, dtypes, notes)
+        outcomes = tuple(_follow(_outcomes(ready, checks, known), checks))
+    return Report(case.name, case.seed, str(case.device), outcomes, _names(case.dtypes), notes)
 
 
 def require_usable(case: Case, only: Iterable[str] = ()) -> None:
@@ -144,15 +164,8 @@ def _names(dtypes: Iterable[Dtypes]) -> tuple[str, ...]:
     return tuple(str(dtype).replace("torch.", "").replace("None", "as given") for dtype in dtypes)
 
 
-class _Judged(NamedTuple):
-    """An outcome, and whether two calls with the same arguments gave different results."""
-
-    outcome: Outcome
-    calls_differ: bool
-
-
 def _outcomes(
-    case: Case, checks: Iterable[Check], known: Mapping[str, _Judged]
+    case: Case, checks: Iterable[Check], known: Mapping[str, Judged]
 ) -> Iterator[Outcome]:
     """The outcome of each check. If two calls differ, nothing else can be compared."""
     calls_differ = False
@@ -169,7 +182,7 @@ def _outcomes(
         yield judged.outcome
 
 
-def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> _Judged:
+def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> Judged:
     started = time.perf_counter()
     ctx = CheckContext(case, check.name)
     ctx.is_cause = failed.isdisjoint(check.builds_on)
@@ -177,7 +190,7 @@ def _outcome(case: Case, check: Check, failed: Set[str] = frozenset()) -> _Judge
         status, message = _as_declared(case, check, *_judge(ctx, check))
     seconds, notes = time.perf_counter() - started, tuple(dict.fromkeys(ctx.notes))
     outcome = Outcome(check.name, status, ctx.comparisons, seconds, message, notes)
-    return _Judged(outcome, ctx.calls_differ)
+    return Judged(outcome, ctx.calls_differ)
 
 
 def _is_for(check: Check, case: Case) -> bool:

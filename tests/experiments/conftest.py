@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from experiments import report
 from experiments.train import main
 from tests.experiments.runs import QUICK, interrupt, left_by, let_happen, only
 
@@ -25,6 +26,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
         return found[options]
 
     return run
+
+
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the charts of the report, half of the time of a short run.
+
+    They are drawn in the tests of the report, of the board, and of the main job.
+    """
+    monkeypatch.setattr(report, "_chart", lambda _: "<svg/>")
 
 
 @pytest.fixture

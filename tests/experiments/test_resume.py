@@ -28,6 +28,8 @@ from tests.experiments.runs import (
 )
 from tests.helpers import refusal
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 METHODS = ["autograd", "explicit", "step"]
 
 

@@ -12,6 +12,8 @@ from experiments.train import main
 from tests.experiments.runs import QUICK, PowerCutError, curves_in, cut, left_by, only
 from tests.helpers import logged_below
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 def test_curves_stay_in_order_when_the_clock_was_set_back(
     stopped: Path, whole: Callable[..., dict[str, Any]]

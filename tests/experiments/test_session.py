@@ -17,6 +17,8 @@ from experiments.training import Config, Training
 from tests.experiments.runs import IMAGES, QUICK, TOTAL, interrupt, left_by, only
 from tests.helpers import refusal
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 def test_a_second_signal_stops_at_once(
     tmp_path: Path, before_update: Callable[..., None], capsys: pytest.CaptureFixture[str]

@@ -125,6 +125,7 @@ def test_observing_changes_nothing(method: Any, device: torch.device) -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     rows: list[str] = []
     for seed in ("1", "1", "2"):
@@ -134,6 +135,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     "options",
     [
@@ -223,6 +225,7 @@ def test_a_dry_run_reports_dead_layers(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("rate", ["1e25", "1e38"])
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
 def test_enormous_weights_can_still_be_logged(rate: str, method: str, tmp_path: Path) -> None:
@@ -231,12 +234,14 @@ def test_enormous_weights_can_still_be_logged(rate: str, method: str, tmp_path: 
     assert len((only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()) >= 2
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path: Path) -> None:
     options = ["--batch-size", "1" + "0" * 20, "--run-folder", str(tmp_path)]
     assert main([*QUICK, *options]) == 0
     assert (only(tmp_path) / "metrics.csv").read_text("utf-8").splitlines()[2].startswith("2,2,")
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("method", ["autograd", "explicit", "step"])
 def test_a_run_that_diverges_stops_at_once_and_keeps_its_results(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -254,6 +259,7 @@ def test_a_run_that_diverges_stops_at_once_and_keeps_its_results(
     assert int(lines[1].split(",")[1]) <= 3  # updates, of 144 in an epoch
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_run_that_learns_nothing_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

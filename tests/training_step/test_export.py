@@ -151,10 +151,19 @@ def train(
     assert_close(run.parameters, reference.net, rtol=1e-4, atol=1e-5)
 
 
-@every_descent
-def test_fifty_steps_in_onnxruntime_equal_sgd(descent: dict[str, Any], tmp_path: Path) -> None:
-    step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1, **descent)
-    train(step, exported(step, tmp_path), 50, **descent)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingStep, InOnnxruntime, Path]:
+    """A step, its ONNX model, and the folder with its file, because an export takes seconds."""
+    folder = tmp_path_factory.mktemp("plain")
+    step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1)
+    return step, exported(step, folder), folder
+
+
+def test_fifty_steps_in_onnxruntime_equal_sgd(
+    plain: tuple[TrainingStep, InOnnxruntime, Path],
+) -> None:
+    step, run, _ = plain
+    train(step, run, 50)
 
 
 @pytest.mark.parametrize("name", ["dampening", "adamw"])
@@ -166,33 +175,35 @@ def test_clipped_steps_of_a_rule_in_onnxruntime_are_exact(name: str, tmp_path: P
 
 
 def test_every_activation_trains_in_onnxruntime(tmp_path: Path) -> None:
-    """All in one network, because an export takes seconds."""
+    """All in one network, likewise."""
     net = network_of(*map(copy.deepcopy, ACTIVATIONS)).float()
-    step = TrainingStep(net, QuadraticCost(), 0.1)
-    train(step, exported(step, tmp_path), 8)
+    step = TrainingStep(net, QuadraticCost(), 0.1, momentum=0.9)
+    train(step, exported(step, tmp_path), 8, momentum=0.9)
 
 
 @pytest.mark.parametrize(
     ("cost", "indices"),
     [
-        (QuadraticCost("sum"), False),
         (SigmoidCrossEntropyCost("sum"), False),
         (SoftmaxCrossEntropyCost(), False),
         (SoftmaxCrossEntropyCost("sum"), True),
     ],
     ids=repr,
 )
-def test_every_cost_trains_in_onnxruntime(cost: Cost, indices: bool, tmp_path: Path) -> None:
-    step = TrainingStep(network(dtype=torch.float32), cost, 0.1)
+def test_cross_entropies_train_in_onnxruntime(cost: Cost, indices: bool, tmp_path: Path) -> None:
+    step = TrainingStep(network(sizes=(4, 3), dtype=torch.float32), cost, 0.1)
     y = torch.tensor([2]) if indices else None
     train(step, exported(step, tmp_path, y), 8, indices=indices)
 
 
-def test_frozen_parameters_are_returned_unchanged(tmp_path: Path) -> None:
-    net = network(dtype=torch.float32)
-    net.get_parameter("0.weight").requires_grad_(False)
+def test_a_network_with_frozen_parameters_a_fused_layer_and_an_input_activation_trains(
+    tmp_path: Path,
+) -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True), LinearSigmoid(4, 3), Tanh(), nn.Linear(3, 2, False))
+    net.append(nn.Linear(2, 2))
+    net.get_parameter("1.weight").requires_grad_(False)
     net.get_parameter("4.bias").requires_grad_(False)
-    step = TrainingStep(net, QuadraticCost(), 0.1, weight_decay=0.1)
+    step = TrainingStep(net, QuadraticCost("sum"), 0.1, weight_decay=0.1)
     train(step, exported(step, tmp_path), 4, weight_decay=0.1)
 
 
@@ -264,17 +275,17 @@ def exact_start(step: TrainingStep) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("cost", "descent", "indices"),
+    ("net", "cost", "descent", "indices"),
     [
-        (QuadraticCost(), DESCENT, False),
-        (SigmoidCrossEntropyCost("sum"), {"weight_decay": 0.01}, False),
-        (SoftmaxCrossEntropyCost(), {}, True),
+        (network_of_all(), QuadraticCost(), DESCENT, False),
+        (network_of(Tanh()), SigmoidCrossEntropyCost("sum"), {"weight_decay": 0.01}, False),
+        (network_of(Tanh()), SoftmaxCrossEntropyCost(), {}, True),
     ],
 )
 def test_onnx_model_in_float64_is_exact(
-    cost: Cost, descent: dict[str, Any], indices: bool, tmp_path: Path
+    net: nn.Sequential, cost: Cost, descent: dict[str, Any], indices: bool, tmp_path: Path
 ) -> None:
-    step = TrainingStep(network_of_all(), cost, 0.1, **descent)
+    step = TrainingStep(net, cost, 0.1, **descent)
     session = exported(step, tmp_path, torch.tensor([2]) if indices else None).session
     assert_has_no_float32(tmp_path / "step.onnx")
     assert_exact(step, partial(run_onnx, session), exact_start(step), indices=indices, **descent)
@@ -339,18 +350,12 @@ def test_small_softplus_slopes_are_accurate_in_onnxruntime(tmp_path: Path) -> No
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=0)
 
 
-def test_linear_sigmoid_and_input_activation_train_in_onnxruntime(tmp_path: Path) -> None:
-    net = nn.Sequential(nn.ReLU(inplace=True), LinearSigmoid(4, 3), Tanh(), nn.Linear(3, 2, False))
-    step = TrainingStep(net, QuadraticCost(), 0.1)
-    train(step, exported(step, tmp_path), 4)
-
-
-def test_onnx_model_has_no_copies_or_slices(tmp_path: Path) -> None:
+def test_onnx_model_has_no_copies_or_slices(
+    plain: tuple[TrainingStep, InOnnxruntime, Path],
+) -> None:
     """Nor changes of dtype: what a runtime cannot remove would cost time."""
     onnx = pytest.importorskip("onnx", reason=NEEDS_ONNX)
-    step = TrainingStep(network(dtype=torch.float32), QuadraticCost(), 0.1)
-    exported(step, tmp_path)
-    model = onnx.load(tmp_path / "step.onnx")
+    model = onnx.load(plain[-1] / "step.onnx")
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"Where", "Slice", "ScatterND", "Less", "Gather"}, kinds
     assert (
@@ -373,6 +378,10 @@ def test_unsuitable_target_and_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="a step to be exported must be of float64, float32 or bf"):
         half.export(tmp_path / "step.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+def small_step() -> TrainingStep:
+    return TrainingStep(network(sizes=(4, 3)), QuadraticCost(), 0.1)
 
 
 EXPORTS = [
@@ -403,7 +412,7 @@ def test_failed_export_keeps_the_existing_file(export: Any, tmp_path: Path) -> N
     path = tmp_path / "step"
     path.write_text("before")
     with only_bytes_for(1000), pytest.raises(OSError, match="File too large"):
-        export(TrainingStep(network(), QuadraticCost(), 0.1), path)
+        export(small_step(), path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -417,7 +426,7 @@ def test_export_touches_no_other_file(export: Any, tmp_path: Path) -> None:
     for name in ("unfinished-step", ".unfinished-step", "step.tmp", "step~"):
         (folder / name).symlink_to(elsewhere)
     before = set(folder.iterdir())
-    export(TrainingStep(network(), QuadraticCost(), 0.1), folder / "step")
+    export(small_step(), folder / "step")
     assert elsewhere.read_text() == "mine"
     assert set(folder.iterdir()) == before | {folder / "step"}
 
@@ -426,7 +435,7 @@ def test_symbolic_link_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
     path, elsewhere = tmp_path / "step", tmp_path / "elsewhere"
     elsewhere.write_text("mine")
     path.symlink_to(elsewhere)
-    TrainingStep(network(), QuadraticCost(), 0.1).export(path)
+    small_step().export(path)
     assert (elsewhere.read_text(), path.is_symlink()) == ("mine", False)
 
 
@@ -460,7 +469,7 @@ def test_file_name_of_maximal_length_is_accepted(tmp_path: Path) -> None:
 
 
 def test_path_without_folder_or_to_a_folder_is_refused(tmp_path: Path) -> None:
-    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    step = small_step()
     with pytest.raises(FileNotFoundError, match="path must lead into a folder that exists"):
         step.export(tmp_path / "nowhere" / "step.pt2")
     with pytest.raises(IsADirectoryError, match="path must lead to a file; got a folder"):
@@ -473,7 +482,7 @@ def test_pipe_is_refused_and_kept(export: Any, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(FileExistsError, match="path must lead to a file; got a device or pipe"):
-        export(TrainingStep(network(), QuadraticCost(), 0.1), pipe)
+        export(small_step(), pipe)
     assert pipe.is_fifo()
 
 
@@ -483,6 +492,6 @@ def test_missing_onnxscript_error_names_the_packages(
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    step = small_step()
     with pytest.raises(ImportError, match=r"pip install onnx onnxscript$"):
         step.export_onnx(tmp_path / "step.onnx")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from manual_bp.verify import self_test
+from manual_bp.verify import Case, self_test
 from manual_bp.verify.__main__ import main
-from manual_bp.verify.mutants import MUTANTS, Twin
+from manual_bp.verify.mutants import MUTANTS, Mutant, Twin
 
 CASES = """
 from dataclasses import replace
@@ -78,19 +78,18 @@ def test_self_test_prints_its_figures_and_fails_for_a_missed_mistake(
     assert re.fullmatch(f"Right twins: {alarms}", twins)
     assert re.fullmatch(f"PyTorch's own layers: {alarms}", layers)
 
-    missed = replace(some[0], caught_by="pickle")
-    monkeypatch.setattr(self_test, "MUTANTS", [missed])
-    assert main(["--self-test", "--seeds", "1"]) == 1
-    assert "MISSED" in capsys.readouterr().out
-    monkeypatch.setattr(self_test, "MUTANTS", some[:1])
-    monkeypatch.setattr(self_test, "pytorch_cases", lambda: [some[0].case])
-    assert main(["--self-test", "--seeds", "1"]) == 1
-    assert capsys.readouterr().out.endswith(" 1 false alarms\n")
-    monkeypatch.setattr(self_test, "pytorch_cases", lambda: cases)
-    for accused in (replace(twin, case=some[0].case), replace(twin, passed_by="pickle")):
-        monkeypatch.setattr(self_test, "TWINS", [accused])
+    def fails(mutants: list[Mutant], twins: list[Twin], layers: list[Case]) -> str:
+        monkeypatch.setattr(self_test, "MUTANTS", mutants)
+        monkeypatch.setattr(self_test, "TWINS", twins)
+        monkeypatch.setattr(self_test, "pytorch_cases", lambda: layers)
         assert main(["--self-test", "--seeds", "1"]) == 1
-        assert "Right twins: 1 cases, 1 seeds" in capsys.readouterr().out
+        return capsys.readouterr().out
+
+    right, wrong = some[:1], some[0].case
+    assert "MISSED" in fails([replace(some[0], caught_by="pickle")], [], [])
+    assert fails(right, [], [wrong]).endswith(" 1 false alarms\n")
+    for accused in (replace(twin, case=wrong), replace(twin, passed_by="pickle")):
+        assert "Right twins: 1 cases, 1 seeds" in fails(right, [accused], [])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+from manual_bp.verify import function_case, parametrize_with_checks
 
 TESTS = """
 import warnings
@@ -76,3 +80,24 @@ def test_warnings_are_errors_except_those_of_pytorch(output: str) -> None:
     assert "PASSED test_layers.py::test_layers[good-forward_ad]" in output
     assert "FAILED test_layers.py::test_layers[warns-gradients_match_reference]" in output
     assert "a warning that the current filters turn into an error: UserWarning: slow" in output
+
+
+def test_whether_calls_agree_is_found_out_once_for_each_case() -> None:
+    calls: list[Tensor] = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x)
+        return torch.tanh(x)
+
+    cases = [function_case(counted, [(torch.randn(5, 3),)], torch.tanh, name=n) for n in "ab"]
+    counts = []
+    for parameter in parametrize_with_checks(cases).args[1]:
+        if parameter.id.endswith("-gradients_match_reference"):
+            for _ in range(2):
+                calls.clear()
+                parameter.values[0]()
+                counts.append(len(calls))
+    first, again, of_other, again_of_other = counts
+    assert first >= again + 2  # more if there is time
+    assert of_other >= again_of_other + 2
+    assert again == again_of_other

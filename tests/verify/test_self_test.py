@@ -34,9 +34,9 @@ def test_every_twin_has_its_own_name() -> None:
     assert len({twin.name for twin in TWINS}) == len(TWINS) > 0
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
-def test_no_false_alarm_on_pytorchs_layers(seed: int) -> None:
-    for report in pytorch_reports(seed):
+def test_no_false_alarm_on_pytorchs_layers() -> None:
+    """With more seeds: python -m manual_bp.verify --self-test --seeds 50."""
+    for report in pytorch_reports(seed=11):
         report.raise_if_failed()
 
 

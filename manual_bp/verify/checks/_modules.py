@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from manual_bp.verify._case import Sample, is_differentiable
 from manual_bp.verify._compare import NotApplicable
 from manual_bp.verify._context import CheckContext
+from manual_bp.verify._global_state import seed_pytorch
 from manual_bp.verify._lifted import same_state
 
 
@@ -23,7 +23,7 @@ def new_module(
     ctx: CheckContext, sample: Sample, seed: int | None = None
 ) -> tuple[nn.Module, Sample]:
     """The module, made with this seed or the case's, and its inputs in a sample."""
-    torch.manual_seed(ctx.case.seed if seed is None else seed)
+    seed_pytorch(ctx.case.seed if seed is None else seed)
     module = factory_of(ctx)().to(ctx.case.device)
     return in_dtype_of(sample, module), inputs_in(ctx, sample)
 

@@ -12,6 +12,7 @@ from manual_bp.verify._case import Sample
 from manual_bp.verify._check import SLOPE, check
 from manual_bp.verify._compare import Mismatch, NotApplicable
 from manual_bp.verify._context import CheckContext
+from manual_bp.verify._global_state import seed_pytorch
 from manual_bp.verify.checks._modules import in_dtype_of, new_module
 from manual_bp.verify.checks._shared import diagnosed
 
@@ -153,7 +154,7 @@ def _backward(
     """
     parameters = list(module.parameters())
     inputs = leaves(sample[: len(sample) - len(parameters)])
-    torch.manual_seed(ctx.case.seed)
+    seed_pytorch(ctx.case.seed)
     result = module(*ctx.case.nested_inputs(inputs))
     if not torch.is_grad_enabled():
         return {}, result
