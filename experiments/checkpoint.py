@@ -2,14 +2,19 @@
 
 A file is complete or absent: it is written under another name, forced to the disk, and renamed. It
 holds tensors and plain Python values only, so `torch.load(weights_only=True)` reads it.
+
+If several processes train together, each writes its part of the weights to a file of its own first,
+in a new folder. The checkpoint then has the name of that folder, and the checksums of its files.
 """
 
 import contextlib
 import io
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,16 @@ FORMAT = 2
 LAST, BEST = "last.pt", "best.pt"
 # The name of a file while it is written. What a kill leaves of it is overwritten by the next.
 UNFINISHED = ".{}.unfinished"
+# The names of the folders of weights that several processes have written.
+_SHARDS = "weights-{}"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Weights that several processes have written: their folder, and each file's SHA-256."""
+
+    folder: Path
+    sha256: Mapping[str, str]
 
 
 def versions() -> dict[str, str]:
@@ -74,13 +89,56 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> dict[str, Any]:
+def new_shards(run: Path) -> Path:
+    """The path of a new folder of weights in a run folder."""
+    numbers = (int(path.name.rpartition("-")[2]) for path in run.glob(_SHARDS.format("[0-9]*")))
+    return run / _SHARDS.format(max(numbers, default=0) + 1)
+
+
+def remove_unused_shards(run: Path) -> None:
+    """Remove folders of weights that neither the last nor the best checkpoint of a run needs."""
+    folders = set(run.glob(_SHARDS.format("*")))
+    if folders:
+        used = {shards.folder for name in (LAST, BEST) if (shards := _shards_of(run / name))}
+        for folder in folders - used:
+            shutil.rmtree(folder)
+
+
+def _shards_of(path: Path) -> Shards | None:
+    try:
+        net = read(path, whole=False)["training"]["net"]
+    except (FileNotFoundError, ValueError):  # it is not there, or is of no use any longer
+        return None
+    return net if isinstance(net, Shards) else None
+
+
+def read(path: Path, whole: bool = True) -> dict[str, Any]:
     """The state in a checkpoint, with all tensors on the CPU.
+
+    Args:
+        path: The file.
+        whole: Whether to read weights that several processes have written; else they are `Shards`.
 
     Raises:
         OSError: The file cannot be read.
         ValueError: It is damaged, or not a checkpoint that this version can read.
     """
+    state = _read(path)
+    if "shards" in state:
+        name, sha256 = state["shards"]
+        found = Shards(path.parent / name, sha256)
+        state["training"]["net"] = _weights(found) if whole else found
+    return state
+
+
+def _weights(found: Shards) -> dict[str, torch.Tensor]:
+    from experiments import shards  # takes a second
+
+    shards.require_whole(found.folder, found.sha256, found.sha256)
+    return shards.read(found.folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as parts:
             is_whole = parts.testzip() is None  # torch.load does not compare the checksums

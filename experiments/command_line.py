@@ -165,17 +165,22 @@ def _leave_closed_terminal() -> None:
 
 
 @contextlib.contextmanager
-def finish_first() -> Iterator[list[KeyboardInterrupt]]:
+def finish_first(every_time: bool = False) -> Iterator[list[KeyboardInterrupt]]:
     """Let the body finish what it is doing when SIGINT, SIGTERM or SIGHUP arrives.
 
     Yields an empty list, to which the first signal is added instead of being raised. A second one
     is raised at once, unless both are SIGHUP. Signals that are ignored still are.
+
+    Args:
+        every_time: Whether later signals are added to the list, too, also after the body: for a
+            process that `torchrun` stops, which is about to end then, and has said why.
     """
     received: list[KeyboardInterrupt] = []
     before: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        restore()
+        if not every_time:
+            restore()
         received.append(_interrupt(number))
 
     def restore() -> None:
@@ -189,7 +194,8 @@ def finish_first() -> Iterator[list[KeyboardInterrupt]]:
     try:
         yield received
     finally:
-        restore()
+        if not every_time:
+            restore()
 
 
 def stopped(stop: KeyboardInterrupt, kept: str = "") -> int:

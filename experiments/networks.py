@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from inspect import signature
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,14 +43,14 @@ def build_net(sizes: Sequence[int], activation: str, cost: str) -> nn.Sequential
     return nn.Sequential(*modules[:-1], *output)
 
 
-def build_cost(name: str) -> Cost:
-    """The cost of that name, as a mean over samples."""
+def build_cost(name: str, reduction: Literal["mean", "sum"] = "mean") -> Cost:
+    """The cost of that name, as a mean or a sum over samples."""
     costs = {
         "quadratic": QuadraticCost,
         "sigmoid-cross-entropy": SigmoidCrossEntropyCost,
         "softmax-cross-entropy": SoftmaxCrossEntropyCost,
     }
-    return costs[name]()
+    return costs[name](reduction)
 
 
 def targets(labels: Tensor, classes: int, cost: Cost) -> Tensor:

@@ -132,6 +132,18 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, or replace it, as `checkpoint.write` does.
+
+        Raises:
+            OSError: It cannot be written; the old file is still there.
+        """
+        checkpoint.write(self.path / name, data)
+
+    def remove_unused(self) -> None:
+        """Remove weights that no checkpoint needs any longer."""
+        checkpoint.remove_unused_shards(self.path)
+
     def sync(self) -> None:
         """Wait until metrics.csv is on the disk."""
         if self._metrics.exists():

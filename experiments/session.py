@@ -38,7 +38,8 @@ def state_of(
         "data_dir": None if config.data_dir is None else str(config.data_dir.absolute()),
         "device": str(training.device),
     }
-    del options["dry_run"], options["resume"]
+    for name in ("dry_run", "resume", "name", "shard"):
+        del options[name]
     return {
         "config": options,
         "training": training.state_dict(),
@@ -89,7 +90,8 @@ class Session:
 
         Args:
             board: Logs from the present number of updates on.
-            received: Once this is not empty, a last checkpoint is written, and its first is raised.
+            received: Once this is not empty, in any of several processes, a last checkpoint is
+                written, and its first is raised.
 
         Returns:
             The last metrics, and the cost of the last batch.
@@ -111,6 +113,7 @@ class Session:
         draw(board, self.training)
         board.log_config(self.folder.config)
         self._save_best()
+        self.folder.remove_unused()
         return metrics, cost
 
     def _rest_of_epoch(
@@ -126,10 +129,11 @@ class Session:
             if self.is_stopped:
                 break
             step += 1
-            if received or step % config.checkpoint_every == 0 or step == self.total:
+            stop = training.agreed(received)
+            if stop or step % config.checkpoint_every == 0 or step == self.total:
                 self._save(board)
-            if received:
-                raise received[0]
+            if stop:
+                raise stop
         return cost
 
     def _end_epoch(self, board: Board, bar: "tqdm[Any]") -> dict[str, float]:
@@ -169,7 +173,7 @@ class Session:
         """Where numbers stopped being finite, and what there is from before that."""
         last, until = self.folder.path / LAST, self.training.updates
         try:
-            before = checkpoint.read(last)["training"]
+            before = checkpoint.read(last, whole=self.training.processes == 1)["training"]
         except (OSError, ValueError) as error:
             return str(error)
         with self.training.restored_afterwards():
@@ -179,9 +183,9 @@ class Session:
         return f"{began}; {last} is from before that, after update {before['updates']}"
 
     def _packed(self, board: Board, events: Mapping[str, int]) -> bytes:
-        return checkpoint.pack(
-            state_of(self._config, self.training, self._best, events, board.traces.history)
-        )
+        history = board.traces.history
+        state = state_of(self._config, self.training, self._best, events, history)
+        return self.training.pack(state, self.folder.path)
 
     def _save(self, board: Board) -> None:
         """Write last.pt, unless a cost that is no number would be sure to follow from it."""
@@ -193,13 +197,14 @@ class Session:
         self.folder.sync()
         board.sync()
         self._save_best()
-        checkpoint.write(self.folder.path / LAST, packed)
+        self.folder.write(LAST, packed)
+        self.folder.remove_unused()
         self.saved = self.training.updates
 
     def _save_best(self) -> None:
         """Write best.pt if it has changed; not each time that it does, because that takes time."""
         if self._best_to_write is not None:
-            checkpoint.write(self.folder.path / BEST, self._best_to_write)
+            self.folder.write(BEST, self._best_to_write)
             self._best_to_write = None
 
 

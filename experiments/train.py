@@ -7,6 +7,10 @@ trains 64-30-10 on the digits of scikit-learn, and writes what happened to a fol
     python -m experiments.train --resume runs/...
 
 goes on with an interrupted run, and ends with the same bits as if it had not been interrupted.
+
+    torchrun --nproc-per-node 2 -m experiments.train
+
+trains in two processes, each with its share of every batch: see docs/scaling.md.
 """
 
 if __name__ == "__main__":  # first, so that it can be interrupted while PyTorch is imported
@@ -16,6 +20,7 @@ if __name__ == "__main__":  # first, so that it can be interrupted while PyTorch
 
     run(lambda: import_module("experiments.train").main())
 
+import os
 import shlex
 import sys
 import time
@@ -24,21 +29,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import checkpoint
+from experiments import checkpoint, resume
 from experiments.board import Board, keep_events
-from experiments.checkpoint import BEST, LAST
+from experiments.checkpoint import LAST
 from experiments.command_line import finish_first, parse, refuse, stopped
-from experiments.data import DEFAULTS, load
+from experiments.data import DEFAULTS, Data, load
+from experiments.distributed import Processes
 from experiments.report import write_report
 from experiments.run_folder import RunFolder, run_path
 from experiments.session import Session, state_of
-from experiments.training import Config, Training
+from experiments.training import COMMAND, Config, Training
 from experiments.verdicts import is_good, line, verdicts, warn
 
-PROGRAM = "python -m experiments.train"
-
-# What may have another value when a run goes on; it then has that value from there on.
-_FREE = {"epochs", "log_every", "checkpoint_every", "on_nan", "device", "data_dir", "resume"}
+PROGRAM = COMMAND
 
 
 def settings(config: Config, training: Training) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def settings(config: Config, training: Training) -> dict[str, Any]:
         "net": training.net_name,
         "output": _output(config.cost),
         "device": str(training.device),
+        "processes": training.processes,
     }
 
 
@@ -58,46 +62,97 @@ def _output(cost: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
+    with Processes() as processes:
+        return _main(arguments, processes)
+
+
+def _main(arguments: Sequence[str] | None, processes: Processes) -> int:
+    config = processes.alike(lambda: _options(arguments, processes))
+    name, run = config.name, config.resume
+    if run is None and name is not None and resume.is_run(config.run_folder / name):
+        run = config.run_folder / name
+    if run is not None:
+        return _resume(config, run, arguments, processes)
+    training = _prepare(config, processes)
+    if name is None:
+        default = f"{config.dataset}__{training.net_name}__seed{config.seed}"
+        path = processes.from_first(lambda: run_path(config.run_folder, default))
+    else:
+        path = config.run_folder / name
+    if config.dry_run:
+        return _dry_run(config, training, path)
+    return _start(config, training, path, processes)
+
+
+def _options(arguments: Sequence[str] | None, processes: Processes) -> Config:
     config = parse(Config, arguments, PROGRAM)
-    if config.resume is not None:
-        if config.dry_run:
-            refuse(PROGRAM, "--dry-run trains a new network; it does not go with --resume")
-        return _resume(config, config.resume, arguments)
-    if config.dataset in DEFAULTS:
+    if config.resume is None and config.dataset in DEFAULTS:
         others = DEFAULTS[config.dataset]._asdict()
         config = parse(Config, arguments, PROGRAM, Config(config.dataset, **others))
-    training = _prepare(config)
-    name = f"{config.dataset}__{training.net_name}__seed{config.seed}"
-    path = run_path(config.run_folder, name)
-    return _dry_run(config, training, path) if config.dry_run else _start(config, training, path)
+    if config.dry_run and (config.resume or config.name):
+        given = "--resume" if config.resume else "--name"
+        refuse(PROGRAM, f"--dry-run trains a new network; it does not go with {given}")
+    if config.resume and config.name:
+        refuse(PROGRAM, "--name is for a run that may be new; it does not go with --resume")
+    if config.shard and not processes.are_several:
+        refuse(PROGRAM, "--shard divides weights over the processes that torchrun starts; got one")
+    if processes.are_several and config.device not in ("auto", "cpu", "cuda"):
+        refuse(
+            PROGRAM,
+            f"--device must be auto, cpu or cuda for several processes; got {config.device}",
+        )
+    try:
+        processes.require_restartable(config.resume is not None or config.name is not None)
+    except ValueError as error:
+        refuse(PROGRAM, error)
+    return config
 
 
-def _prepare(config: Config) -> Training:
+def _prepare(config: Config, processes: Processes) -> Training:
     """The network and its data; says what they are."""
-    if config.data_dir is not None and config.dataset != "mnist":
-        refuse(PROGRAM, f"--data-dir goes only with --dataset mnist; got {config.dataset}")
-    try:
-        data = load(config.dataset, config.data_dir)
-    except (OSError, ValueError) as error:
-        refuse(PROGRAM, f"--dataset {config.dataset}: {error}{_other_source(config)}")
-    try:
-        training = Training(config, data)
-    except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
-        refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
+    config = replace(config, device=processes.device(config.device))
+    data = processes.in_turn(lambda: _data(config))
+    training = processes.alike(lambda: _made(config, data, processes))
+    shared = f", in {training.processes} processes" if processes.are_several else ""
     print(
         f"{training.net_name} {config.activation}, output {_output(config.cost)}, "
         f"{config.cost} cost, on {config.dataset}: "
         f"{len(training.y_train)} training samples, {len(training.y_test)} test samples; "
         f"epochs: {config.epochs}, updates in each: {training.updates_per_epoch}; "
-        f"on {training.device}",
+        f"on {training.device}{shared}",
         flush=True,
     )
     return training
 
 
+def _data(config: Config) -> Data:
+    if config.data_dir is not None and config.dataset != "mnist":
+        refuse(PROGRAM, f"--data-dir goes only with --dataset mnist; got {config.dataset}")
+    try:
+        return load(config.dataset, config.data_dir)
+    except (OSError, ValueError) as error:
+        refuse(PROGRAM, f"--dataset {config.dataset}: {error}{_other_source(config)}")
+
+
 def _other_source(config: Config) -> str:
     is_download = config.dataset == "mnist" and config.data_dir is None
     return "; --data-dir FOLDER reads files that are there already" if is_download else ""
+
+
+def _made(config: Config, data: Data, processes: Processes) -> Training:
+    try:
+        return make_training(config, data, processes)
+    except (RuntimeError, TypeError) as error:  # what PyTorch raises if the sizes are too large
+        refuse(PROGRAM, f"the network cannot be made: {str(error).splitlines()[0]}")
+
+
+def make_training(config: Config, data: Data, processes: Processes) -> Training:
+    """One that the processes share, if there are several."""
+    if not processes.are_several:
+        return Training(config, data)
+    from experiments.shared_training import SharedTraining  # takes a second to import
+
+    return SharedTraining(config, data, processes)
 
 
 def _dry_run(config: Config, training: Training, path: Path) -> int:
@@ -112,128 +167,87 @@ def _dry_run(config: Config, training: Training, path: Path) -> int:
     return warn(training, metrics, cost)
 
 
-def _start(config: Config, training: Training, path: Path) -> int:
+def _start(config: Config, training: Training, path: Path, processes: Processes) -> int:
     state = state_of(config, training)
-    try:
-        folder = RunFolder(path, settings(config, training), {LAST: checkpoint.pack(state)})
-        lock = folder.lock()
-    except OSError as error:
-        refuse(PROGRAM, f"--run-folder must be a place to write to: {error}")
-    with lock:
-        return _run(config, training, folder, state)
+    state["training"]["net"] = training.whole_weights()
 
-
-def _resume(given: Config, path: Path, arguments: Sequence[str] | None) -> int:
-    if not _is_run(path):
-        refuse(PROGRAM, f"--resume must be the folder of a run, with a file {LAST}; got {path}")
-    try:
-        folder = RunFolder.reopened(path)
-        lock = folder.lock()
-    except (OSError, ValueError) as error:
-        refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
-    with lock:
-        state = _read(path)
-        config = _continued(given, state, path, arguments)
-        training = _prepare(config)
+    def make() -> RunFolder:
+        if config.name is not None and os.path.lexists(path):
+            refuse(PROGRAM, f"--name must be that of a run, or a new one; got {path}")
         try:
-            training.load_state_dict(state["training"])
-        except ValueError as error:
-            refuse(PROGRAM, f"--resume {path}: {error}")
+            files = {LAST: checkpoint.pack(state)}
+            return RunFolder(path, settings(config, training), files)
+        except OSError as error:
+            refuse(PROGRAM, f"--run-folder must be a place to write to: {error}")
+
+    made = processes.from_first(make)
+    folder = processes.only_first(lambda: made, made.path)
+    with processes.alike(lambda: resume.locked(folder)):
+        return _run(config, training, folder, state, processes)
+
+
+def _resume(
+    given: Config, path: Path, arguments: Sequence[str] | None, processes: Processes
+) -> int:
+    there = processes.alike(lambda: resume.reopened(path))
+    folder = processes.only_first(lambda: there, path)
+    with processes.alike(lambda: resume.locked(folder)):
+        state = processes.alike(lambda: resume.read(path, whole=not processes.are_several))
+        config = processes.alike(lambda: resume.continued(given, state, path, arguments))
+        training = _prepare(config, processes)
+        processes.alike(lambda: resume.load(training, state, path))
         done, total = training.updates, config.epochs * training.updates_per_epoch
-        if done > total:
-            least = -(-done // training.updates_per_epoch)
-            refuse(PROGRAM, f"--epochs must be at least {least} in {path}; got {config.epochs}")
-        try:
-            folder.go_on(settings(config, training), done)
-            has_all = keep_events(path, state["events"])
-        except (OSError, ValueError) as error:
-            refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
+
+        def go_on() -> bool:
+            if done > total:
+                least = -(-done // training.updates_per_epoch)
+                refuse(PROGRAM, f"--epochs must be at least {least} in {path}; got {config.epochs}")
+            try:
+                folder.go_on(settings(config, training), done)
+                return keep_events(path, state["events"])
+            except (OSError, ValueError) as error:
+                refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
+
+        has_all = processes.from_first(go_on)
         print(f"going on after update {done} of {total}", flush=True)
-        _warn_of_changes(state, has_all)
-        return _run(config, training, folder, state)
+        resume.warn_of_changes(state, has_all)
+        return _run(config, training, folder, state, processes)
 
 
-def _is_run(path: Path) -> bool:
-    try:
-        return (path / LAST).is_file()
-    except OSError:  # such as a name that is too long
-        return False
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The last checkpoint of a run."""
-    try:
-        return checkpoint.read(path / LAST)
-    except (OSError, ValueError) as error:
-        refuse(PROGRAM, f"--resume: {error}{_advice(path)}")
-
-
-def _advice(path: Path) -> str:
-    """How to go on without the last checkpoint, if the best one is there."""
-    try:
-        step = checkpoint.read(path / BEST)["training"]["updates"]
-    except (OSError, ValueError):
-        return ""
-    copy = shlex.join(["cp", str(path / BEST), str(path / LAST)])
-    return f"; {BEST} is whole: to go on after its update {step}, first {copy}"
-
-
-def _continued(
-    given: Config, state: dict[str, Any], path: Path, arguments: Sequence[str] | None
-) -> Config:
-    """The options of the run, and those of the free ones that are given now."""
-    here: dict[str, Any] = {"run_folder": path.parent}  # it may have been moved
-    if given.device != "auto":
-        here["device"] = given.device  # the one that it was on may be missing here
-    if state["config"]["data_dir"] is not None:
-        here["data_dir"] = Path(state["config"]["data_dir"])
-    try:
-        before = Config(**state["config"] | here)
-    except (TypeError, ValueError) as error:
-        refuse(PROGRAM, f"--resume: the options in {path / LAST} do not suit: {error}")
-    # A flag that is set by default could not be given again.
-    now = parse(Config, arguments, PROGRAM, replace(before, deterministic=False))
-    now = replace(now, deterministic=now.deterministic or before.deterministic)
-    for name, value in asdict(now).items():
-        if name not in _FREE and value != getattr(before, name):
-            option = "--" + name.replace("_", "-")
-            refuse(PROGRAM, f"{option} is {getattr(before, name)} in {path}; got {value}")
-    return replace(now, device=before.device)
-
-
-def _warn_of_changes(state: dict[str, Any], has_all: bool) -> None:
-    now, before = checkpoint.versions(), state["versions"]
-    changes = [
-        f"{name} {before[name]} before, {now[name]} now"
-        for name in now
-        if before[name] != now[name]
-    ]
-    if changes:
-        print(f"warning: the last digits may change: {'; '.join(changes)}", file=sys.stderr)
-    if not has_all:
-        print("warning: files of TensorBoard are missing; its curves have a gap", file=sys.stderr)
-
-
-def _run(config: Config, training: Training, folder: RunFolder, state: dict[str, Any]) -> int:
+def _run(
+    config: Config,
+    training: Training,
+    folder: RunFolder,
+    state: dict[str, Any],
+    processes: Processes,
+) -> int:
     """Train, from the state on that the training is in."""
     started = time.perf_counter()
     session = Session(config, training, folder, state)
+    again = [*processes.launcher, PROGRAM.split()[-1], "--resume", str(folder.path)]
+    if config.shard:
+        again.append("--shard")
     try:
         with (
-            finish_first() as received,
-            Board(folder.path, training.updates, state["curves"]) as board,
+            # A process may get a signal from the system, and the same one again from torchrun.
+            finish_first(every_time=processes.are_several) as received,
+            processes.only_first(
+                lambda: Board(folder.path, training.updates, state["curves"]), folder.path
+            ) as board,
         ):
             metrics, cost = session.train(board, received)
             seconds = time.perf_counter() - started
         found = verdicts(training.whole_trace(), config.learning_rate)
-        page = write_report(folder.path, folder.config, [line(metrics), *found])
+        lines = [line(metrics), *found]
+        page = processes.from_first(lambda: write_report(folder.path, folder.config, lines))
     except KeyboardInterrupt as stop:
-        return stopped(stop, _how_to_go_on(session))
+        processes.wait()  # until the checkpoint is written: torchrun stops all as soon as one ends
+        return stopped(stop, _how_to_go_on(session, again))
     except BrokenPipeError:  # the reader of the output has left
         raise
     except OSError as error:
         is_there = folder.path.is_dir()
-        kept = _how_to_go_on(session) if is_there else f"{folder.path} is no longer there"
+        kept = _how_to_go_on(session, again) if is_there else f"{folder.path} is no longer there"
         print(f"stopped: {error}; {kept}", file=sys.stderr)
         return 1
     print(
@@ -248,7 +262,6 @@ def _run(config: Config, training: Training, folder: RunFolder, state: dict[str,
     return warn(training, metrics, cost, session.began, session.is_stopped)
 
 
-def _how_to_go_on(session: Session) -> str:
-    python = Path(sys.executable).name
-    again = shlex.join([python, *PROGRAM.split()[1:], "--resume", str(session.folder.path)])
-    return f"update {session.saved} of {session.total} is saved; to go on: {again}"
+def _how_to_go_on(session: Session, again: Sequence[str]) -> str:
+    saved = f"update {session.saved} of {session.total} is saved"
+    return f"{saved}; to go on: {shlex.join(again)}"

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,9 @@ from experiments.data import Data, Dataset
 from experiments.networks import activations, build_cost, build_net, targets
 from experiments.run_folder import can_be_made
 from manual_bp import Trace, TrainingStep, backprop, record
+
+# How a run is started, with these options.
+COMMAND = "python -m experiments.train"
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,21 @@ class Config:
     on_nan: Literal["stop", "continue"] = "stop"
     """What to do when the cost is nan or infinite. stop: say in which update and layer it began,
     and keep the last checkpoint before that."""
+    shard: bool = False
+    """Divide the weights over the processes that torchrun starts, so that each holds a part of them
+    (FSDP2). Goes with --method autograd."""
     deterministic: bool = False
     """Use only operations of PyTorch that give the same bits each time, also on a GPU; some are
     slower."""
     run_folder: Path = Path("runs")
     """Where the folder of the run is created."""
+    name: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """The name of that folder; by default the dataset, the network, the seed and the time. If there
+    is a run of that name, it goes on, as with --resume: so the same command starts and goes on."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
     """Go on with the interrupted run in this folder, with its own options. Of these, epochs,
-    log-every, checkpoint-every, on-nan, device and data-dir may be given again with other
-    values."""
+    log-every, checkpoint-every, on-nan, device and data-dir may be given again with other values;
+    shard is only what is given now."""
     dry_run: bool = False
     """Train for one epoch, show how well each layer learns, and write nothing."""
 
@@ -93,6 +102,10 @@ class Config:
             raise ValueError(
                 f"--run-folder must be a place to write to; got {str(self.run_folder)!r}"
             )
+        if self.name is not None and (self.name == ".." or Path(self.name).name != self.name):
+            raise ValueError(f"--name must be the name of a folder; got {self.name!r}")
+        if self.shard and self.method != "autograd":
+            raise ValueError(f"--shard goes with --method autograd; got {self.method}")
         _device(self.device)
 
 
@@ -129,7 +142,10 @@ class Training:
     Attributes:
         updates: How many updates it has made.
         fingerprint: That of the data.
+        processes: How many processes share the work.
     """
+
+    processes = 1
 
     def __init__(self, config: Config, data: Data) -> None:
         self._is_deterministic = config.deterministic
@@ -138,13 +154,13 @@ class Training:
         self.device = _device(config.device)
         self.fingerprint = data.fingerprint()
         self.data = data.to(self.device)
-        sizes = (data.features, *config.hidden, data.classes)
-        self.net_name = "-".join(map(str, sizes))
+        self.sizes = (data.features, *config.hidden, data.classes)
+        self.net_name = "-".join(map(str, self.sizes))
         self.cost = build_cost(config.cost)
         self.y_train = targets(self.data.label_train, data.classes, self.cost)
         self.y_test = targets(self.data.label_test, data.classes, self.cost)
         torch.manual_seed(config.seed)
-        self.net = build_net(sizes, config.activation, config.cost).to(self.device)
+        self.net = build_net(self.sizes, config.activation, config.cost).to(self.device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.learning_rate)
         self.explicit = config.method == "explicit"
         self.step: TrainingStep | None = None
@@ -213,10 +229,13 @@ class Training:
         }
         found = {}
         for split, (x, y, labels) in parts.items():
-            output = self.net(x)
-            found[f"{split}_cost"] = self.cost(output, y).item()
-            found[f"{split}_accuracy"] = (output.argmax(-1) == labels).float().mean().item()
+            found[f"{split}_cost"], found[f"{split}_accuracy"] = self._measured(x, y, labels)
         return found
+
+    def _measured(self, x: Tensor, y: Tensor, labels: Tensor) -> tuple[float, float]:
+        output = self.net(x)
+        accuracy = (output.argmax(-1) == labels).float().mean()
+        return self.cost(output, y).item(), accuracy.item()
 
     def whole_trace(self) -> Trace:
         """The algorithm on all training samples, as the network is now."""
@@ -236,6 +255,10 @@ class Training:
             self.load_state_dict(now)
             self._order.set_state(order)
 
+    def agreed(self, received: Sequence[KeyboardInterrupt]) -> KeyboardInterrupt | None:
+        """The first of the signals received so far; None if there is none."""
+        return received[0] if received else None
+
     def state_dict(self) -> dict[str, Any]:
         """All that determines the updates to come, apart from the config; refers to the weights."""
         is_within = self.updates % self.updates_per_epoch > 0
@@ -249,6 +272,14 @@ class Training:
             "data": self.fingerprint,
         }
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The weights and biases, by their names in the network; refers to them."""
+        return self.net.state_dict()
+
+    def pack(self, state: Mapping[str, Any], run: Path) -> bytes:  # noqa: ARG002
+        """The bytes of a checkpoint of a state of this training, for a file in a run folder."""
+        return checkpoint.pack(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, for the same config.
 
@@ -257,7 +288,7 @@ class Training:
         """
         if state["data"] != self.fingerprint:
             raise ValueError("the data are not those that the run was trained on")
-        self.net.load_state_dict(state["net"])
+        self._load_weights(state["net"])
         (self.step or self.optimizer).load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._order.set_state(state["order"])
@@ -265,3 +296,6 @@ class Training:
         checkpoint.restore_random_state(state["random"])
         if self._is_deterministic:  # sums of another number of threads are rounded differently
             torch.set_num_threads(state["threads"])
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)
