@@ -1,4 +1,4 @@
-"""A run that was not stopped, one that was, and a way to stop one."""
+"""A run that was not stopped, one that was, a way to stop one, and runs of several processes."""
 
 import shutil
 from collections.abc import Callable
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from experiments import report
 from experiments.train import main
+from tests.experiments import scenarios
 from tests.experiments.runs import QUICK, interrupt, left_by, let_happen, only
 
 
@@ -55,3 +57,16 @@ def _stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(tmp_path: Path, _stopped_once: Path) -> Path:
     """A run that was stopped after update 20 of 45."""
     return shutil.copytree(_stopped_once, tmp_path / "runs" / _stopped_once.name)
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder in which all scenarios have run, once for all processes of pytest."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "scenarios"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir()
+            scenarios.run_all(folder)
+            (folder / "done").touch()
+    return folder
