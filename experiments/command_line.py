@@ -4,6 +4,7 @@ This module imports quickly, so that a program can import it first and `run` the
 an interrupt ends the program cleanly.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -99,8 +100,16 @@ def refuse(program: str, reason: object) -> NoReturn:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a program as a command: if it is stopped from outside, it ends without a traceback."""
+    """Run a program as a command: if it is stopped from outside, it ends without a traceback.
+
+    One of several processes that `torchrun` starts ends as soon as its exit handlers have run.
+    Python's shutdown would come after that. A thread of Gloo may still hold tensors of the last
+    message then, and aborts the process when it releases them (PyTorch's issue 190489).
+    """
     received: list[KeyboardInterrupt] = []
+    code: object = 1  # after any other exception
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit.register(lambda: _end(code))  # the first handler is the last to run
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         received.append(_interrupt(number))
@@ -119,6 +128,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
         if sys.stdout is not None:
             sys.stdout.flush()
+    except SystemExit as leave:
+        code = leave.code
     except KeyboardInterrupt as interrupt:
         code = stopped(interrupt)
     except Exception as error:
@@ -130,6 +141,14 @@ def run(main: Callable[[], int]) -> NoReturn:
         else:
             raise
     sys.exit(code)
+
+
+def _end(code: object) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 class Terminated(KeyboardInterrupt):

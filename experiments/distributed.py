@@ -49,12 +49,12 @@ class Processes:
             self._context.enter_context(contextlib.redirect_stderr(nowhere))
         return self
 
-    def __exit__(self, kind: object, error: object, _: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         if self.rank > 0 and isinstance(error, KeyboardInterrupt | ConnectionError):
             sys.exit(stopped(error) if isinstance(error, KeyboardInterrupt) else 1)  # silently
         self._context.close()
-        if self.size > 1 and kind is None:
-            dist.destroy_process_group()
+        if self.size > 1 and (error is None or isinstance(error, SystemExit)):
+            dist.destroy_process_group()  # not after an error: others may wait for this process
 
     @property
     def are_several(self) -> bool:

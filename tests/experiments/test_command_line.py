@@ -288,6 +288,39 @@ def test_a_failed_write_ends_a_program_in_one_line(main: str, said: str) -> None
     assert err.count("\n") == 1
 
 
+LAST = """
+import atexit, os
+os.environ["WORLD_SIZE"] = "{size}"
+class Lasting:
+    def __del__(self):
+        print("shut down", flush=True)
+lasting = Lasting()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "main", "code", "said"),
+    [
+        (1, "return 3", 3, ""),
+        (2, "return 3", 3, ""),
+        (2, "sys.exit(2)", 2, ""),
+        (2, "raise KeyboardInterrupt", 130, "interrupted"),
+        (2, "1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_one_of_several_processes_ends_without_the_shutdown_of_python(
+    size: int, main: str, code: int, said: str
+) -> None:
+    """In which threads of Gloo abort the process; its own exit handlers run."""
+    handler = "atexit.register(print, 'handled'); print('unflushed', end=' ')\n"
+    with started(handler + main, first=LAST.format(size=size)) as run:
+        out, err = run.communicate()
+    assert run.returncode == code
+    assert out == "started\nunflushed handled\n" + ("shut down\n" if size == 1 else "")
+    assert err.strip().endswith(said)
+    assert said or not err
+
+
 @pytest.mark.parametrize("name", ["train", "train_onnx", "benchmark"])
 def test_a_program_can_be_interrupted_while_it_imports(name: str) -> None:
     """Slow imports come after `run`."""
