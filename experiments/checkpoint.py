@@ -23,8 +23,10 @@ import torch
 
 import manual_bp
 
-# Raised whenever older programs can no longer read what this one writes.
-FORMAT = 2
+# Raised whenever older programs can no longer read what this one writes. Format 2 is the same,
+# without weights that several processes have written.
+FORMAT = 3
+_READABLE = (2, FORMAT)
 
 # The names of the files: after the latest updates, and with the best test accuracy so far.
 LAST, BEST = "last.pt", "best.pt"
@@ -151,10 +153,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({path.stat().st_size} bytes)")
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this program")
-    if state["format"] != FORMAT:
+    if state["format"] not in _READABLE:
         raise ValueError(
             f"{path} has format {state['format']}, of manual_bp {state['versions']['manual_bp']}; "
-            f"manual_bp {manual_bp.__version__} reads format {FORMAT}"
+            f"manual_bp {manual_bp.__version__} reads formats {' and '.join(map(str, _READABLE))}"
         )
     return state
 

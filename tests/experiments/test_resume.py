@@ -203,3 +203,12 @@ def test_a_deterministic_run_goes_on_with_its_number_of_threads(
         assert main([*flag, "--resume", str(only(tmp_path))]) == 0
         assert torch.are_deterministic_algorithms_enabled()
     assert threads[0] == 3
+
+
+def test_a_run_of_format_2_goes_on(stopped: Path, whole: Callable[..., dict[str, Any]]) -> None:
+    """Programs that trained in one process only wrote it."""
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    checkpoint.write(stopped / "last.pt", checkpoint.pack(state | {"format": 2}))
+    assert torch.load(stopped / "last.pt", weights_only=True)["format"] == 2
+    assert main(["--resume", str(stopped)]) == 0
+    assert left_by(stopped) == whole()
