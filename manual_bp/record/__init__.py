@@ -18,6 +18,7 @@ nothing that the model computes is changed. A pair is complete when its δ arriv
 checkpoint computes again counts once, whichever of the two calls the gradient goes through.
 """
 
+import sys
 from contextlib import AbstractContextManager
 
 from torch import nn
@@ -61,9 +62,9 @@ def record(
         A context manager that gives the Trace.
 
     Raises:
-        TypeError: model is not an nn.Module, or layers or no_samples are neither names nor types;
-            or, from the forward pass, the input of a layer is nested, or its weight is not a dense
-            tensor.
+        TypeError: model is not an nn.Module, or FSDP has sharded it, which frees the weights that
+            a Trace refers to; layers or no_samples are neither names nor types; or, from the
+            forward pass, the input of a layer is nested, or its weight is not a dense tensor.
         ValueError: reduction is neither "mean" nor "sum"; the model has no linear layer, or none
             is chosen; or, from backward(), the cost shows that it is reduced in the other way.
         RuntimeError: From backward(), if it is called a second time in one block. On entering a
@@ -79,5 +80,19 @@ def record(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    _require_whole(model)
     _require.one_of("reduction", reduction, ("mean", "sum"))
     return Block(model, reduction, layers, no_samples)
+
+
+def _require_whole(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and needed to shard
+    if fsdp is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel):
+            place = f"module {name!r}" if name else "all of it"
+            raise TypeError(
+                "model must not be sharded by fully_shard or FullyShardedDataParallel, which free "
+                f"the weights that a Trace refers to; got one with {place} sharded"
+            )

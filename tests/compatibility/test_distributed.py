@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from manual_bp import convert, restore
+from manual_bp import QuadraticCost, TrainingStep, backprop, convert, record, restore
 from tests.activations import TABLE
 from tests.helpers import ATOL, RTOL, nodes
 
@@ -434,6 +434,25 @@ def sharded_converted_while_training(name: str) -> None:
 @pytest.mark.parametrize("net", ["relu", "frozen", "every activation"])
 def test_fully_shard_converted_while_training(ranks: Ranks, net: str) -> None:
     ranks(sharded_converted_while_training, net)
+
+
+def sharded_and_refused(whole: bool) -> None:
+    net = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Sigmoid(), nn.Linear(HIDDEN, OUT))
+    x, y = torch.rand(3, IN), torch.rand(3, OUT)
+    fully_shard(net if whole else net[2], mesh=mesh())
+    place = "all of it" if whole else "module '2'"
+    with pytest.raises(TypeError, match=f"model must not be sharded .* got one with {place} shard"):
+        record(net)
+    cost, reason = QuadraticCost(), "must have no hooks, which would not run; got a FSDP"
+    with pytest.raises(TypeError, match=reason):
+        backprop(net, x, y, cost)
+    with pytest.raises(TypeError, match=reason):
+        TrainingStep(net, cost, 0.1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_reads_whole_weights_refuses_sharded_ones(ranks: Ranks, whole: bool) -> None:
+    ranks(sharded_and_refused, whole)
 
 
 # Tensor parallel
