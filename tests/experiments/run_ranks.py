@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-PRELOADED = ["experiments.train", "experiments.shared_training", __name__]
+PRELOADED = ["experiments.train", "experiments.shared_training", "torch._dynamo", __name__]
 
 
 @dataclass(frozen=True)
