@@ -25,6 +25,7 @@ from manual_bp import Trace, TrainingStep, backprop, record
 
 # How a run is started, with these options.
 COMMAND = "python -m experiments.train"
+_LONGEST_NAME = 255  # bytes, on most file systems
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,17 @@ class Config:
             raise ValueError(
                 f"--run-folder must be a place to write to; got {str(self.run_folder)!r}"
             )
-        if self.name is not None and (self.name == ".." or Path(self.name).name != self.name):
+        if self.name is not None and not _is_folder_name(self.name):
             raise ValueError(f"--name must be the name of a folder; got {self.name!r}")
         if self.shard and self.method != "autograd":
             raise ValueError(f"--shard goes with --method autograd; got {self.method}")
         _device(self.device)
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether file systems take it as a name, and a line of text can show it."""
+    is_one_part = name not in ("", ".", "..") and Path(name).name == name
+    return is_one_part and name.isprintable() and len(name.encode()) <= _LONGEST_NAME
 
 
 def _device(name: str) -> torch.device:

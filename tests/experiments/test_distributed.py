@@ -150,6 +150,10 @@ def test_a_named_run_starts_and_goes_on_with_the_same_command(
     [
         (["--name", "a/b"], "--name must be the name of a folder; got 'a/b'"),
         (["--name", ".."], "--name must be the name of a folder; got '..'"),
+        (["--name", "a\0b"], r"--name must be the name of a folder; got 'a\x00b'"),
+        (["--name", "a\nb"], r"--name must be the name of a folder; got 'a\nb'"),
+        (["--name", "a\udcff"], r"--name must be the name of a folder; got 'a\udcff'"),
+        (["--name", "ü" * 128], "--name must be the name of a folder; got 'üü"),
         (["--name", "taken"], "--name must be that of a run, or a new one; got "),
         (["--name", "x", "--resume", "y"], "--name is for a run that may be new; it does not go"),
         (
