@@ -5,6 +5,7 @@ first process alone prints and writes.
 """
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -53,8 +54,12 @@ class Processes:
         if self.rank > 0 and isinstance(error, KeyboardInterrupt | ConnectionError):
             sys.exit(stopped(error) if isinstance(error, KeyboardInterrupt) else 1)  # silently
         self._context.close()
-        if self.size > 1 and (error is None or isinstance(error, SystemExit)):
-            dist.destroy_process_group()  # not after an error: others may wait for this process
+        # Not after an error: others may wait for this process, and the traceback refers to DDP. If
+        # that is the last to hold the group, it keeps Python's lock while it waits for Gloo's
+        # threads, which may need the lock. So it must go first; it is in a cycle.
+        if self.size > 1 and error is None:
+            gc.collect()
+            dist.destroy_process_group()
 
     @property
     def are_several(self) -> bool:
