@@ -38,7 +38,7 @@ from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.record import record
 from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
-from manual_bp.training_step import Adam, AdamW, CapturedStep, TrainingStep
+from manual_bp.training_step import Adam, AdamW, CapturedStep, CompiledStep, TrainingStep
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "CapturedStep",
+    "CompiledStep",
     "ConversionReport",
     "Cost",
     "Diagnostics",

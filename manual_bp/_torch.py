@@ -247,6 +247,58 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     return _need(_pytree, "tree_map_only", "look into nested containers")(Tensor, change, tree)
 
 
+# --- Only for `TrainingStep.compile`. PyTorch's compiler is imported when it is first asked for.
+
+
+def compile_ahead(program: Any, path: str, options: dict[str, Any]) -> None:
+    """Compile an exported program with AOTInductor, into a package. Without it, refuses."""
+    inductor = importlib.import_module("torch._inductor")
+    build = _need(inductor, "aoti_compile_and_package", "compile a step")
+    try:
+        build(program, package_path=path, inductor_configs=options)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RuntimeError(f"PyTorch must be able to compile the step; got {reason}") from error
+
+
+def load_compiled(path: str) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, str]]:
+    """The function in a package, from flat tensors to flat tensors, and its metadata.
+
+    Not through nested containers, which would take as long as a small step. Without it, refuses.
+    """
+    inductor = importlib.import_module("torch._inductor")
+    purpose = "load a compiled step"
+    package = _need(inductor, "aoti_load_package", purpose)(path, run_single_threaded=True)
+    loader = _need(package, "loader", purpose)
+    return loader.run, loader.get_metadata()
+
+
+def writes_call(operator: Any, function: str, count: int) -> bool:
+    """Have AOTInductor write a call of a C function for an operator, and say whether it will.
+
+    The function gets the first arguments of the operator, as many as count says.
+
+    Without it, False: a compiled step writes new weights to a buffer, and then copies them.
+    """
+    try:
+        module: Any = importlib.import_module(
+            "torch._inductor.codegen.custom_extern_kernel_codegen"
+        )
+    except ModuleNotFoundError:
+        return False
+    table = getattr(module, "CUSTOM_EXTERN_KERNEL_CODEGEN", None)
+    entry = getattr(module, "CustomCodegen", None)
+    if table is None or entry is None:
+        return False
+
+    def write(node: Any, write_line: Callable[[str], None]) -> None:
+        arguments = ", ".join(node.codegen_args()[:count])
+        write_line(f"AOTI_TORCH_ERROR_CODE_CHECK({function}({arguments}));")
+
+    table[f"torch.ops.{operator}"] = entry(python=write)
+    return True
+
+
 # --- Only for `record`.
 
 

@@ -68,11 +68,16 @@ def _sizes(task: Problem, contender: Contender) -> Row:
 def contenders(task: Problem) -> list[Contender]:
     """Ours first, the bare matrix products last, and in between all peers that are available."""
     captured = {"ours, captured": partial(step.ours, captured=True)} if task.x.is_cuda else {}
+    can_compile = "a C++ compiler" not in left_out(task.x.device.type)
+    compiled = {"ours, compiled": step.ours_compiled} if can_compile else {}
+    whole = {"torch, compiled whole": step.autograd_whole} if can_compile else {}
     makers: dict[str, Maker] = {
         "ours": step.ours,
         **captured,
+        **compiled,
         "torch, SGD": step.autograd,
         "torch, fused SGD": partial(step.autograd, fused=True),
+        **whole,
         **{name: peer for name, peer in PEERS.items() if name not in left_out(task.x.device.type)},
         "bare products": step.bare_products,
     }

@@ -1,4 +1,4 @@
-"""A training step in a CUDA graph: captured once, launched as one."""
+"""A training step in a CUDA graph: captured once, launched as one; its kernels may be compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from manual_bp import _require
+from manual_bp.training_step import _epoch
 from manual_bp.training_step._layer import fresh_buffers
+from manual_bp.training_step._package import in_place_program, state_of
 from manual_bp.training_step._plan import Plan
-from manual_bp.training_step._snapshot import CostAttributes
+from manual_bp.training_step._snapshot import Frozen
 
 
 class CapturedStep:
-    """One step of gradient descent for batches of one shape, made by `TrainingStep.cuda_graph`.
+    """One step of gradient descent for batches of one shape, in a CUDA graph.
 
-    It is called as a TrainingStep is; a batch is copied to where the graph reads it. The learning
-    rate is the current one of the TrainingStep, in the parameters' dtype.
+    `TrainingStep.cuda_graph` makes it, and on a CUDA device `TrainingStep.compile`. It is called
+    as a TrainingStep is; a batch is copied to where the graph reads it. The learning rate is the
+    current one of the TrainingStep, in the parameters' dtype.
 
     Autograd does not see updates made by a graph: it will not notice that a weight which it saved
     before has changed since.
@@ -29,9 +32,21 @@ class CapturedStep:
         ...     cost = step(x, y)
     """
 
-    def __init__(self, plan: Plan, x: Tensor, y: Tensor, is_current: Callable[[], bool]) -> None:
-        self._plan, self._is_current = plan, is_current
-        self._run = plan.new_pass(x.shape[:-1], fresh_buffers(x), rate_is_tensor=True)
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        y: Tensor,
+        is_current: Callable[[], bool],
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self._plan, self._state = plan, state_of(plan)
+        self._run: Callable[[Tensor, Tensor, Tensor], Tensor]
+        if compiled:
+            self._run = _compiled_pass(plan, x, y)
+        else:
+            self._run = plan.new_pass(x.shape[:-1], fresh_buffers(x), rate_is_tensor=True)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
             self._x, self._y = (
                 t.detach().clone(memory_format=torch.contiguous_format) for t in (x, y)
@@ -46,11 +61,11 @@ class CapturedStep:
             with torch.cuda.graph(self._graph, stream=stream):
                 self._cost = self._run(self._x, self._y, self._lr_tensor)
         # The graph holds the values that they had in the capture.
-        self._attributes = CostAttributes(plan.computation.cost)
+        self._frozen = Frozen("captur", is_current, plan.computation.cost)
 
     def _warm_up(self, stream: Any) -> None:
         """Make first calls, in which libraries do what must not happen during a capture."""
-        before = [tensor.clone() for tensor in self._run.state]
+        before = [tensor.clone() for tensor in self._state]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -58,7 +73,7 @@ class CapturedStep:
                     self._run(self._x, self._y, self._lr_tensor)
         finally:
             torch.cuda.current_stream().wait_stream(stream)
-            for tensor, value in zip(self._run.state, before, strict=True):
+            for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
 
     @torch.no_grad()
@@ -71,20 +86,55 @@ class CapturedStep:
 
         Raises:
             TypeError, ValueError: x or y is not like the one captured.
-            RuntimeError: Network, cost or velocities have changed since (see `TrainingStep`); the
-                graph would go on training the old ones.
+            RuntimeError: Network, cost, momentum or velocities have changed since (see
+                `TrainingStep`); the graph would go on training the old ones.
         """
         for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
             _require.like(name, value, f"the captured {name}", captured)
             _require.shape(name, value, captured.shape, "that of the one captured")
-        if not (self._is_current() and self._attributes.are_unchanged()):
-            raise RuntimeError(
-                "network, cost and velocities must be what was captured; got others: capture again"
+        self._require_ready()
+        return self._take_step(x, y)
+
+    @torch.no_grad()
+    def epoch(self, x: Tensor, y: Tensor, order: Tensor, batch_size: int) -> Tensor:
+        """Take a step for each batch of samples: see `TrainingStep.epoch`.
+
+        Raises:
+            ValueError: Not every batch has as many samples as the one captured.
+        """
+        _epoch.require_epoch(x, y, order, batch_size)
+        for name, value, captured in (("x", x, self._x), ("y", y, self._y)):
+            _require.like(name, value, f"the captured {name}", captured)
+            wanted = (len(value), *captured.shape[1:])
+            _require.shape(name, value, wanted, "that of the one captured but for the first")
+        if batch_size != len(self._x) or len(order) % batch_size:
+            raise ValueError(
+                f"batch_size must be {len(self._x)}, as captured, and divide the number of samples "
+                f"in order; got {batch_size} for {len(order)} samples"
             )
-        self._x.copy_(x)
-        self._y.copy_(y)
+        self._require_ready()
+        x, y = self._plan.apart(x), self._plan.apart(y)
+        return _epoch.run_epoch(self._take_step, x, y, order, batch_size)
+
+    def _require_ready(self) -> None:
+        self._frozen.require()
         if self._plan.lr != self._lr:
             self._lr = self._plan.lr
             self._lr_tensor.fill_(self._lr)
+
+    def _take_step(self, x: Tensor, y: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._y.copy_(y)
         self._graph.replay()
         return self._cost.clone()
+
+
+def _compiled_pass(plan: Plan, x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The pass in kernels that PyTorch's compiler generates, which fuse what lies between products.
+
+    The exported program, because the compiler cannot follow a pass as it is written.
+    """
+    module = in_place_program(plan, x, y, any_size=False).module()
+    run: Any = torch.compile(module, fullgraph=True, dynamic=False)
+    state = state_of(plan)
+    return lambda x, y, lr: run(x, y, lr, *state)

@@ -1,14 +1,16 @@
 """What a step accepts: parameters that can be updated in place, and numbers that they can hold."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_exporting
 
 from manual_bp import _net, _require
+from manual_bp._torch import any_autocast_is_on, transforms_are_active
 from manual_bp.training_step._overlap import overlapping, overlaps_itself
 from manual_bp.training_step._rules import Adam, Descent, Options
 
@@ -64,6 +66,14 @@ def _require_apart(parameters: Mapping[str, Tensor]) -> None:
                 f"updated before BP2 has read the other; got "
                 f"{'the memory of' if is_same else 'memory that overlaps'} {other}"
             )
+
+
+def require_all_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that share memory with each other, or within themselves."""
+    for name, tensor in tensors.items():
+        _require_writable(name, tensor)
+    for other, name in overlapping(tensors):
+        raise ValueError(f"{name} must share no memory with {other}; got some that it shares")
 
 
 def checked_numbers(
@@ -201,4 +211,42 @@ def require_tensor_rate(what: str, dtype: torch.dtype) -> None:
         raise TypeError(
             f"a step to be {what} must be of float64, float32 or bfloat16, because it multiplies δ "
             f"by a rate in a tensor, and the range of float16 is too small for that; got float16"
+        )
+
+
+def is_traced() -> bool:
+    """Whether `torch.compile`, `torch.export` or a transform of `torch.func` traces the call."""
+    return is_compiling() or transforms_are_active()
+
+
+def refuse_tracing(step: object) -> None:
+    """Refuse a call that is traced, and cannot become a graph break."""
+    kind = type(step).__name__
+    if transforms_are_active():
+        raise RuntimeError(
+            f"a {kind} must be called outside of torch.func's transforms (vmap, grad, jvp ...), "
+            f"because it updates parameters in place and has no derivative"
+        )
+    if is_exporting():
+        raise RuntimeError(
+            f"a {kind} must not be traced by torch.export; for a TrainingStep, use its own "
+            f"export() and export_onnx()"
+        )
+
+
+def call_untraced(
+    step: object, method: Callable[..., Tensor], *arguments: Any, **options: Any
+) -> Tensor:
+    """A call as a graph break, where `torch.compile` is tracing; elsewhere a refusal."""
+    refuse_tracing(step)
+    untraced = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+    return untraced(*arguments, **options)  # type: ignore[no-any-return]
+
+
+def refuse_autocast() -> None:
+    """Refuse to run in an autocast region."""
+    if any_autocast_is_on():
+        raise RuntimeError(
+            "a TrainingStep must be called outside of autocast; it trains in its parameters' "
+            "own dtype"
         )

@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from manual_bp.costs._cost import Cost
 from manual_bp.training_step._clip import norm_dtype
 from manual_bp.training_step._layer import fresh_buffers
 from manual_bp.training_step._pass import Computation, Pass
@@ -65,7 +66,26 @@ def as_program(plan: Plan, y: Tensor | None) -> ExportedProgram:
     shapes += [tuple(dict.fromkeys(kept) for kept in state)] if state else []
     module = StepModule(plan.computation)
     module(*arguments)  # so that bad arguments are refused in our words
-    return torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))
+    return trace(module, arguments, shapes, plan.computation.cost)
+
+
+def trace(
+    module: nn.Module, arguments: Sequence[Any], shapes: Sequence[Any] | None, cost: Cost
+) -> ExportedProgram:
+    """The program of a module that makes a step; all of it but the cost is known to be traceable.
+
+    Raises:
+        ValueError: The cost is not.
+    """
+    dynamic_shapes = None if shapes is None else tuple(shapes)
+    try:
+        return torch.export.export(module, tuple(arguments), dynamic_shapes=dynamic_shapes)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cost must be one that torch.export can trace for batches of any size (with "
+            f"y.shape[0], not len(y), and no choice by values); got {type(cost).__name__}: {reason}"
+        ) from error
 
 
 def require_path(path: str | PathLike[str]) -> None:
@@ -83,7 +103,7 @@ def save_program(program: ExportedProgram, path: str | PathLike[str]) -> None:
     # Not directly to the file: if that fails, PyTorch's writer aborts the process.
     content = BytesIO()
     torch.export.save(program, content)
-    _write(path, content.getbuffer())
+    write(path, content.getbuffer())
 
 
 def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -> None:
@@ -109,13 +129,13 @@ def save_onnx(program: ExportedProgram, plan: Plan, path: str | PathLike[str]) -
             custom_translation_table=_in_float64() if plan.dtype is torch.float64 else None,
         )
     assert model is not None
-    _write(path, model.model_proto.SerializeToString())
+    write(path, model.model_proto.SerializeToString())
 
 
 _ONE = {"velocities": "velocity", "steps": "step"}
 
 
-def _write(path: str | PathLike[str], content: bytes | memoryview) -> None:
+def write(path: str | PathLike[str], content: bytes | memoryview) -> None:
     """Write to a temporary file and then replace path, so that it never holds half a file."""
     path = Path(path)
     # In a new folder, where no other file can have its name. A file from tempfile itself would

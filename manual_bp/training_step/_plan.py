@@ -146,10 +146,12 @@ class Plan:
             computation, state = self.computation, self.learned_state
             return Pass(computation, values, state, samples, allocate, self.norm, **options)
 
-    def may_overlap_parameters(self, x: Tensor) -> bool:
-        """Whether x may share memory with a parameter that learns."""
-        start, end = memory_of(x)
-        return any(start < last and first < end for first, last in self._memories)
+    def apart(self, t: Tensor) -> Tensor:
+        """The same values in memory that no learned parameter shares: a copy, if need be."""
+        start, end = memory_of(t)
+        if any(start < last and first < end for first, last in self._memories):
+            return t.clone()
+        return t
 
 
 def _zeros(slot: str, parameter: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a plan was built for, to notice when that has changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,30 @@ class CostAttributes:
             return self._chosen() == self._then
         except Exception:  # from the comparison of two tensors or arrays, whose result is no bool
             return False
+
+
+class Frozen:
+    """The network, cost and velocities that a captured or compiled step was made for.
+
+    Args:
+        verb: How it was made: "captur" or "compil".
+        is_current: Whether the plan that it was made from is still that of its TrainingStep.
+        cost: Its attributes have the values that they had then.
+    """
+
+    def __init__(self, verb: str, is_current: Callable[[], bool], cost: Cost) -> None:
+        self._verb, self._is_current = verb, is_current
+        # A plan looks at all attributes of a cost with a bind of its own.
+        self._attributes = None if bind_fits(cost) else CostAttributes(cost)
+
+    def require(self) -> None:
+        """Refuse to go on once something has changed."""
+        kept = self._attributes is None or self._attributes.are_unchanged()
+        if not (kept and self._is_current()):
+            raise RuntimeError(
+                f"network, cost and velocities must be what was {self._verb}ed; got others: "
+                f"{self._verb}e again"
+            )
 
 
 class Snapshot:

@@ -1,25 +1,21 @@
 """A network, its cost and its learning rate: all that one step of training needs, kept ready."""
 
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
-from torch.export import ExportedProgram
+from torch.compiler import is_compiling
 
-from manual_bp import _net, _require
-from manual_bp._torch import any_autocast_is_on, transforms_are_active
+from manual_bp._torch import transforms_are_active
 from manual_bp.costs._cost import Cost
-from manual_bp.training_step import _checks, _export, _state
-from manual_bp.training_step._captured import CapturedStep
+from manual_bp.training_step import _checks, _epoch, _state
+from manual_bp.training_step._forms import Forms
 from manual_bp.training_step._micro_batches import MicroBatches
 from manual_bp.training_step._plan import Plan
 from manual_bp.training_step._rules import Adam, Descent
 
 
-class TrainingStep:
+class TrainingStep(Forms):
     """Backpropagation and gradient descent in one, in place, close to the speed of the products.
 
     A call does what `cost(net(x), y).backward()` and a step of `torch.optim.SGD` do, up to
@@ -179,33 +175,48 @@ class TrainingStep:
         eager mode.
         """
         if is_compiling() or transforms_are_active():
-            return self._call_untraced(x, y, micro_batch)
+            return _checks.call_untraced(self, self, x, y, micro_batch=micro_batch)
         plan = self._refresh()
-        _refuse_autocast()
+        _checks.refuse_autocast()
         if micro_batch is not None:
             with plan.guard():
                 plan.micro_batches = plan.micro_batches or MicroBatches(plan)
                 return plan.micro_batches(x, y, micro_batch)  # type: ignore[no-any-return]
         run = plan.pass_for(x)
         with plan.guard():
-            if plan.may_overlap_parameters(x):
-                x = x.clone()  # BP4 of the first layer reads x after other parameters have changed
-            return run(x, y, plan.lr)
+            # BP4 of the first layer reads x after other parameters have changed.
+            return run(plan.apart(x), y, plan.lr)
 
-    def _call_untraced(self, x: Tensor, y: Tensor, micro_batch: int | None) -> Tensor:
-        """The step as a graph break, where `torch.compile` is tracing; elsewhere a refusal."""
-        if transforms_are_active():
-            raise RuntimeError(
-                "a TrainingStep must be called outside of torch.func's transforms (vmap, grad, "
-                "jvp ...), because it updates parameters in place and has no derivative"
+    def epoch(self, x: Tensor, y: Tensor, order: Tensor, batch_size: int) -> Tensor:
+        """Take a step for each batch of samples, in one call.
+
+            costs = step.epoch(x, y, torch.randperm(len(x)), batch_size=10)
+
+        For progress, or another rate, in between, hand over a part of the order at a time.
+
+        Args:
+            x: Samples, (M, ..., in).
+            y: Their targets, (M, ...).
+            order: The indices of the samples in the order in which they are visited, (K,).
+            batch_size: How many make a batch. The last batch may be smaller.
+
+        Returns:
+            The cost of each batch before its step, one number a batch.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: x, y, order or batch_size does not fit; else as for
+                a single step. A target that the cost refuses ends the epoch before its batch.
+        """
+        if _checks.is_traced():
+            return _checks.call_untraced(self, self.epoch, x, y, order, batch_size)
+        plan = self._refresh()
+        _checks.refuse_autocast()
+        _epoch.require_epoch(x, y, order, batch_size)
+        with plan.guard():
+            x, y = plan.apart(x), plan.apart(y)
+            return _epoch.run_epoch(
+                lambda x, y: plan.pass_for(x)(x, y, plan.lr), x, y, order, batch_size
             )
-        if is_exporting():
-            raise RuntimeError(
-                "a TrainingStep must not be traced by torch.export; use its own export() and "
-                "export_onnx()"
-            )
-        untraced = torch.compiler.disable(self)  # type: ignore[no-untyped-call]
-        return untraced(x, y, micro_batch=micro_batch)  # type: ignore[no-any-return]
 
     def _refresh(self) -> Plan:
         """The plan for network and cost as they are now."""
@@ -214,90 +225,6 @@ class TrainingStep:
             plan = Plan(self._net, self._cost, plan.lr, plan.descent, plan.state)
             self._plan = plan
         return plan
-
-    def cuda_graph(self, x: Tensor, y: Tensor) -> CapturedStep:
-        """The step captured for batches of one shape: all its kernels in one launch.
-
-        Args:
-            x: A batch on a CUDA device, of the shape that all are to have.
-            y: Its targets. The step does not learn from this batch.
-
-        Returns:
-            An object that is called as the step is. It updates the same parameters and velocities,
-            with the `lr` that the step has at the time, as long as nothing else of the step and its
-            network changes.
-
-        Raises:
-            TypeError, ValueError: x or y does not fit, or is not on a CUDA device; or the
-                parameters are of float16.
-            RuntimeError: autocast is on.
-        """
-        plan = self._refresh()
-        _refuse_autocast()
-        _net.require_input(x, plan.computation.layers[0])
-        _require.tensor("y", y)
-        if x.device.type != "cuda":
-            raise ValueError(f"x must be on a CUDA device to be captured; got {x.device}")
-        _checks.require_tensor_rate("captured", x.dtype)
-        return self._capture(x, y)
-
-    def _capture(self, x: Tensor, y: Tensor) -> CapturedStep:
-        plan = self._plan
-        return CapturedStep(plan, x, y, lambda: self._plan is plan and plan.is_current())
-
-    def export(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
-        """Write the step as a `torch.export` program, which needs neither this nor its network.
-
-            program = torch.export.load(path).module()
-            cost, parameters = program(x, y, lr, parameters)
-
-        x is (N, in) with any N from 1 on, lr a tensor of shape () in the parameters' dtype, and
-        parameters a dict by the names of `net.state_dict()`. With momentum, a dict of velocities of
-        the parameters that learn, at first all 0, is the last argument and the last result; with
-        Adam, so are dicts of m, of v and of the numbers of steps (of float64, shape ()), in this
-        order; with dampening, velocities and numbers of steps. Nothing is changed in place. Which
-        parameters are frozen is fixed at the export, and so are all numbers but lr.
-
-        Args:
-            path: Where to. An existing file is replaced once the new one is complete.
-            y: An example of a target, of any number of samples; needed if targets do not have the
-                output's shape and dtype, as class indices.
-
-        Raises:
-            TypeError, ValueError: y does not suit the cost, or the parameters are of float16.
-            OSError: The folder of path does not exist, or path exists and is not a file.
-        """
-        _export.require_path(path)
-        _export.save_program(self._program(y), path)
-
-    def export_onnx(self, path: str | PathLike[str], *, y: Tensor | None = None) -> None:
-        """Write the step as an ONNX model, with which an inference runtime can train.
-
-        Inputs are x, y, lr, and each parameter by its name in `net.state_dict()`; outputs are
-        cost, and the new value of each as new.<name>. With momentum, velocity.<name> of each
-        parameter that learns is an input as well, at first all 0, and new.velocity.<name> an
-        output; likewise exp_avg.<name> (m), exp_avg_sq.<name> (v) and step.<name> with Adam.
-        Shapes are as for `export`.
-
-        Needs the extra `onnx`.
-
-        Args:
-            path: Where to. An existing file is replaced once the new one is complete.
-            y: An example of a target: see `export`.
-
-        Raises:
-            TypeError, ValueError, OSError: See `export`.
-            ImportError: onnx or onnxscript is missing.
-        """
-        _export.require_path(path)
-        _export.save_onnx(self._program(y), self._plan, path)
-
-    def _program(self, y: Tensor | None) -> ExportedProgram:
-        plan = self._refresh()
-        _checks.require_tensor_rate("exported", plan.dtype)
-        if y is not None:
-            _require.tensor("y", y)
-        return _export.as_program(plan, y)
 
     def state_dict(self) -> dict[str, Any]:
         """What to save besides `net.state_dict()` to continue training later.
@@ -339,11 +266,3 @@ class TrainingStep:
             if name in ("momentum", "weight_decay") or value != defaults[name]
         )
         return f"{type(self).__name__}(net={self.net!r}, cost={self.cost!r}, lr={self.lr}{changed})"
-
-
-def _refuse_autocast() -> None:
-    if any_autocast_is_on():
-        raise RuntimeError(
-            "a TrainingStep must be called outside of autocast; it trains in its parameters' "
-            "own dtype"
-        )

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from manual_bp import CapturedStep, Cost, QuadraticCost, SoftmaxCrossEntropyCost, TrainingStep
 from tests.training_step.networks import (
     COSTS,
+    DESCENTS,
+    RULES,
     Autograd,
     Counting,
     Reference,
@@ -80,13 +82,13 @@ def capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Capture:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
-    def recorded(step: TrainingStep, x: Tensor, y: Tensor) -> CapturedStep:
+    def recorded(step: TrainingStep, x: Tensor, y: Tensor, **options: bool) -> CapturedStep:
         state = [
             *step.net.parameters(),
             *(t for kept in step._plan.state.values() for t in kept.values()),
         ]
         before = [t.detach().clone() for t in state]
-        captured = step._capture(x, y)
+        captured = step._capture(x, y, **options)
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
@@ -129,6 +131,47 @@ def test_captured_steps_of_every_rule_equal_torch_optim(
         run = step if number in (0, 5) else captured  # they share the numbers of steps, too
         torch.testing.assert_close(run(x, y), reference(x, y))
         torch.testing.assert_close(step.grad_norm, reference.grad_norm)
+    assert_follows(net, reference.net)
+
+
+@pytest.mark.parametrize("descent", [*DESCENTS, *RULES.values()], ids=str)
+def test_captured_kernels_that_are_compiled_equal_torch_optim(
+    descent: dict[str, Any], device: torch.device, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU they are not compiled: what is captured is the program that would be."""
+    net, cost = network(device=device), SoftmaxCrossEntropyCost()
+    net.get_parameter("2.weight").requires_grad_(False)
+    step, reference = TrainingStep(net, cost, 0.1, **descent), Reference(net, cost, 0.1, **descent)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+        captured = capture(step, *batch(net, cost, 4, indices=True), compiled=True)
+    else:
+        captured = step.compile(*batch(net, cost, 4, indices=True))
+    for number in range(4):
+        step.lr = 0.1 / (1 + number // 2)
+        reference.set_lr(step.lr)
+        x, y = batch(net, cost, 4, indices=True)
+        torch.testing.assert_close(captured(x, y), reference(x, y))
+    assert_follows(net, reference.net)
+
+
+def test_epoch_of_captured_steps_equals_a_step_for_each_batch(
+    device: torch.device, capture: Capture
+) -> None:
+    net, cost = network(device=device), QuadraticCost()
+    step, reference = TrainingStep(net, cost, 0.1), Reference(net, cost, 0.1)
+    captured = capture(step, *batch(net, cost, 4))
+    x, y = batch(net, cost, 20)
+    order = torch.randperm(20, device=device)[:12]
+    costs = captured.epoch(x, y, order, 4)
+    expected = [reference(x[part], y[part]) for part in torch.split(order, 4)]
+    torch.testing.assert_close(costs, torch.stack(expected))
+    assert_follows(net, reference.net)
+    for wrong in ((x, y, order, 3), (x, y, order[:5], 4)):
+        with pytest.raises(ValueError, match="batch_size must be 4, as captured, and divide"):
+            captured.epoch(*wrong)
+    with pytest.raises(ValueError, match="y must have shape"):
+        captured.epoch(x, y[:, :2], order, 4)
     assert_follows(net, reference.net)
 
 

@@ -11,7 +11,7 @@ RESULTS = [file.read_text("utf-8") for file in (ROOT / "experiments" / "results"
 def test_each_measured_row_is_in_the_results() -> None:
     """Figures are copied from results that state their command, versions and date."""
     measured = re.findall(r"^\| +(?:\d|ours|torch|bare).*\|$", PAGE, flags=re.MULTILINE)
-    assert len(measured) > 40
+    assert len(measured) > 10
     kept = {line for page in RESULTS for line in page.splitlines()}
     assert not [row for row in measured if row not in kept]
 

@@ -445,7 +445,7 @@ def test_concurrent_exports_to_one_path_write_whole_files(tmp_path: Path) -> Non
     contents = [bytes([number]) * 200_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            list(pool.map(partial(_export._write, path), contents))
+            list(pool.map(partial(_export.write, path), contents))
             assert path.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [path]
 
@@ -455,7 +455,7 @@ def test_concurrent_exports_to_one_path_write_whole_files(tmp_path: Path) -> Non
 def test_file_has_the_usual_permissions(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        _export._write(tmp_path / "step", b"step")
+        _export.write(tmp_path / "step", b"step")
         (tmp_path / "other").write_bytes(b"other")
     finally:
         os.umask(before)
@@ -464,7 +464,7 @@ def test_file_has_the_usual_permissions(mask: int, tmp_path: Path) -> None:
 
 
 def test_file_name_of_maximal_length_is_accepted(tmp_path: Path) -> None:
-    _export._write(tmp_path / ("n" * 255), b"step")
+    _export.write(tmp_path / ("n" * 255), b"step")
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
 
 from experiments.benchmark.contender import FLOAT32, Contender, Result, allowance
 from experiments.benchmark.problem import Problem
-from manual_bp import QuadraticCost, TrainingStep
+from manual_bp import CompiledStep, QuadraticCost, TrainingStep
 
 LEARNING_RATE = 0.1
 
@@ -81,6 +82,75 @@ def ours_from_scratch(problem: Problem) -> list[Contender]:
     net = copy.deepcopy(problem.net)
     new_step = partial(TrainingStep, net, QuadraticCost(), LEARNING_RATE)
     return [Contender("ours", lambda: new_step()(problem.x, problem.y), is_ours=True)]
+
+
+def ours_compiled(problem: Problem) -> list[Contender]:
+    """Our step as machine code: a call for each step and, on the CPU, a call for many of them."""
+    x, y = problem.x, problem.y
+    nets = [copy.deepcopy(problem.net) for _ in range(2)]
+    step = TrainingStep(nets[0], QuadraticCost(), LEARNING_RATE)
+    if x.is_cuda:
+        call = partial(step.compile(x, y), x, y)
+        return [
+            judged(Contender("ours, compiled", call, is_ours=True), problem, nets[0].parameters)
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "step.pt2")
+        call = partial(step.compile(x, y, path=path), x, y)
+        of_second = CompiledStep.load(path, dict(nets[1].named_parameters()), LEARNING_RATE)
+    each = many_steps(problem)
+    order = torch.arange(len(x)).repeat(each)
+    epoch = partial(of_second.epoch, x, y, order, len(x))
+    found = [
+        Contender("ours, compiled", call, is_ours=True),
+        Contender(f"ours, epoch of {each} steps", epoch, each, is_ours=True),
+    ]
+    return [judged(c, problem, net.parameters) for c, net in zip(found, nets, strict=True)]
+
+
+def many_steps(problem: Problem) -> int:
+    """How many steps make one call of a contender that takes many: fewer of a larger network."""
+    operations = 6 * len(problem.x) * sum(w.numel() for w in problem.w)
+    return max(2, min(200, round(3e9 / operations)))
+
+
+def autograd_whole(problem: Problem) -> list[Contender]:
+    """Forward, autograd's backward and SGD in one compiled function; on a GPU in a CUDA graph."""
+    net = copy.deepcopy(problem.net).requires_grad_(False)
+    parameters: dict[str, Tensor] = dict(net.named_parameters())
+
+    def of_batch(values: Any, x: Tensor, y: Tensor) -> Tensor:
+        found = F.mse_loss(functional_call(net, values, (x,)), y, reduction="sum")
+        return found / (2 * len(x))
+
+    def step() -> Tensor:
+        gradients, found = grad_and_value(of_batch)(parameters, problem.x, problem.y)
+        for name, value in parameters.items():
+            value.sub_(gradients[name], alpha=LEARNING_RATE)
+        result: Tensor = found
+        return result
+
+    call: Callable[[], object] = torch.compile(step, fullgraph=True, dynamic=False)
+    if problem.x.is_cuda:
+        call = _captured(call, list(parameters.values()))
+    return [judged(Contender("torch, compiled whole", call), problem, net.parameters)]
+
+
+def _captured(call: Callable[[], object], state: list[Tensor]) -> Callable[[], object]:
+    """The same call in a CUDA graph; making it leaves the state as it was."""
+    before = [t.clone() for t in state]
+    graph = torch.cuda.CUDAGraph()
+    stream: Any = torch.cuda.Stream
+    stream = stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    for t, value in zip(state, before, strict=True):
+        t.copy_(value)
+    return graph.replay
 
 
 def autograd(problem: Problem, *, fused: bool = False, compiled: bool = False) -> list[Contender]:
@@ -214,9 +284,7 @@ def jax_steps(problem: Problem) -> list[Contender]:
         new = Contender(name, call, each, wait)
         return judged(new, problem, lambda: map(np.array, chain(*state[0])))
 
-    # Many steps for a small network, so that the start of a call does not count; few for a large.
-    operations = 6 * len(x) * sum(w.numel() for w in problem.w)
-    length = max(2, min(200, round(3e9 / operations)))
+    length = many_steps(problem)
     scan = partial(jax.lax.scan, step, xs=None, length=length)
     return [
         contender("jax.jit", step),
