@@ -36,7 +36,14 @@ def test_the_reference_has_every_public_name_and_no_other() -> None:
     assert sorted(re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)) == sorted(names)
 
 
-@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])
+CALLABLE = [
+    pytest.param(name, marks=[pytest.mark.compiles] if name.endswith("CompiledStep") else [])
+    for name, value in PUBLIC.items()
+    if callable(value)
+]
+
+
+@pytest.mark.parametrize("name", CALLABLE)
 def test_an_example_runs_and_prints_what_it_shows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,12 @@ class CompiledStep:
         lr: The learning rate η. If a TrainingStep was compiled, that of the TrainingStep.
         state: What the rule keeps, as velocities: by the kind of it, and then by the names of the
             parameters. Empty without momentum.
+
+    Examples:
+        >>> step = TrainingStep(nn.Sequential(Linear(3, 2), Sigmoid()), QuadraticCost(), lr=3.0)
+        >>> x, y = torch.rand(5, 3), torch.rand(5, 2)
+        >>> compiled = step.compile(x, y)  # takes seconds
+        >>> cost = compiled(x, y)
     """
 
     def __init__(
