@@ -56,7 +56,8 @@ class _Errors:
     ratios: How large they are, in units of the exact ones.
     offsets: The mean of all elements' errors, in units of the exact elements' root mean square.
     shared: By name and dimension, the mean square error of what all elements along the dimension
-        are multiplied by, and what it would be if only the exact elements were rounded.
+        are multiplied by, apart from what the whole tensor is, and what it would be if only the
+        exact elements were rounded.
     """
 
     def __init__(self) -> None:
@@ -70,10 +71,13 @@ class _Errors:
         size = float(x.square().sum())
         if not (math.isfinite(size) and size and error.isfinite().all()):
             return
-        self.ratios[name].append((1 + float((x * error).sum()) / size, size))
+        factor = float((x * error).sum()) / size
+        self.ratios[name].append((1 + factor, size))
         rms = math.sqrt(size / x.numel())
         self.offsets[name].append((float(error.mean()) / rms, rms))
         rounded = x.to(got.dtype).to(x.dtype) - x
+        # A number that all elements share, such as 1/N in a mean, is often rounded once.
+        error = error - factor * x
         for dim in range(x.ndim) if x.ndim > 1 else ():
             if x.shape[dim] >= _LONG:
                 pair = (_shared_error(x, error, dim), _shared_error(x, rounded, dim))
