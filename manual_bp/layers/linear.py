@@ -35,7 +35,7 @@ class LinearFunction(Function):
     Examples:
         >>> a, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]], requires_grad=True)
         >>> LinearFunction.apply(a, w, None).backward()
-        >>> w.grad  # BP4, where δ is 1
+        >>> w.grad  # δ is 1, so this is a
         tensor([[1., 2.]])
     """
 
@@ -128,7 +128,7 @@ class Linear(nn.Linear):
     Examples:
         >>> layer = Linear(3, 2)
         >>> layer(torch.rand(5, 3)).sum().backward()
-        >>> layer.bias.grad  # BP3: δ is 1 for each of the five samples
+        >>> layer.bias.grad  # the sum of δ, which is 1 for each of the five samples
         tensor([5., 5.])
     """
 

@@ -52,7 +52,7 @@ class LinearSigmoidFunction(Function):
     Examples:
         >>> a, w = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2, requires_grad=True)
         >>> LinearSigmoidFunction.apply(a, w, None).backward()
-        >>> w.grad  # BP4, where δ is σ'(0) = 1/4
+        >>> w.grad  # δ a, where δ is σ'(0) = 1/4
         tensor([[0.2500, 0.5000]])
     """
 
