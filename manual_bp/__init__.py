@@ -9,6 +9,7 @@
     SoftmaxCrossEntropyCost          on weighted inputs z; softmax_cross_entropy_cost
     backprop(net, x, y, cost)        BP1 to BP4 without autograd; returns a Trace
     TrainingStep(net, cost, lr)      the same and gradient descent in one, in place; fast
+    EnsembleStep(nets, cost, lr)     the same for many networks of one shape at once
     record(model)                    the same Trace of any model, from a backward() of autograd
     convert(model), restore(model)   torch.nn's layers to ours, in place, and back
 
@@ -38,7 +39,14 @@ from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.record import record
 from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
-from manual_bp.training_step import Adam, AdamW, CapturedStep, CompiledStep, TrainingStep
+from manual_bp.training_step import (
+    Adam,
+    AdamW,
+    CapturedStep,
+    CompiledStep,
+    EnsembleStep,
+    TrainingStep,
+)
 
 __version__ = "0.1.0"
 
@@ -50,6 +58,7 @@ __all__ = [
     "ConversionReport",
     "Cost",
     "Diagnostics",
+    "EnsembleStep",
     "LayerDiagnostics",
     "LayerTrace",
     "LeakyReLU",

@@ -4,11 +4,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
+
 from experiments.benchmark.contender import Contender, Row, attempt, gather, is_installed
 from experiments.benchmark.contenders import step
 from experiments.benchmark.measure import Conditions, measure, take_peak
 from experiments.benchmark.problem import NETS, Problem, problem
 from experiments.benchmark.report import Table
+
+# Up to how many weights a network has for which many are trained at once.
+LARGEST_OF_MANY = 2**20
 
 Maker = Callable[[Problem], list[Contender]]
 
@@ -71,10 +76,12 @@ def contenders(task: Problem) -> list[Contender]:
     can_compile = "a C++ compiler" not in left_out(task.x.device.type)
     compiled = {"ours, compiled": step.ours_compiled} if can_compile else {}
     whole = {"torch, compiled whole": step.autograd_whole} if can_compile else {}
+    is_small = sum(map(torch.numel, task.w)) <= LARGEST_OF_MANY
     makers: dict[str, Maker] = {
         "ours": step.ours,
         **captured,
         **compiled,
+        **({"ours, many networks": step.ours_ensemble} if is_small else {}),
         "torch, SGD": step.autograd,
         "torch, fused SGD": partial(step.autograd, fused=True),
         **whole,

@@ -8,10 +8,11 @@ is one sample. The notes distinguish three things, and so does `reduction`:
     "sum"   the total, Σ_x C_x, shape ()
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,9 @@ class Cost(nn.Module):
         ... )
     """
 
+    # Whether bind, under "none", returns the losses. It says so of a bind of the same class only.
+    binds_losses: ClassVar[bool] = False
+
     def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__()
         _require.one_of("reduction", reduction, REDUCTIONS)
@@ -157,13 +161,48 @@ def bind_fits(cost: Cost) -> bool:
 
     A subclass, or an instance, may have overridden those two alone.
     """
-    kind = type(cost)
-    owner = next(each for each in kind.__mro__ if "bind" in vars(each))
+    kind, owner = type(cost), _owner_of_bind(cost)
     return (
         owner is not Cost
         and all(getattr(kind, name) is getattr(owner, name) for name in ("forward", "gradient"))
         and not {"forward", "gradient"} & vars(cost).keys()
     )
+
+
+def bind_each(
+    cost: Cost, output: Tensor, delta: Tensor, *, shared: bool
+) -> tuple[Callable[[Tensor], Tensor], float]:
+    """`bind` for K networks: output and delta are (K, N, components), and C is (K,).
+
+    shared: Whether they all have the same targets; otherwise y has a K in front.
+    """
+    error_, weight = _bind_stacked(cost, output, delta) or _bind_one_by_one(cost, output, delta)
+    if not shared:
+        return error_, weight
+    return lambda y: error_(y.expand(len(output), *y.shape)), weight
+
+
+def _bind_stacked(cost: Cost, output: Tensor, delta: Tensor) -> Any:
+    if not (bind_fits(cost) and vars(_owner_of_bind(cost)).get("binds_losses")):
+        return None
+    unreduced = copy.copy(cost)
+    unreduced.reduction = "none"
+    losses_, _ = unreduced.bind(output, delta)
+    reduce_each = torch.mean if cost.reduction == "mean" else torch.sum
+    return lambda y: reduce_each(losses_(y), 1), sample_weight(output[0], cost.reduction)
+
+
+def _bind_one_by_one(cost: Cost, output: Tensor, delta: Tensor) -> Any:
+    """For a cost that need not know of networks."""
+    bound = [bind(cost, *pair) for pair in zip(output, delta, strict=True)]
+    return (
+        lambda y: torch.stack([error_(part) for (error_, _), part in zip(bound, y, strict=True)]),
+        bound[0][1],
+    )
+
+
+def _owner_of_bind(cost: Cost) -> type:
+    return next(each for each in type(cost).__mro__ if "bind" in vars(each))
 
 
 def bind(cost: Cost, output: Tensor, delta: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:

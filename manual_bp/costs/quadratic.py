@@ -126,6 +126,8 @@ class QuadraticCost(Cost):
         (tensor(0.1250), tensor([[0.0000, 0.5000]]))
     """
 
+    binds_losses = True
+
     def forward(self, a: Tensor, y: Tensor) -> Tensor:
         """C, from output activations a and targets y."""
         return quadratic_cost(a, y, self.reduction)
@@ -144,7 +146,8 @@ class QuadraticCost(Cost):
         # A dot product is faster. But in 16 bits a sum of squares soon overflows, very many squares
         # are added one by one, and the mean of none must be nan.
         are_few = is_exporting() or 0 < a.numel() <= MOST_SQUARES
-        uses_dot = a.dtype.itemsize >= 4 and are_few
+        is_reduced = self.reduction != "none"
+        uses_dot = a.dtype.itemsize >= 4 and are_few and is_reduced
 
         def error_(y: Tensor) -> Tensor:
             # The same checks as in checked_pair, in a tenth of the time.
@@ -160,6 +163,7 @@ class QuadraticCost(Cost):
             torch.sub(a, y, out=delta)  # BP1: ∇_a C_x = a − y
             if uses_dot:
                 return components.dot(components).mul_(half)
-            return _cost.reduce_losses(torch.bmm(rows, rows.mT) / 2, self.reduction)
+            losses = torch.bmm(rows, rows.mT).view(shape[:-1]) / 2
+            return _cost.reduce_losses(losses, self.reduction)
 
         return error_, weight

@@ -133,6 +133,8 @@ class SigmoidCrossEntropyCost(Cost):
         (tensor(1.3863), tensor([[-0.5000,  0.5000]]))
     """
 
+    binds_losses = True
+
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C, from weighted inputs z and targets y."""
         return sigmoid_cross_entropy_cost(z, y, self.reduction)

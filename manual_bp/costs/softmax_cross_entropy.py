@@ -163,6 +163,8 @@ class SoftmaxCrossEntropyCost(Cost):
         (tensor(0.6931), tensor([[-0.5000,  0.5000]]))
     """
 
+    binds_losses = True
+
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """C, from weighted inputs z and targets y."""
         return softmax_cross_entropy_cost(z, y, self.reduction)

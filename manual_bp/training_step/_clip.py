@@ -30,9 +30,13 @@ def norm_by_gram(delta: Tensor, a_prev: Tensor) -> float | None:
     return math.sqrt(total) if is_accurate else None
 
 
-def norm_of(t: Tensor) -> Tensor:
-    """The norm of a tensor, shape (), as `clip_grad_norm_` computes it."""
-    norm: Tensor = torch.linalg.vector_norm(t, dtype=norm_dtype(t.dtype))
+def norm_of(t: Tensor, *, of_each: bool = False) -> Tensor:
+    """The norm of a tensor, shape (), as `clip_grad_norm_` computes it.
+
+    of_each: Whether it is that of each network, in the first dimension.
+    """
+    dims = tuple(range(1, t.ndim)) if of_each else None
+    norm: Tensor = torch.linalg.vector_norm(t, dim=dims, dtype=norm_dtype(t.dtype))
     return norm
 
 
@@ -41,13 +45,14 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def factor(norms: list[Any], max_norm: float, norm: Tensor, *, reads_values: bool) -> Any:
+def factor(norms: list[Any], max_norm: Any, norm: Tensor, *, reads_values: bool) -> Any:
     """What `clip_grad_norm_` multiplies a gradient by, from the norms of its parts; None for 1.
 
     This is max_norm / (norm + 1e-6), at most 1, and nan for a norm that is nan.
 
     Args:
-        norms: Tensors or numbers; tensors, if values may not be read.
+        norms: Tensors or numbers; tensors, if values may not be read. In an ensemble, each holds
+            a number for each network, and max_norm may.
         max_norm: What the norm is to be at most, except for rounding.
         norm: Receives the norm.
         reads_values: Whether the values of tensors may be read.
@@ -57,5 +62,5 @@ def factor(norms: list[Any], max_norm: float, norm: Tensor, *, reads_values: boo
         norm.copy_(torch.tensor(number, dtype=torch.float64))  # fill_ refuses what becomes inf
         found = max_norm / (number + EPS)
         return None if found >= 1 else found
-    norm.copy_(torch.linalg.vector_norm(torch.stack(norms)) if norms else norm.new_zeros(()))
+    norm.copy_(torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else norm.new_zeros(()))
     return torch.clamp(max_norm / (norm + EPS), max=1.0)

@@ -1,13 +1,22 @@
 """One learned parameter in a pass: what its gradient is added to, or the rule that receives it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from manual_bp.training_step._rules import STEPS, Descent, State, subtract
+from manual_bp.training_step._rules import (
+    STEPS,
+    Descent,
+    State,
+    add,
+    for_each_network,
+    is_used,
+    subtract,
+)
 
 # How many numbers of a gradient are computed at a time on the CPU, so that they stay in its cache
-# (but at least one row).
+# (but at least one row; in an ensemble, at least one network).
 BLOCK = 2**18
 
 
@@ -22,6 +31,7 @@ class Learned:
         target: What the gradient is added to: the parameter, or its velocity under momentum, or a
             sum of gradients. Not used by a rule that needs the gradient itself.
         reads_values: Whether a number of steps may be read from its tensor.
+        networks: The shape in front of every parameter: (), or (K,) in an ensemble.
 
     Attributes:
         target: As given.
@@ -29,7 +39,7 @@ class Learned:
         decay: How much of target is subtracted before that, η λ; None for 0.
         kwargs: Keyword arguments of the addition.
         blocks: The slice of rows of each block of a gradient; with those rows of the parameter,
-            and of what is kept of it.
+            and of what is kept of it. In an ensemble the rows are networks.
     """
 
     __slots__ = (
@@ -46,18 +56,21 @@ class Learned:
         target: Tensor,
         *,
         reads_values: bool,
+        networks: Sequence[int],
     ) -> None:
         self._value, self.target, self._reads_values = value, target, reads_values
+        descent = Descent(*(for_each_network(number, value) for number in descent))
         self._rule, self._options = descent.chosen, descent.options(name)
         self._momentum = descent.momentum
         kept = {slot: state[slot][name] for slot in self._rule.slots}
         self._steps = kept.pop(STEPS, None)
         rows = max(1, BLOCK // max(1, value[:1].numel()))
         slices = [slice(i, i + rows) for i in range(0, len(value), rows)]
-        if value.ndim == 1 or not reads_values or len(slices) < 2:
+        is_vector = value.ndim == 1 + len(networks)  # its gradient is computed at once
+        if is_vector or not reads_values or len(slices) < 2:
             slices = [slice(None)]
         self.blocks = [(s, value[s], [t[s] for t in kept.values()]) for s in slices]
-        self.keep: float | None = None
+        self.keep: Any = None
         self.decay: Any = None
         self.kwargs: dict[str, float] = {}
         self._rate: Any = None
@@ -73,13 +86,13 @@ class Learned:
                 momentum).
         """
         scale, weight_decay = self._options
-        self._rate = rate = lr * scale
-        keep: float | None
-        if self._momentum:
+        self._rate = rate = for_each_network(lr, self._value) * scale
+        keep: Any
+        if is_used(self._momentum):
             keep, alpha = self._momentum, 1.0 if is_in_delta else weight
         else:
             # Not a factor 1 − η λ, whose rounding would be the same at every step and add up.
-            self.decay = rate * weight_decay if weight_decay else None
+            self.decay = rate * weight_decay if is_used(weight_decay) else None
             keep = None
             alpha = scale if is_in_delta else -rate * weight
         # A factor of 1 is left out: reading it takes PyTorch a tenth of a small product's time.
@@ -89,8 +102,8 @@ class Learned:
 
     def follow_velocity(self) -> None:
         """Take the step of momentum, once the gradient is in the velocity."""
-        if self._options.weight_decay:
-            self.target.add_(self._value, alpha=self._options.weight_decay)
+        if is_used(self._options.weight_decay):
+            add(self.target, self._value, self._options.weight_decay)
         subtract(self._value, self.target, self._rate)
 
     def begin(self, lr: Any) -> None:
@@ -100,9 +113,13 @@ class Learned:
             t.add_(1)
             t = t.item() if self._reads_values else t
         scale, weight_decay = self._options
-        self._factors = self._rule.factors(lr * scale, weight_decay, t)
+        rate = for_each_network(lr, self._value) * scale
+        self._factors = self._rule.factors(rate, weight_decay, t)
 
     def update(self, g: Tensor, block: int = 0) -> None:
         """Update the rows of one block by the rule; g is overwritten."""
-        _, value, kept = self.blocks[block]
-        self._rule.update(value, g, kept, self._factors)
+        rows, value, kept = self.blocks[block]
+        factors = self._factors
+        if len(self.blocks) > 1:
+            factors = [f[rows] if isinstance(f, Tensor) and f.ndim else f for f in factors]
+        self._rule.update(value, g, kept, factors)

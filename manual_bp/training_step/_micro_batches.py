@@ -1,5 +1,7 @@
 """One step on a batch that is read in parts: gradients are added up, and then followed once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from manual_bp import _net, _require
 from manual_bp.training_step import _clip
 from manual_bp.training_step._learn import Learned
 from manual_bp.training_step._plan import Plan
+from manual_bp.training_step._rules import for_each_network
 
 
 class MicroBatches:
@@ -17,11 +20,11 @@ class MicroBatches:
         self._reads_values = plan.device.type == "cpu"
         descent, state = plan.computation.descent, plan.learned_state
         with torch.inference_mode(False), torch.no_grad():
+            options: Any = {"reads_values": self._reads_values, "networks": plan.networks}
             learned = {name: plan.parameters[name].detach() for name in plan.computation.learned}
             self._sums = {name: torch.zeros_like(p) for name, p in learned.items()}
             self._learned = {
-                n: Learned(n, p, descent, state, p, reads_values=self._reads_values)
-                for n, p in learned.items()
+                n: Learned(n, p, descent, state, p, **options) for n, p in learned.items()
             }
 
     def __call__(self, x: Tensor, y: Tensor, size: int) -> Tensor:
@@ -50,12 +53,12 @@ class MicroBatches:
     def _follow(self) -> None:
         descent = self._plan.descent
         if descent.max_norm is not None:
-            norms = [_clip.norm_of(total) for total in self._sums.values()]
-            factor = _clip.factor(
-                norms, descent.max_norm, self._plan.norm, reads_values=self._reads_values
-            )
+            norm, of_each = self._plan.norm, bool(self._plan.networks)
+            norms = [_clip.norm_of(total, of_each=of_each) for total in self._sums.values()]
+            reads_values = self._reads_values and not of_each
+            factor = _clip.factor(norms, descent.max_norm, norm, reads_values=reads_values)
             for total in self._sums.values() if factor is not None else ():
-                total.mul_(factor)
+                total.mul_(for_each_network(factor, total))
         for name, learned in self._learned.items():
             learned.begin(self._plan.lr)
             for number, (rows, _, _) in enumerate(learned.blocks):

@@ -222,7 +222,7 @@ def _origin() -> str:
 def _largest_lr(plan: Plan) -> float:
     options = [plan.descent.options(name) for name in plan.computation.learned]
     factors = [scale * max(1.0, decay) for scale, decay in options]
-    return torch.finfo(plan.dtype).max / max(1.0, *factors, 1.0)
+    return float(torch.finfo(plan.dtype).max / max(1.0, *factors, 1.0))
 
 
 def require_fitting(name: str, tensors: Mapping[str, Tensor], wanted: dict[str, Any]) -> None:

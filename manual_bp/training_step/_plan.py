@@ -35,11 +35,12 @@ class Plan:
 
     Attributes:
         lr, descent: As given. lr may be set.
+        networks: The shape in front of every parameter: (), or (K,) in an ensemble.
         computation: What a step computes.
         parameters: By their names in the network.
         state: What the rule keeps: by its kind, and then by those names.
         dtype, device: Those of the parameters.
-        norm: That of the last gradient, if it was clipped; shape ().
+        norm: That of the last gradient, if it was clipped; of the shape `networks`.
         micro_batches: Made when they are first needed.
         guard: The context in which a step runs.
         is_current: Whether network and cost are still what they were.
@@ -56,15 +57,22 @@ class Plan:
         _net.require_cost(cost)
         input_activations, layers = _net.parse(net)
         _checks.require_trainable(layers)
-        w = layers[0].w
-        self.parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
-        self.lr, self.descent = _checks.checked_numbers(w.dtype, lr, descent, self.parameters)
-        self.computation = Computation(input_activations, layers, cost, self.descent)
-        self.dtype, self.device = w.dtype, w.device
+        parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
+        lr, descent = _checks.checked_numbers(layers[0].w.dtype, lr, descent, parameters)
+        self._prepare(Computation(input_activations, layers, cost, descent), parameters, lr, state)
+        with torch.inference_mode(False), torch.no_grad():
+            self.is_current = Snapshot([(net, layers)], cost).is_unchanged
+
+    def _prepare(
+        self, computation: Computation, parameters: Mapping[str, Tensor], lr: Any, state: State
+    ) -> None:
+        self.computation, self.parameters, self.lr = computation, parameters, lr
+        self.descent, cost = computation.descent, computation.cost
+        w = parameters[f"{computation.layers[0].name}.weight"]
+        self.dtype, self.device, self.networks = w.dtype, w.device, w.shape[:-2]
         with torch.inference_mode(False), torch.no_grad():
             self.state = self._continued(state)
-            self.norm = w.new_full((), math.nan, dtype=norm_dtype(w.dtype))
-            self.is_current = Snapshot(net, layers, cost).is_unchanged
+            self.norm = w.new_full(self.networks, math.nan, dtype=norm_dtype(w.dtype))
         self._memories = [memory_of(self.parameters[name]) for name in self.computation.learned]
         # A cost without a bind that fits may use autograd in its forward and gradient.
         self.guard: Any = below_autograd if bind_fits(cost) else torch.no_grad
@@ -72,7 +80,7 @@ class Plan:
         self.micro_batches: Any = None
 
     def _continued(self, state: State) -> dict[str, dict[str, Tensor]]:
-        slots = self.descent.chosen.slots
+        slots, learned = self.descent.chosen.slots, set(self.computation.learned)
         kept: dict[str, dict[str, Tensor]] = {slot: {} for slot in ("velocities", *slots)}
         for name, parameter in self.parameters.items():
             before = {slot: state[slot][name] for slot in kept if name in state.get(slot, ())}
@@ -83,7 +91,7 @@ class Plan:
                 for slot, t in before.items():  # the network may have been moved or cast
                     dtype = torch.float64 if slot == STEPS else parameter.dtype
                     kept[slot][name] = t.to(parameter.device, dtype)
-            elif parameter.requires_grad:
+            elif name in learned:
                 for slot in slots:
                     kept[slot][name] = _zeros(slot, parameter)
         return kept
@@ -112,7 +120,7 @@ class Plan:
 
     def _prepare_pass(self, x: Tensor, sums: Mapping[str, Tensor] | None) -> Pass:
         _net.require_input(x, self.computation.layers[0])
-        samples = prod(x.shape[:-1])
+        samples = prod(x.shape[:-1]) if not self.networks else x.shape[-2]
         kept = len(self._passes) + len(self._adding_passes)
         if samples > self._capacity or kept == MOST_PASSES:
             self._forget_passes(capacity=samples)
@@ -132,10 +140,10 @@ class Plan:
     ) -> Tensor:
         """The beginning of the one buffer of that name, which is large enough for every batch."""
         if name not in self._buffers:
-            size = self._capacity * widest if rows is None else widest
+            size = self._capacity * widest * prod(self.networks) if rows is None else widest
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        rows = samples if rows is None else rows
-        return self._buffers[name][: rows * columns].view(rows, columns)
+        shape = (*self.networks, samples, columns) if rows is None else (rows, columns)
+        return self._buffers[name][: prod(shape)].view(shape)
 
     def new_pass(self, samples: torch.Size, allocate: Allocate, **options: Any) -> Pass:
         """A pass that trains the network's parameters; for the arguments see `Pass`."""

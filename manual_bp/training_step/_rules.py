@@ -5,6 +5,9 @@ descent and momentum need no g: `_pass.py` adds the product of BP4 to p or v its
 
 η and the number of steps t are numbers or, where no value may be read (on an accelerator, in an
 exported program), tensors of shape ().
+
+In an ensemble, every p has a network in each row of its first dimension, and η, μ, τ and λ may be
+tensors with a number for each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,44 +27,44 @@ STEPS = "steps"  # the one kind of shape (): how many steps a parameter has take
 class SGD:
     """`torch.optim.SGD`, with these options of it."""
 
-    momentum: float = 0.0
-    dampening: float = 0.0
+    momentum: Any = 0.0
+    dampening: Any = 0.0
     nesterov: bool = False
 
     @property
     def slots(self) -> tuple[str, ...]:
         """The kinds of state that it keeps for a parameter."""
-        if not self.momentum:
+        if not is_used(self.momentum):
             return ()
-        return ("velocities", STEPS) if self.dampening else ("velocities",)
+        return ("velocities", STEPS) if is_used(self.dampening) else ("velocities",)
 
     @property
     def needs_gradient(self) -> bool:
         """Whether g itself is needed, and not only its sum with p or v."""
-        return bool(self.momentum and (self.nesterov or self.dampening))
+        return is_used(self.momentum) and (self.nesterov or is_used(self.dampening))
 
-    def factors(self, lr: Any, weight_decay: float, t: Any) -> tuple[Any, ...]:
+    def factors(self, lr: Any, weight_decay: Any, t: Any) -> tuple[Any, ...]:
         """The numbers of one step for one parameter, at its step t, counted from 1."""
         share: Any = 1.0  # of g in v: PyTorch dampens from the second step on
         if isinstance(t, Tensor):
             share = 1 - self.dampening * (t > 1).to(t.dtype)
-        elif self.dampening and t > 1:
+        elif is_used(self.dampening) and t > 1:
             share = 1 - self.dampening
-        return lr, weight_decay, share
+        return lr, weight_decay, share, self.momentum
 
     def update(self, p: Tensor, g: Tensor, slots: Sequence[Tensor], factors: Any) -> None:
         """Take one step for p, or for some rows of it."""
-        lr, weight_decay, share = factors
-        if weight_decay:
-            g.add_(p, alpha=weight_decay)  # SGD: g + λ p
-        if self.momentum:
+        lr, weight_decay, share, momentum = factors
+        if is_used(weight_decay):
+            add(g, p, weight_decay)  # SGD: g + λ p
+        if is_used(momentum):
             v = slots[0]
-            v.mul_(self.momentum)
+            v.mul_(momentum)
             if isinstance(share, Tensor):
                 v.add_(g.mul_(share))
             else:
                 v.add_(g, alpha=share)  # SGD: v ← μ v + (1 − τ) g
-            g = g.add_(v, alpha=self.momentum) if self.nesterov else v  # SGD: g + μ v
+            g = add(g, v, momentum) if self.nesterov else v  # SGD: g + μ v
         subtract(p, g, lr)  # SGD: p ← p − η g, or η v
 
 
@@ -98,10 +101,10 @@ class Adam:
     needs_gradient = True
     is_decoupled = False
 
-    def factors(self, lr: Any, weight_decay: float, t: Any) -> tuple[Any, ...]:
+    def factors(self, lr: Any, weight_decay: Any, t: Any) -> tuple[Any, ...]:
         """The numbers of one step for one parameter, at its step t, counted from 1."""
         beta1, beta2 = self.betas
-        shrink = lr * weight_decay if self.is_decoupled and weight_decay else None
+        shrink = lr * weight_decay if self.is_decoupled and is_used(weight_decay) else None
         decay = 0.0 if self.is_decoupled else weight_decay
         root = (1 - beta2**t) ** 0.5
         # m̂ / (√v̂ + ε) is m / (√v + ε root), times root / (1 − β₁ᵗ).
@@ -113,8 +116,8 @@ class Adam:
         shrink, decay, eps, rate = factors
         if shrink is not None:
             subtract(p, p, shrink)  # AdamW: p ← p − η λ p
-        if decay:
-            g.add_(p, alpha=decay)  # Adam: g + λ p
+        if is_used(decay):
+            add(g, p, decay)  # Adam: g + λ p
         m.lerp_(g, 1 - beta1)  # Adam: m
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)  # Adam: v
         torch.sqrt(v, out=g).add_(eps)
@@ -144,12 +147,31 @@ class AdamW(Adam):
 RULES = {rule.__name__: rule for rule in (Adam, AdamW)}
 
 
+def is_used(number: Any) -> bool:
+    """Whether a number is not 0; one of an ensemble is a tensor only if networks differ in it."""
+    return isinstance(number, Tensor) or bool(number)
+
+
+def add(p: Tensor, direction: Tensor, factor: Any) -> Tensor:
+    """Add a multiple of another tensor to p; the factor is a number or a tensor."""
+    if isinstance(factor, Tensor):
+        return p.addcmul_(direction, factor)
+    return p.add_(direction, alpha=factor)
+
+
 def subtract(p: Tensor, direction: Tensor, lr: Any) -> None:
     """Take p to p − η d, where η is a number or a tensor."""
     if isinstance(lr, Tensor):
         p.addcmul_(direction, lr, value=-1)
     else:
         p.add_(direction, alpha=-lr)
+
+
+def for_each_network(number: Any, t: Tensor) -> Any:
+    """A number for each network, shaped to multiply t; any other as it is."""
+    if isinstance(number, Tensor) and number.ndim:
+        return number.view(-1, *[1] * (t.ndim - 1))
+    return number
 
 
 class Options(NamedTuple):
@@ -160,23 +182,23 @@ class Options(NamedTuple):
     """
 
     lr_scale: float
-    weight_decay: float
+    weight_decay: Any
 
 
 class Descent(NamedTuple):
     """How parameters follow their gradients.
 
     The names are those of `torch.optim.SGD` and `clip_grad_norm_`. For rule and groups see
-    `TrainingStep`.
+    `TrainingStep`. In an ensemble whose networks differ in a number, it is a tensor of all.
     """
 
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    dampening: float = 0.0
+    momentum: Any = 0.0
+    weight_decay: Any = 0.0
+    dampening: Any = 0.0
     nesterov: bool = False
     rule: Adam | None = None
     groups: Mapping[str, Mapping[str, float]] = {}
-    max_norm: float | None = None
+    max_norm: Any = None
 
     @property
     def chosen(self) -> SGD | Adam:

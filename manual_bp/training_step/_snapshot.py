@@ -75,17 +75,22 @@ class Frozen:
 
 
 class Snapshot:
-    """A network's modules, their options, the parameters and their memory; and a cost's attributes.
+    """The modules of networks, their options, parameters and memory; and a cost's attributes.
 
     Hooks are left out: to find them, every step would have to look into every module.
     """
 
-    def __init__(self, net: nn.Sequential, layers: Sequence[_net.Layer], cost: Cost) -> None:
-        self._modules = own_modules(net)
-        self._modules_then = tuple(self._modules.values())
+    def __init__(
+        self, networks: Sequence[tuple[nn.Sequential, Sequence[_net.Layer]]], cost: Cost
+    ) -> None:
+        self._modules = [
+            (modules, tuple(modules.values()))
+            for modules in (own_modules(net) for net, _ in networks)
+        ]
         self._options = [
             (module, name, getattr(module, name))
-            for module in self._modules_then
+            for _, modules in self._modules
+            for module in modules
             for kind in ACTIVATIONS
             if is_equivalent(kind, module)
             for name in kind.options
@@ -94,7 +99,7 @@ class Snapshot:
         # and gradient read them at each call, and may set some, such as a counter.
         self._cost = CostAttributes(cost, None if bind_fits(cost) else _READ_ONCE)
         self._held: list[tuple[dict[str, Any], str, Any, bool, Any]] = []
-        for layer in layers:
+        for layer in [layer for _, layers in networks for layer in layers]:
             holders = own_parameters(layer.module), own_buffers(layer.module)
             for name, p in (("weight", layer.w), ("bias", layer.b)):
                 then = (p, False, None) if p is None else (p, p.requires_grad, p.detach())
@@ -112,4 +117,7 @@ class Snapshot:
         for module, name, option in self._options:
             if getattr(module, name) != option:
                 return False
-        return tuple(self._modules.values()) == self._modules_then and self._cost.are_unchanged()
+        for modules, then in self._modules:
+            if tuple(modules.values()) != then:
+                return False
+        return self._cost.are_unchanged()

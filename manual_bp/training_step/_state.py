@@ -9,25 +9,24 @@ from torch import Tensor
 
 from manual_bp import _require
 from manual_bp.training_step._checks import require_mapping
-from manual_bp.training_step._plan import Plan
-from manual_bp.training_step._rules import RULES, STEPS, Descent
+from manual_bp.training_step._rules import RULES, STEPS, Descent, State
 
 _ALWAYS = ("lr", "momentum", "weight_decay", "velocities")
 
 
-def saved(plan: Plan) -> dict[str, Any]:
-    """The numbers of a plan, as far as they differ from their defaults, and copies of its state."""
+def saved(lr: float, descent: Descent, state: State) -> dict[str, Any]:
+    """The numbers of a step, as far as they differ from their defaults, and copies of its state."""
     defaults = Descent()._asdict()
     numbers = {
         name: copy.deepcopy(value)
-        for name, value in plan.descent._asdict().items()
+        for name, value in descent._asdict().items()
         if name in _ALWAYS or value != defaults[name]
     }
-    rule = plan.descent.rule
+    rule = descent.rule
     if rule is not None:  # not the object, which torch.load would refuse
         numbers["rule"] = {"name": type(rule).__name__, "betas": rule.betas, "eps": rule.eps}
-    state = {slot: {n: t.clone() for n, t in kept.items()} for slot, kept in plan.state.items()}
-    return {"lr": plan.lr, **numbers, **state}
+    copies = {slot: {n: t.clone() for n, t in kept.items()} for slot, kept in state.items()}
+    return {"lr": lr, **numbers, **copies}
 
 
 def read(state: Any, parameters: Mapping[str, Tensor]) -> tuple[Any, Descent, dict[str, Any]]:

@@ -119,7 +119,7 @@ class TrainingStep(Forms):
     @property
     def lr(self) -> float:
         """The learning rate η."""
-        return self._plan.lr
+        return float(self._plan.lr)
 
     @lr.setter
     def lr(self, value: float) -> None:
@@ -134,12 +134,12 @@ class TrainingStep(Forms):
     @property
     def momentum(self) -> float:
         """How much of a velocity is kept, μ."""
-        return self._plan.descent.momentum
+        return float(self._plan.descent.momentum)
 
     @property
     def weight_decay(self) -> float:
         """How strongly parameters are drawn to 0, λ."""
-        return self._plan.descent.weight_decay
+        return float(self._plan.descent.weight_decay)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -232,7 +232,8 @@ class TrainingStep(Forms):
         The numbers by their names, as far as they are not the default, and copies of what the rule
         keeps (velocities; exp_avg, exp_avg_sq and steps), by the names of the parameters.
         """
-        return _state.saved(self._plan)
+        plan = self._plan
+        return _state.saved(plan.lr, plan.descent, plan.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, with its numbers and its rule.

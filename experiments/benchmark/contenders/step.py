@@ -10,6 +10,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch.func import functional_call, grad_and_value
 
 from experiments.benchmark.contender import FLOAT32, Contender, Result, allowance
 from experiments.benchmark.problem import Problem
-from manual_bp import CompiledStep, QuadraticCost, TrainingStep
+from manual_bp import CompiledStep, EnsembleStep, QuadraticCost, TrainingStep
 
 LEARNING_RATE = 0.1
+# How many networks an ensemble has.
+NETWORKS = 32
 
 Arrays = dict[str, Any]
 Parameters = Callable[[], Iterable[Any]]
@@ -106,6 +109,16 @@ def ours_compiled(problem: Problem) -> list[Contender]:
         Contender(f"ours, epoch of {each} steps", epoch, each, is_ours=True),
     ]
     return [judged(c, problem, net.parameters) for c, net in zip(found, nets, strict=True)]
+
+
+def ours_ensemble(problem: Problem) -> list[Contender]:
+    """Our step of many networks at once, in the time that it takes for each of them."""
+    nets = [copy.deepcopy(problem.net) for _ in range(NETWORKS)]
+    step = EnsembleStep(nets, QuadraticCost(), [LEARNING_RATE] * NETWORKS)
+    call = partial(step, problem.x, problem.y)
+    contender = Contender(f"ours, {NETWORKS} networks", call, is_ours=True)
+    # Judged as one step, since each network takes one.
+    return [replace(judged(contender, problem, nets[-1].parameters), each=NETWORKS)]
 
 
 def many_steps(problem: Problem) -> int:

@@ -26,6 +26,7 @@ def test_every_contender_makes_the_same_step(task: Problem) -> None:
     listed = [contender.name for contender in found]
     names = ["ours"] + ["ours, captured"] * task.x.is_cuda + ["ours, compiled"]
     names += ["ours, epoch of 200 steps"] * (not task.x.is_cuda)
+    names += ["ours, 32 networks"]
     names += ["torch, SGD", "torch, fused SGD", "torch, compiled whole"]
     assert listed[: len(names)] == names
     assert listed[-1] == "bare products"
