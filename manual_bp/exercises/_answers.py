@@ -96,19 +96,19 @@ class Answers:
         for as_torch in (True, False) if used else (False, True):
             values = arguments(as_torch)
             try:
-                return self._run(lambda v=values: function(*v)), values
+                return self._run(function, values), values
             except RaisedError as error:
                 first = first or error
                 if not isinstance(error.cause, TypeError | AttributeError):
                     break
         raise first or UnwrittenError
 
-    def _run(self, call: Callable[[], Any]) -> Any:
+    def _run(self, function: Callable[..., Any], arguments: list[Any]) -> Any:
         with guarded(self.printed):
             try:
                 # Nothing is recorded here, so that backward() cannot give the answer.
                 with time_limit(SECONDS), torch.inference_mode():
-                    return call()
+                    return function(*arguments)
             except NotImplementedError:
                 raise UnwrittenError from None
             except KeyboardInterrupt:

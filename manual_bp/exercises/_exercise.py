@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +29,32 @@ class Mistake:
 
     says: str
     gives: Callable[[Values], Any]
+
+
+TWO = "two mistakes"
+
+# A part of a formula: the right one, called "", and wrong ones, each with what is then wrong.
+Part = dict[str, Callable[[Values], Any]]
+
+
+def combined(build: Callable[..., Any], *parts: Part) -> tuple[Mistake, ...]:
+    """The mistakes of a formula in one of its parts, and then those in two.
+
+    Args:
+        build: The formula, of the values of its parts.
+        parts: What each part may be.
+    """
+    found: list[tuple[int, Mistake]] = []
+    for chosen in product(*(part.items() for part in parts)):
+        wrong = [says for says, _ in chosen if says]
+        if 1 <= len(wrong) <= 2:
+            says = wrong[0] if len(wrong) == 1 else f"{TWO}: {wrong[0]}; and {wrong[1]}"
+            found.append((len(wrong), Mistake(says, partial(_built, build, chosen))))
+    return tuple(mistake for _, mistake in sorted(found, key=itemgetter(0)))
+
+
+def _built(build: Callable[..., Any], chosen: Sequence[tuple[str, Any]], values: Values) -> Any:
+    return build(*(make(values) for _, make in chosen))
 
 
 @dataclass(frozen=True)

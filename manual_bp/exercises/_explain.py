@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_bp.exercises._exercise import Exercise, Values, each, flat
+from manual_bp.exercises._exercise import TWO, Exercise, Values, each, flat
 from manual_bp.exercises._values import fitted, labels
 from manual_bp.verify._budget import Budget, largest
 from manual_bp.verify._diagnose import diagnose, diagnose_shape, is_like
@@ -37,7 +37,8 @@ def fields(values: Values, *, columns: bool) -> dict[str, Any]:
     """What a sentence may name."""
     w, wt = ("wᵀ", "w") if columns else ("w", "wᵀ")
     axes = {"over_samples": int(columns), "over_neurons": int(not columns)}
-    return values.sizes | axes | {"w": w, "wt": wt}
+    sizes: dict[str, Any] = values.sizes
+    return sizes | axes | {"w": w, "wt": wt}
 
 
 def diagnosis(exercise: Exercise, values: Values, got: list[Tensor], expected: list[Tensor]) -> str:
@@ -45,8 +46,12 @@ def diagnosis(exercise: Exercise, values: Values, got: list[Tensor], expected: l
 
     A mistake that gives all results comes before one that gives only the first wrong one.
     """
-    known = list(_known(exercise, values))
-    for says, found in (*known, *_in_another_order(exercise, expected), *_doubled(known, values)):
+    known = []
+    for says, found in _known(exercise, values):
+        if _gives_all(got, found, expected):
+            return says
+        known.append((says, found))
+    for says, found in (*_in_another_order(exercise, expected), *_doubled(known, values)):
         if _gives_all(got, found, expected):
             return says
     pairs = list(zip(got, expected, strict=True))
@@ -101,8 +106,10 @@ def _doubled(
         n = values.sizes["N"]
         factors |= {"a factor N = {N} is too much": n, "a factor 1/N = 1/{N} is too much": 1 / n}
     for says, found in known:
+        if says.startswith(TWO):
+            continue
         for besides, factor in factors.items():
-            yield f"two mistakes: {says}; and {besides}", [factor * t for t in found]
+            yield f"{TWO}: {says}; and {besides}", [factor * t for t in found]
 
 
 def _gives_all(got: list[Tensor], found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -133,8 +140,19 @@ def _of_one(
         wrong = budget.wrong(got, expected)
         return _escaped(diagnose(got, expected, wrong, tuple, sizes, budget))
     shapes = f"shape {tuple(got.shape)} where {tuple(expected.shape)} is asked for"
-    why = diagnose_shape(got, expected)
+    why = diagnose_shape(got, expected) or _lost(got, expected)
     return _escaped(f"{shapes}: {why}" if why else shapes)
+
+
+def _lost(got: Tensor, expected: Tensor) -> str:
+    """What a shape with too few dimensions looks like."""
+    if got.numel() == 1:
+        return "is everything summed up?"
+    is_part = any(
+        got.shape == expected.shape[:dim] + expected.shape[dim + 1 :]
+        for dim in range(expected.ndim)
+    )
+    return "is there a sum or a mean too much?" if is_part else ""
 
 
 def _escaped(text: str) -> str:

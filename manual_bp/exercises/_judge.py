@@ -24,6 +24,8 @@ from manual_bp.exercises._values import MalformedError, changed, given, taken
 State = Literal["done", "wrong", "to do"]
 
 _PROBLEMS = 3
+# Odd primes: no ratio of two of them is a third, or 2.
+_SIZES = (3, 5, 7, 11, 13, 17)
 _SMALLEST = {"K": 2}  # one class alone has nothing to learn
 _BY_HAND = (
     "autograd computed this gradient. Here it is your turn: write the derivative by hand, as a "
@@ -95,9 +97,9 @@ def _problems(exercise: Exercise, seed: int) -> Iterator[Values]:
     names = exercise.size_names()
     for number in range(_PROBLEMS):
         own = 100 * seed + number
-        order = torch.randperm(len(names) + 1, generator=Generator().manual_seed(own))
-        sizes = dict(zip(names, (2 + order).tolist(), strict=False))
-        yield exercise.problem(sizes, own)
+        order = torch.randperm(len(_SIZES), generator=Generator().manual_seed(own))
+        sizes = [_SIZES[i] for i in order if i <= len(names)]
+        yield exercise.problem(dict(zip(names, sizes, strict=False)), own)
     if exercise.far:
         yield exercise.problem(dict.fromkeys(names, 3), seed, is_far=True)
 
@@ -168,9 +170,11 @@ def _smallest_like(
         small = _attempt(exercise, answers, values)
         if not small.is_wrong or small.broken:
             continue
+        if says in (UNKNOWN, exercise.far_says):
+            return says, small
         there = diagnosis(exercise, values, small.got, small.expected)
-        if words(there) == words(says) or says in (UNKNOWN, exercise.far_says):
-            return (there if words(there) == words(says) else says), small
+        if words(there) == words(says):
+            return there, small
     return says, attempt
 
 

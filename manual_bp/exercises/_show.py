@@ -37,15 +37,15 @@ def example(
             label = f"{name}[{i}]" if isinstance(value, list) else name
             is_array = isinstance(part, Tensor)
             rows[label] = _numbers(in_form(part, axes, columns=columns)) if is_array else str(part)
-    axes = [axes for spec in exercise.results.values() for axes in each(spec)]
+    result_axes = [axes for spec in exercise.results.values() for axes in each(spec)]
     names = labels(exercise)
     differing = [
         (i, g, e) for i, (g, e) in enumerate(zip(got, expected, strict=True)) if not is_right(g, e)
     ]
     for i, g, e in differing[:_RESULTS]:
         of = f" {names[i]}" if len(names) > 1 else ""
-        right = in_form(e, axes[i], columns=columns)
-        yours = fitted(in_form(g, axes[i], columns=columns), right)
+        right = in_form(e, result_axes[i], columns=columns)
+        yours = fitted(in_form(g, result_axes[i], columns=columns), right)
         pairs = ((_numbers(yours, digits), _numbers(right, digits)) for digits in (4, 8))
         rows[f"your{of or 's'}"], rows[f"right{of}"] = next(
             (pair for pair in pairs if pair[0] != pair[1]),

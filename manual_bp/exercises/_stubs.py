@@ -21,8 +21,8 @@ SAMPLES = "{samples}"
 '''
 
 _FORMS = {
-    "rows": "One sample is a row, as in the code of manual_bp. `start --columns` writes another file.",
-    "columns": "One sample is a column, as in the notes. `start` without --columns writes another file.",
+    "rows": "One sample is a row, as in the code of manual_bp. For columns: `start --columns`.",
+    "columns": "One sample is a column, as in the notes. Without --columns, `start` writes rows.",
 }
 
 _STUB = '''

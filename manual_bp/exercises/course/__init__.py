@@ -9,7 +9,8 @@ from manual_bp.exercises.course.equations import (
     SIGMOID_PRIME,
 )
 from manual_bp.exercises.course.fused import LINEAR_SIGMOID_BACKWARD, LINEAR_SIGMOID_SECOND
-from manual_bp.exercises.course.network import BACKPROP, NUMERICAL_GRADIENT, PER_SAMPLE_GRAD_W
+from manual_bp.exercises.course.gradients import NUMERICAL_GRADIENT, PER_SAMPLE_GRAD_W
+from manual_bp.exercises.course.network import BACKPROP
 
 COURSE = (
     SIGMOID_PRIME,

@@ -144,7 +144,11 @@ def delta_not_averaged(z, labels):
     return picked(z, labels), right_delta(z, labels) * len(z)
 
 
-@mistake("softmax_cross_entropy", "cs231n: the −1 at the right class forgotten", "y is not subtracted|minus y|without − y")
+@mistake(
+    "softmax_cross_entropy",
+    "cs231n: the −1 at the right class forgotten",
+    "y is not subtracted|minus y|without − y",
+)
 def target_not_subtracted(z, labels):
     return picked(z, labels), softmax(z) / len(z)
 

@@ -28,7 +28,7 @@ def of_an_activation(z):
     return z * (1 - z)
 
 
-@mistake("sigmoid_prime", "first attempts: the function itself", "σ\\(z\\) itself")
+@mistake("sigmoid_prime", "first attempts: the function itself", "σ\\(z\\) where σ'")
 def not_differentiated(z):
     return 1 / (1 + np.exp(-z))
 

@@ -35,7 +35,11 @@ def weights_from_grad_a(grad_a, a_prev, w, a):
     return delta @ w, grad_a.T @ a_prev, delta.sum(0)
 
 
-@mistake("linear_sigmoid_backward", "the σ' of the layer below, which belongs to its own backward", "layer below")
+@mistake(
+    "linear_sigmoid_backward",
+    "the σ' of the layer below, which belongs to its own backward",
+    "layer below",
+)
 def slope_of_the_layer_below(grad_a, a_prev, w, a):
     delta = grad_a * a * (1 - a)
     return (delta @ w) * a_prev * (1 - a_prev), delta.T @ a_prev, delta.sum(0)
@@ -60,7 +64,11 @@ def weights_transposed(grad_a, a_prev, w, a):
     return delta @ w.T, delta.T @ a_prev, delta.sum(0)
 
 
-@mistake("linear_sigmoid_backward", "the backward overwrites the gradient it is given", "changes its argument grad_a")
+@mistake(
+    "linear_sigmoid_backward",
+    "the backward overwrites the gradient it is given",
+    "changes its argument grad_a",
+)
 def overwrites_grad_a(grad_a, a_prev, w, a):
     grad_a *= a * (1 - a)
     return grad_a @ w, grad_a.T @ a_prev, grad_a.sum(0)
@@ -101,7 +109,9 @@ def only_through_a(v, grad_a, a_prev, w, a):
     return u * s1, e @ w, e.T @ a_prev, e.sum(0)
 
 
-@mistake("linear_sigmoid_second", "product rule: w only where it is written", "through a|product rule")
+@mistake(
+    "linear_sigmoid_second", "product rule: w only where it is written", "through a|product rule"
+)
 def only_directly(v, grad_a, a_prev, w, a):
     s1 = a * (1 - a)
     u = v @ w.T

@@ -220,7 +220,11 @@ def divided_by_h(f, x):
     return grad
 
 
-@mistake("numerical_gradient", "cs231n assignment 1: the old value is not put back", "put it back|puts? .* back")
+@mistake(
+    "numerical_gradient",
+    "cs231n assignment 1: the old value is not put back",
+    "put it back|puts? .* back",
+)
 def not_put_back(f, x):
     grad, h = np.zeros_like(x), 1e-5
     for i in np.ndindex(*x.shape):

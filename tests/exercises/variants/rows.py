@@ -247,7 +247,9 @@ def with_a_long_step(f, x):
     return np.reshape([(f(x + e) - f(x - e)) / 2e-3 for e in steps], x.shape)
 
 
-@variant("numerical_gradient", "PyTorch; += and −= without an old value, so that x comes back rounded")
+@variant(
+    "numerical_gradient", "PyTorch; += and −= without an old value, so that x comes back rounded"
+)
 def put_back_by_adding(f, x):
     grad = torch.zeros_like(x)
     for i in range(x.shape[0]):
