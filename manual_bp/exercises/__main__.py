@@ -115,7 +115,12 @@ def load_or_refuse(file: Path) -> Answers:
 
 
 def _judged(answers: Answers) -> list[Verdict]:
-    return [judge(exercise, answers) for exercise in COURSE]
+    """All verdicts. Only the first wrong answer is explained: others may come from it."""
+    verdicts: list[Verdict] = []
+    for exercise in COURSE:
+        is_first = all(verdict.state != "wrong" for verdict in verdicts)
+        verdicts.append(judge(exercise, answers, explains=is_first))
+    return verdicts
 
 
 def _print_table(verdicts: Sequence[Verdict]) -> None:
@@ -132,7 +137,8 @@ def _print_verdict(number: int, verdict: Verdict) -> None:
     if verdict.state == "to do":
         print(f"{number} {exercise.function}: to do: {exercise.title}")
         return
-    print("\n".join(wrap(f"{number} {exercise.function}: {verdict.says}.", 100)))
+    end = "" if verdict.says.endswith("?") else "."
+    print("\n".join(wrap(f"{number} {exercise.function}: {verdict.says}{end}", 100)))
     for note in verdict.notes:
         print("\n".join(wrap(note, 100)))
     for line in verdict.lines:

@@ -49,7 +49,7 @@ class TooLongError(BaseException):
     """Not an Exception, so that the learner's `except Exception` does not catch it."""
 
     def __str__(self) -> str:
-        return f"it did not end within {SECONDS:g} s: an endless loop?"
+        return f"it was not done after computing for {SECONDS:g} s: an endless loop?"
 
 
 class Printed(io.StringIO):
@@ -130,15 +130,17 @@ class Answers:
             seen.add(code)
             inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
             used = {n for c in (code, *inner) for n in c.co_names}
-            names |= used | {n for c in (code, *inner) for n in _keywords(c)}
+            names |= {part for name in used for part in name.split(".")}
+            names |= {name for c in (code, *inner) for name in _keywords(c)}
             found = [self.names[name] for name in used if name in self.names]
             modules |= {
                 str(getattr(f, "__module__", None) or getattr(f, "__name__", "")) for f in found
             }
             todo += [f for f in found if isinstance(f, types.FunctionType)]
-        uses_torch = any(module.partition(".")[0] == "torch" for module in modules)
+        libraries = names | {module.partition(".")[0] for module in modules}
+        uses_torch = "torch" in libraries
         of_autograd = any(m.startswith(("torch.autograd", "torch._functorch")) for m in modules)
-        if not any(module.partition(".")[0] in ("torch", "numpy") for module in modules):
+        if not libraries & {"torch", "numpy"}:
             imported = {id(value) for value in self.names.values()}
             uses_torch = id(torch) in imported and id(np) not in imported
         return uses_torch, of_autograd or (uses_torch and bool(names & _AUTOGRAD))
@@ -189,7 +191,7 @@ def guarded(printed: Printed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise a TooLongError in the code within if it takes longer, where the system can."""
+    """Raise a TooLongError in the code within if it computes for longer, where the system can."""
     is_possible = hasattr(signal, "setitimer")
     if not is_possible or threading.current_thread() is not threading.main_thread():
         yield
@@ -198,13 +200,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def place_of(error: BaseException, path: Path) -> str:

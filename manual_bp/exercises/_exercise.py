@@ -31,14 +31,12 @@ class Mistake:
     gives: Callable[[Values], Any]
 
 
-TWO = "two mistakes"
-
 # A part of a formula: the right one, called "", and wrong ones, each with what is then wrong.
 Part = dict[str, Callable[[Values], Any]]
 
 
 def combined(build: Callable[..., Any], *parts: Part) -> tuple[Mistake, ...]:
-    """The mistakes of a formula in one of its parts, and then those in two.
+    """The mistakes of a formula in one of its parts, then those in two and in three.
 
     Args:
         build: The formula, of the values of its parts.
@@ -47,10 +45,23 @@ def combined(build: Callable[..., Any], *parts: Part) -> tuple[Mistake, ...]:
     found: list[tuple[int, Mistake]] = []
     for chosen in product(*(part.items() for part in parts)):
         wrong = [says for says, _ in chosen if says]
-        if 1 <= len(wrong) <= 2:
-            says = wrong[0] if len(wrong) == 1 else f"{TWO}: {wrong[0]}; and {wrong[1]}"
-            found.append((len(wrong), Mistake(says, partial(_built, build, chosen))))
+        if 1 <= len(wrong) <= 3:
+            mistake = Mistake(together(wrong), partial(_built, build, chosen))
+            found.append((len(wrong), mistake))
     return tuple(mistake for _, mistake in sorted(found, key=itemgetter(0)))
+
+
+def together(sentences: Sequence[str]) -> str:
+    """One sentence for several mistakes."""
+    if len(sentences) == 1:
+        return sentences[0]
+    count = {2: "two", 3: "three"}[len(sentences)]
+    return f"{count} mistakes: {'; '.join(sentences[:-1])}; and {sentences[-1]}"
+
+
+def is_one(says: str) -> bool:
+    """Whether a sentence is about one mistake."""
+    return not says.startswith(("two mistakes: ", "three mistakes: "))
 
 
 def _built(build: Callable[..., Any], chosen: Sequence[tuple[str, Any]], values: Values) -> Any:

@@ -2,18 +2,21 @@
 
 import re
 from collections.abc import Iterator
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manual_bp.exercises._exercise import TWO, Exercise, Values, each, flat
+from manual_bp.exercises._exercise import Exercise, Values, each, flat, is_one, together
 from manual_bp.exercises._values import fitted, labels
 from manual_bp.verify._budget import Budget, largest
 from manual_bp.verify._diagnose import diagnose, diagnose_shape, is_like
 
-UNKNOWN = "this is not right, and it is like none of the mistakes that this course knows"
+UNKNOWN = (
+    "not right, and like none of the mistakes that this course knows: work out the example below by "
+    "hand"
+)
 
 # Numerical gradients are this good, and sums in float32.
 _RTOL = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -51,7 +54,9 @@ def diagnosis(exercise: Exercise, values: Values, got: list[Tensor], expected: l
         if _gives_all(got, found, expected):
             return says
         known.append((says, found))
-    for says, found in (*_in_another_order(exercise, expected), *_doubled(known, values)):
+    single = [(says, found) for says, found in known if is_one(says)]
+    others = (_in_another_order(exercise, expected), _with_another(exercise, values, single))
+    for says, found in chain(*others):
         if _gives_all(got, found, expected):
             return says
     pairs = list(zip(got, expected, strict=True))
@@ -97,19 +102,20 @@ def _in_another_order(
         yield says, [t for part in parts.values() for t in reversed(part)]
 
 
-def _doubled(
-    known: list[tuple[str, list[Tensor]]], values: Values
+def _with_another(
+    exercise: Exercise, values: Values, known: list[tuple[str, list[Tensor]]]
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Each known mistake together with a wrong factor."""
+    """Each known mistake together with a wrong order or a wrong factor."""
     factors = {"the sign is wrong": -1.0, "a factor 2 is too much": 2.0, "a factor ½ too much": 0.5}
     if "N" in values.sizes:
         n = values.sizes["N"]
         factors |= {"a factor N = {N} is too much": n, "a factor 1/N = 1/{N} is too much": 1 / n}
     for says, found in known:
-        if says.startswith(TWO):
-            continue
         for besides, factor in factors.items():
-            yield f"{TWO}: {says}; and {besides}", [factor * t for t in found]
+            yield together([says, besides]), [factor * t for t in found]
+        if len(found) == len(labels(exercise)):
+            for besides, moved in _in_another_order(exercise, found):
+                yield together([says, besides]), moved
 
 
 def _gives_all(got: list[Tensor], found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -67,7 +67,12 @@ def labels(exercise: Exercise) -> list[str]:
 
 
 def fitted(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the shape of another, if they differ only in dimensions of size 1."""
+    """The value in the shape of another, if they differ only in dimensions of size 1.
+
+    A single 0 stands for an array of zeros.
+    """
+    if value.ndim == 0 and value == 0:
+        return value.expand(like.shape)
     is_same = [n for n in value.shape if n != 1] == [n for n in like.shape if n != 1]
     return value.reshape(like.shape) if is_same else value
 
@@ -117,7 +122,7 @@ def _of_arrays(function: Callable[[Tensor], Tensor], *, as_torch: bool) -> Calla
 
 
 def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"an {noun}" if noun[0] in "aeiou" or noun == "ndarray" else f"a {noun}"
 
 
 def changed(before: Sequence[Any], after: Sequence[Any]) -> list[int]:

@@ -103,7 +103,8 @@ def softmax_cross_entropy(v: Values) -> Any:
 
 
 def fused(a_prev: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return torch.sigmoid(F.linear(a_prev, w, b))
+    z: Tensor = F.linear(a_prev, w, b)
+    return z.sigmoid()
 
 
 @right
@@ -117,7 +118,8 @@ def linear_sigmoid_second(v: Values) -> Any:
     def s(grad_a: Tensor, *arguments: Tensor) -> Tensor:
         a = fused(*arguments)
         (grad,) = torch.autograd.grad(a, arguments[0], grad_a, create_graph=True)
-        return (grad * v.v).sum()
+        total: Tensor = (grad * v.v).sum()
+        return total
 
     return derivatives(s, v.grad_a, v.a_prev, v.w, v.b)
 

@@ -151,7 +151,7 @@ def _from(activations: Callable[[Tensor], Tensor]) -> Callable[[Values], tuple[T
 
 
 def _ones_in_columns(v: Values) -> Tensor:
-    a = v.z.softmax(1)
+    a: Tensor = v.z.softmax(1)
     a[:, v.labels] -= 1
     return a
 

@@ -237,6 +237,8 @@ GRAD_B = Exercise(
             "": lambda v: v.delta.sum(0),
             "summed over the wrong axis: over the neurons, axis {over_neurons}, where the samples, "
             "axis {over_samples}, belong": lambda v: v.delta.sum(1),
+            "averaged over the wrong axis, that of the neurons, {over_neurons}: the samples, axis "
+            "{over_samples}, are summed": lambda v: v.delta.mean(1),
             "the sum over the samples is missing: all {N} of them use the same b": (
                 lambda v: v.delta
             ),
