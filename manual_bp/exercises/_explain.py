@@ -14,8 +14,8 @@ from manual_bp.verify._budget import Budget, largest
 from manual_bp.verify._diagnose import diagnose, diagnose_shape, is_like
 
 UNKNOWN = (
-    "not right, and like none of the mistakes that this course knows: work out the example below by "
-    "hand"
+    "not right, and like none of the mistakes that this course knows: work out the example below "
+    "by hand"
 )
 
 # Numerical gradients are this good, and sums in float32.
@@ -49,18 +49,15 @@ def diagnosis(exercise: Exercise, values: Values, got: list[Tensor], expected: l
 
     A mistake that gives all results comes before one that gives only the first wrong one.
     """
-    known = []
-    for says, found in _known(exercise, values):
-        if _gives_all(got, found, expected):
-            return says
-        known.append((says, found))
-    single = [(says, found) for says, found in known if is_one(says)]
-    others = (_in_another_order(exercise, expected), _with_another(exercise, values, single))
-    for says, found in chain(*others):
+    single = list(_known(exercise, values, is_single=True))
+    several = _known(exercise, values, is_single=False)
+    orders = _in_another_order(exercise, expected)
+    for says, found in chain(single, orders, several, _with_another(exercise, values, single)):
         if _gives_all(got, found, expected):
             return says
     pairs = list(zip(got, expected, strict=True))
     first = next(i for i, pair in enumerate(pairs) if not is_right(*pair))
+    known = [*single, *_known(exercise, values, is_single=False)]
     clues = [(says, found[first]) for says, found in known if len(found) == len(got)]
     text = _of_one(*pairs[first], clues, list(values.sizes.values()))
     names = labels(exercise)
@@ -74,9 +71,13 @@ def words(says: str) -> str:
     return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", says)
 
 
-def _known(exercise: Exercise, values: Values) -> Iterator[tuple[str, list[Tensor]]]:
+def _known(
+    exercise: Exercise, values: Values, *, is_single: bool
+) -> Iterator[tuple[str, list[Tensor]]]:
     """What each mistake would give, if these sizes allow it; far out, if it is right nearby."""
     for mistake in exercise.mistakes:
+        if is_one(mistake.says) != is_single:
+            continue
         try:
             found = flat(mistake.gives(values))
         except (RuntimeError, IndexError):
