@@ -44,7 +44,7 @@ def combined(build: Callable[..., Any], *parts: Part) -> tuple[Mistake, ...]:
     """
     found: list[tuple[int, Mistake]] = []
     for chosen in product(*(part.items() for part in parts)):
-        wrong = [says for says, _ in chosen if says]
+        wrong = list(dict.fromkeys(says for says, _ in chosen if says))
         if 1 <= len(wrong) <= 3:
             mistake = Mistake(together(wrong), partial(_built, build, chosen))
             found.append((len(wrong), mistake))

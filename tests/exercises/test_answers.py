@@ -1,5 +1,6 @@
 """A learner's file: how it is run, and what is said where it cannot be."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent, indent
@@ -15,7 +16,9 @@ Write = Callable[[str], Answers]
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Write:
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    monkeypatch.setattr(sys, "path", sys.path[:])  # to which the folder of the file is added
+
     def write(text: str) -> Answers:
         path = tmp_path / "answers.py"
         path.write_text(dedent(text), "utf-8")
@@ -212,6 +215,7 @@ class Layer:
     size: int
 """
     assert on_grad_b(written(grad_b("return total(delta)", head))).state == "done"
+    del sys.modules["neighbour"]
 
 
 def test_a_function_right_for_equal_sizes_only_is_called_that(written: Write) -> None:

@@ -95,6 +95,9 @@ CROSS_ENTROPY = Exercise(
                 "": lambda v: sigmoid_cross_entropy_cost(v.z, v.y),
                 "the term with 1 − y is missing in the cost: an output that should be 0 costs, "
                 "too": lambda v: -(v.y * v.z.sigmoid().log()).sum(1).mean(),
+                "ln a where ln(1 − a) belongs, in the term with 1 − y": (
+                    lambda v: -v.z.sigmoid().log().sum(1).mean()
+                ),
                 "that is the quadratic cost": (
                     lambda v: (v.z.sigmoid() - v.y).square().sum(1).mean() / 2
                 ),
@@ -203,6 +206,11 @@ SOFTMAX_CROSS_ENTROPY = Exercise(
             Mistake(
                 "the sums over the classes meet the wrong axis: keepdims=True is missing",
                 _from(_spread_over_rows),
+            ),
+            Mistake("the exponentials are not divided by their sum", _from(torch.exp)),
+            Mistake(
+                "the exponentials are not divided by their sum",
+                _from(lambda z: (z - z.amax(1, keepdim=True)).exp()),
             ),
             Mistake(_SIGMOIDS, _from(torch.sigmoid)),
             Mistake(

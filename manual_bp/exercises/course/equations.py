@@ -20,6 +20,7 @@ def slopes(z: Callable[[Values], Tensor]) -> Part:
         "1 − a where a (1 − a) belongs (in e^(−z) / (1 + e^(−z))² that is a missing square)": (
             lambda v: 1 - z(v).sigmoid()
         ),
+        "σ'(z) is multiplied twice": lambda v: slope(z(v).sigmoid()).square(),
         "a² where a (1 − a) belongs": lambda v: z(v).sigmoid().square(),
         "a (1 + a) where a (1 − a) belongs": lambda v: z(v).sigmoid() * (1 + z(v).sigmoid()),
         "1 − a² is the derivative of tanh, not of σ": lambda v: 1 - z(v).sigmoid().square(),

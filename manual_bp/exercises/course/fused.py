@@ -81,36 +81,42 @@ LINEAR_SIGMOID_BACKWARD = Exercise(
 
 
 def _second(
-    v: Values, up: Tensor, first: Tensor, second: Tensor, grad_a: Tensor, direct: Any, through: Any
+    v: Values, up: Tensor, first: Tensor, factors: Tensor, second: Tensor, direct: Any, through: Any
 ) -> tuple[Tensor, ...]:
     """The four results.
 
     Args:
         v: The arguments.
-        up: What v becomes on its way to δ.
-        first: σ' in the derivative by grad_a.
+        up: What v becomes on its way to δ, in by_grad_a.
+        first: σ', in by_grad_a.
+        factors: Those of σ'' in ∂S/∂z.
         second: σ''.
-        grad_a: The factor grad_a of ∂S/∂z.
         direct: From δ, the term of by_w from the w that is written in δ w.
         through: From ∂S/∂z, the term of by_w from the w in z.
     """
-    bent = grad_a * up * second
+    bent = factors * second
     by_w = direct(v.grad_a * slope(v.a)) + through(bent)
     return up * first, bent @ v.w, by_w, bent.sum(0)
 
+
+_NOT_UP = "v meets {w} where {wt} belongs: v is like a change of a_prev, and goes up the layer"
 
 _SECOND: tuple[Part, ...] = (
     {"": lambda v: v},
     {
         "": lambda v: v.v @ v.w.mT,
-        "v meets {w} where {wt} belongs: v is like a change of a_prev, and goes up the layer": (
-            lambda v: v.v @ v.w
-        ),
+        _NOT_UP: lambda v: v.v @ v.w,
     },
     {
         "": lambda v: slope(v.a),
         "by_grad_a lacks the factor σ'(z)": lambda v: torch.ones_like(v.a),
         "grad_a is still in by_grad_a: S is linear in it": lambda v: v.grad_a * slope(v.a),
+    },
+    {
+        "": lambda v: v.grad_a * (v.v @ v.w.mT),
+        "the factor grad_a is missing where σ' is differentiated": lambda v: v.v @ v.w.mT,
+        "v is missing where σ' is differentiated": lambda v: v.grad_a,
+        _NOT_UP: lambda v: v.grad_a * (v.v @ v.w),
     },
     {
         "": lambda v: slope(v.a) * (1 - 2 * v.a),
@@ -124,12 +130,6 @@ _SECOND: tuple[Part, ...] = (
         "1 − 2a is not all of σ'': that is the derivative of a (1 − a) by a, and the chain rule "
         "goes on to z": lambda v: 1 - 2 * v.a,
         "σ'² where σ'' belongs": lambda v: slope(v.a).square(),
-    },
-    {
-        "": lambda v: v.grad_a,
-        "the factor grad_a is missing where σ' is differentiated": (
-            lambda v: torch.ones_like(v.grad_a)
-        ),
     },
     {
         "": lambda v: lambda delta: delta.mT @ v.v,

@@ -95,7 +95,7 @@ NUMERICAL_GRADIENT = Exercise(
                 _to_one_side(digit * 10.0**-power),
             )
             for power in range(1, 9)
-            for digit in (1, 2, 5, -1, -2, -5)
+            for digit in (1, 2, 3, 5, -1, -2, -3, -5)
         ),
         *(
             Mistake(
