@@ -146,9 +146,8 @@ def _of_one(
     if got.shape == expected.shape:
         wrong = budget.wrong(got, expected)
         return _escaped(diagnose(got, expected, wrong, tuple, sizes, budget))
-    shapes = f"shape {tuple(got.shape)} where {tuple(expected.shape)} is asked for"
     why = diagnose_shape(got, expected) or _lost(got, expected)
-    return _escaped(f"{shapes}: {why}" if why else shapes)
+    return f"the shape is wrong: {why}" if why else "the shape is wrong"
 
 
 def _lost(got: Tensor, expected: Tensor) -> str:

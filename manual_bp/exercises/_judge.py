@@ -24,7 +24,7 @@ from manual_bp.exercises._values import MalformedError, changed, given, taken
 State = Literal["done", "wrong", "to do"]
 
 _PROBLEMS = 3
-# Odd primes: no ratio of two of them is a third, or 2.
+# Odd primes, so that no ratio of two of them is 2 or another size.
 _SIZES = (3, 5, 7, 11, 13, 17)
 _SMALLEST = {"K": 2}  # one class alone has nothing to learn
 _BY_HAND = (
@@ -182,7 +182,7 @@ def _smallest_like(
 
 def _shown(exercise: Exercise, answers: Answers, attempt: _Attempt) -> tuple[str, ...]:
     numbers = sum(t.numel() for t in attempt.expected)
-    show = example if numbers <= 40 and attempt.values else difference
+    show = example if numbers <= 40 else difference
     return show(exercise, attempt.values, attempt.got, attempt.expected, columns=answers.columns)
 
 

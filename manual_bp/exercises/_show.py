@@ -47,6 +47,8 @@ def example(
         right = in_form(e, result_axes[i], columns=columns)
         yours = fitted(in_form(g, result_axes[i], columns=columns), right)
         pairs = ((_numbers(yours, digits), _numbers(right, digits)) for digits in (4, 8))
+        if yours.shape != right.shape:
+            rows[f"shape{of}"] = f"yours {tuple(yours.shape)}, right {tuple(right.shape)}"
         rows[f"your{of or 's'}"], rows[f"right{of}"] = next(
             (pair for pair in pairs if pair[0] != pair[1]),
             (_numbers(yours, 16), _numbers(right, 16)),

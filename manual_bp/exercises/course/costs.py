@@ -21,14 +21,14 @@ _LOGARITHMS: Part = {
 }
 
 
-def _averages(components: str) -> Part:
+def _averages(components: str, called: str) -> Part:
     """The factor 1, and what averages would make of it."""
     return {
         "": lambda _: 1.0,
         "the cost is summed over the N = {N} samples, and it is their mean": (
             lambda v: v.sizes["N"]
         ),
-        f"the cost is averaged over the {{{components}}} components too: C_x is their sum": (
+        f"the cost is averaged over the {{{components}}} {called} too: C_x is their sum": (
             lambda v: 1 / v.sizes[components]
         ),
     }
@@ -53,7 +53,7 @@ def _beside_right(mistake: Mistake, *, is_cost: bool) -> Callable[[Values], tupl
     return gives
 
 
-def _both(components: str) -> list[Mistake]:
+def _both(components: str, called: str) -> list[Mistake]:
     return [
         Mistake(
             "the 1/N of the mean is missing in both results: C is the mean over the N = {N} "
@@ -61,7 +61,7 @@ def _both(components: str) -> list[Mistake]:
             lambda v: (v.right.cost * v.sizes["N"], v.right.delta * v.sizes["N"]),
         ),
         Mistake(
-            f"averaged over the {{{components}}} components too: only samples are averaged",
+            f"averaged over the {{{components}}} {called} too: only samples are averaged",
             lambda v: (v.right.cost / v.sizes[components], v.right.delta / v.sizes[components]),
         ),
     ]
@@ -88,7 +88,7 @@ CROSS_ENTROPY = Exercise(
     derived={"y": lambda v: v.y.sigmoid().mul(10).round() / 10},
     right=lambda v: (sigmoid_cross_entropy_cost(v.z, v.y), (v.z.sigmoid() - v.y) / len(v.z)),
     mistakes=_pairs(
-        _both("out"),
+        _both("out", "components"),
         combined(
             _product,
             {
@@ -105,11 +105,11 @@ CROSS_ENTROPY = Exercise(
                 "infinite: write the cost in terms of z, with ln(1 + e^(−|z|))": _of_activations,
             },
             _LOGARITHMS,
-            _averages("out"),
+            _averages("out", "components"),
         ),
         combined(
             _product,
-            residuals(lambda v: v.z)
+            residuals(lambda v: v.z, "the cross-entropy by z")
             | {
                 "δ has only the term with y: the one with 1 − y is missing": (
                     lambda v: -v.y * (1 - v.z.sigmoid())
@@ -125,7 +125,7 @@ CROSS_ENTROPY = Exercise(
                     lambda v: 1 / slope(v.z.sigmoid())
                 ),
             },
-            means("out"),
+            means("out", "components"),
         ),
     ),
     far=far_out,
@@ -200,7 +200,7 @@ SOFTMAX_CROSS_ENTROPY = Exercise(
     ),
     mistakes=_pairs(
         [
-            *_both("K"),
+            *_both("K", "classes"),
             Mistake(_OVER_SAMPLES, _from(lambda z: z.softmax(0))),
             Mistake(_WHOLE_BATCH, _from(lambda z: z.exp() / z.exp().sum())),
             Mistake(
@@ -241,7 +241,7 @@ SOFTMAX_CROSS_ENTROPY = Exercise(
                 ),
             },
             _LOGARITHMS,
-            _averages("K"),
+            _averages("K", "classes"),
         ),
         combined(
             _product,
@@ -273,7 +273,7 @@ SOFTMAX_CROSS_ENTROPY = Exercise(
                     lambda v: slope(v.z.softmax(1))
                 ),
             },
-            means("K"),
+            means("K", "classes"),
         ),
     ),
     far=_rows_far_out,

@@ -17,10 +17,10 @@ def slopes(z: Callable[[Values], Tensor]) -> Part:
         "σ' of a, not of z: σ is applied twice": lambda v: slope(z(v).sigmoid().sigmoid()),
         "σ(z) where σ'(z) belongs": lambda v: z(v).sigmoid(),
         "z (1 − z) takes z for the activation: a (1 − a) needs a = σ(z)": lambda v: slope(z(v)),
-        "1 − a where a (1 − a) belongs (in e^(−z) / (1 + e^(−z))² that is a missing square)": (
+        "1 − a where a (1 − a) belongs (in e^(−z) / (1 + e^(−z))², the square is missing)": (
             lambda v: 1 - z(v).sigmoid()
         ),
-        "σ'(z) is multiplied twice": lambda v: slope(z(v).sigmoid()).square(),
+        "σ'(z) is squared": lambda v: slope(z(v).sigmoid()).square(),
         "a² where a (1 − a) belongs": lambda v: z(v).sigmoid().square(),
         "a (1 + a) where a (1 − a) belongs": lambda v: z(v).sigmoid() * (1 + z(v).sigmoid()),
         "1 − a² is the derivative of tanh, not of σ": lambda v: 1 - z(v).sigmoid().square(),
@@ -37,17 +37,17 @@ def sums() -> Part:
         "delta)": lambda v: 1 / v.sizes["N"],
         "the sign is wrong: the minus of gradient descent belongs to the update, not to the "
         "gradient": lambda _: -1.0,
-        "multiplied by N = {N}": lambda v: v.sizes["N"],
+        "N = {N} times too large": lambda v: v.sizes["N"],
         "divided by {out}, the number of neurons": lambda v: 1 / v.sizes["out"],
         "2 times too large": lambda _: 2.0,
     }
 
 
-def residuals(z: Callable[[Values], Tensor]) -> Part:
+def residuals(z: Callable[[Values], Tensor], cost: str = "½‖y − a‖²") -> Part:
     """A − y, and what is taken for it."""
     return {
         "": lambda v: z(v).sigmoid() - v.y,
-        "y − a where a − y belongs: ½‖y − a‖² differentiated by a gives −(y − a)": (
+        f"y − a where a − y belongs: the derivative of {cost} is a − y": (
             lambda v: v.y - z(v).sigmoid()
         ),
         "z − y where a − y belongs": lambda v: z(v) - v.y,
@@ -65,19 +65,24 @@ def residuals(z: Callable[[Values], Tensor]) -> Part:
     }
 
 
-def means(components: str) -> Part:
-    """The factor 1/N of a mean over samples, and what it is mistaken for."""
+def means(components: str, called: str, of_square: str = "") -> Part:
+    """The factor 1/N of a mean over samples, and what it is mistaken for.
+
+    Args:
+        components: The name of their number.
+        called: What they are called.
+        of_square: Why there is no 2, if the cost is a square.
+    """
     return {
         "": lambda v: 1 / v.sizes["N"],
         "the 1/N of the mean is missing: C is the mean over the N = {N} samples, and so each "
         "sample's error has the factor 1/{N}": lambda _: 1.0,
-        "2 times too large: the 2 of the derivative cancels against the ½ of the cost": (
-            lambda v: 2 / v.sizes["N"]
+        f"2 times too large{of_square}": lambda v: 2 / v.sizes["N"],
+        "half as large as it should be": lambda v: 0.5 / v.sizes["N"],
+        f"averaged over the {{{components}}} {called} too: C_x is their sum": (
+            lambda v: 1 / (v.sizes["N"] * v.sizes[components])
         ),
-        "half of it: the derivative of ½ (a − y)² has no ½": lambda v: 0.5 / v.sizes["N"],
-        f"averaged over the {{{components}}} components too, as torch.nn.MSELoss does: C_x is "
-        f"their sum": lambda v: 1 / (v.sizes["N"] * v.sizes[components]),
-        f"divided by {{{components}}}, the number of components, and not by N = {{N}}": (
+        f"divided by {{{components}}}, the number of {called}, and not by N = {{N}}": (
             lambda v: 1 / v.sizes[components]
         ),
         "divided by N = {N} twice": lambda v: 1 / v.sizes["N"] ** 2,
@@ -136,7 +141,11 @@ OUTPUT_DELTA = Exercise(
             lambda residual, slope, mean: residual * slope * mean,
             residuals(lambda v: v.z),
             slopes(lambda v: v.z) | {"σ' of y, not of z": lambda v: slope(v.y.sigmoid())},
-            means("out"),
+            means(
+                "out",
+                "components",
+                ": the 2 of the derivative cancels against the ½ of the cost",
+            ),
         ),
         *(
             Mistake("⊙ multiplies element by element, and this is a matrix product", product)
@@ -236,10 +245,10 @@ GRAD_B = Exercise(
         lambda total, factor: total * factor,
         {
             "": lambda v: v.delta.sum(0),
-            "summed over the wrong axis: over the neurons, axis {over_neurons}, where the samples, "
-            "axis {over_samples}, belong": lambda v: v.delta.sum(1),
-            "averaged over the wrong axis, that of the neurons, {over_neurons}: the samples, axis "
-            "{over_samples}, are summed": lambda v: v.delta.mean(1),
+            "summed over the wrong axis: over the neurons (axis {over_neurons}), not the samples "
+            "(axis {over_samples})": lambda v: v.delta.sum(1),
+            "averaged over the neurons (axis {over_neurons}): BP3 is a sum over the samples (axis "
+            "{over_samples})": lambda v: v.delta.mean(1),
             "the sum over the samples is missing: all {N} of them use the same b": (
                 lambda v: v.delta
             ),

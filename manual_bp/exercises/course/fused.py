@@ -123,7 +123,7 @@ _SECOND: tuple[Part, ...] = (
         "a is taken as a constant: it depends on a_prev, w and b, and so does σ'(z)": (
             lambda v: torch.zeros_like(v.a)
         ),
-        "the sign of σ'' is wrong: σ is steepest at z = 0, so σ'' is negative beyond": (
+        "the sign of σ'' is wrong: σ' grows for z below 0, so σ'' is positive there": (
             lambda v: slope(v.a) * (2 * v.a - 1)
         ),
         "σ' where σ'' belongs: σ' is to be differentiated by z once more": lambda v: slope(v.a),
