@@ -27,6 +27,7 @@ _PROBLEMS = 3
 # Odd primes, so that no ratio of two of them is 2 or another size.
 _SIZES = (3, 5, 7, 11, 13, 17)
 _SMALLEST = {"K": 2}  # one class alone has nothing to learn
+_OTHER_FORM = "it would be right if samples were"
 _BY_HAND = (
     "autograd computed this gradient. Here it is your turn: write the derivative by hand, as a "
     "formula of ordinary operations"
@@ -149,8 +150,9 @@ def _verdict(exercise: Exercise, answers: Answers, attempt: _Attempt, seed: int)
     if attempt.values.nearby and (not says or "nan" in says or "infinite" in says):
         says = says if says in _sentences(exercise) else exercise.far_says
     note = _other_form(exercise, answers, seed)
-    if not says:
-        says, note = note or UNKNOWN, ""
+    if note and says not in _sentences(exercise):
+        says, note = note, ""
+    says = says or UNKNOWN
     shown = _smallest_like(exercise, answers, attempt, says, seed)
     text = shown[0].format_map(fields(shown[1].values, columns=answers.columns))
     return Verdict("wrong", text, _notes(note), _shown(exercise, answers, shown[1]))
@@ -172,7 +174,7 @@ def _smallest_like(
         small = _attempt(exercise, answers, values)
         if not small.is_wrong or small.broken:
             continue
-        if says in (UNKNOWN, exercise.far_says):
+        if says in (UNKNOWN, exercise.far_says) or says.startswith(_OTHER_FORM):
             return says, small
         there = diagnosis(exercise, values, small.got, small.expected)
         if words(there) == words(says):
@@ -193,7 +195,7 @@ def _of_error(
     line = f"{error.place}{one_line(error.cause)}"
     lines = (line, f"with {shapes(exercise, attempt.values, columns=answers.columns)}")
     if isinstance(error.cause, TooLongError):
-        return Verdict("wrong", str(error.cause), (), lines)
+        return Verdict("wrong", str(error.cause), (), (error.place.removesuffix(": "), lines[1]))
     if isinstance(error.cause, TypeError) and str(error.cause).startswith("only "):
         return Verdict("wrong", _ONE_NUMBER, (), lines)
     sizes = dict.fromkeys(exercise.size_names(), 3)
@@ -224,6 +226,6 @@ def _other_form(exercise: Exercise, answers: Answers, seed: int) -> str:
     form, other = ("rows", "columns") if columns else ("columns", "rows")
     where = ", as in the notes" if columns else ""
     return (
-        f"it would be right if samples were {other}{where}, but in your file they are {form}: "
+        f"{_OTHER_FORM} {other}{where}, but in your file they are {form}: "
         f'write it for {form}, or put SAMPLES = "{other}" at the top and keep to it'
     )

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from manual_bp.exercises._answers import Answers
@@ -77,6 +78,17 @@ def test_what_is_right_in_the_other_form_is_called_that() -> None:
     (note,) = verdict.notes
     assert "right if samples were columns" in note
     assert verdict_on(mistake("sigmoid_prime-overflowing")).notes == ()
+
+
+def test_what_only_the_other_form_explains_is_called_that() -> None:
+    def per_sample_grad_w(delta: Any, a_prev: Any) -> Any:
+        return [np.outer(d, a) for d, a in zip(delta, a_prev, strict=False)]
+
+    answer = Answer("per_sample_grad_w", per_sample_grad_w, "", form="columns")
+    verdict = verdict_on(answer)
+    assert verdict.says.startswith("it would be right if samples were rows")
+    assert verdict.notes == ()
+    assert verdict.lines[-1].strip().startswith(("[", "right"))
 
 
 def test_two_mistakes_at_once_are_both_named() -> None:
