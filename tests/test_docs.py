@@ -14,6 +14,7 @@ import torch
 from experiments.__main__ import experiments
 from experiments.benchmark import __main__ as benchmark
 from experiments.walk import __main__ as walk
+from manual_bp.exercises import __main__ as exercises
 from manual_bp.verify import __main__ as verify
 from manual_bp.verify._global_state import restored
 
@@ -121,8 +122,9 @@ def options_of(page: str) -> set[str]:
 
 @pytest.fixture
 def options(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    with pytest.raises(SystemExit):
-        verify.main(["--help"])
+    for main, arguments in ((verify.main, ["--help"]), (exercises.main, ["start", "--help"])):
+        with pytest.raises(SystemExit):
+            main(arguments)
     found = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     modules: list[Any] = [importlib.import_module(command.split()[-1]) for command in experiments()]
     configs = [module.Config for module in modules if hasattr(module, "Config")]

@@ -80,6 +80,24 @@ def threshold(value: Tensor, got: Tensor | None, expected: Tensor | None) -> str
     return ""
 
 
+def is_like(got: Tensor, value: Tensor, expected: Tensor, budget: Budget) -> bool:
+    """Whether a value is what was found, and much closer to it than the right one.
+
+    Only the first is asked if they cannot be subtracted, because what was found has another shape
+    than the right one or is not finite where that is.
+    """
+    if value.shape != got.shape:
+        return False
+    value = value.to(got.dtype)
+    larger = max(1.0, largest(value) / (largest(expected) or 1.0))
+    loose = replace(budget.loosened(), atol=budget.atol * larger, extra=budget.extra * larger)
+    if loose.wrong(got, value).any():
+        return False
+    if got.shape != expected.shape or (expected.isfinite() & ~got.isfinite()).any():
+        return True
+    return _distance(got, value) <= _UNEXPLAINED * _distance(got, expected)
+
+
 @dataclass(frozen=True)
 class _Difference:
     """What was found and what is right, and where they differ by more than the budget."""
@@ -91,15 +109,7 @@ class _Difference:
 
     def is_like(self, value: Tensor) -> bool:
         """Whether a value is what was found, and much closer to it than the right one."""
-        if value.shape != self.got.shape:
-            return False
-        value = value.to(self.got.dtype)
-        larger = max(1.0, largest(value) / (largest(self.expected) or 1.0))
-        usual = self.budget
-        loose = replace(usual.loosened(), atol=usual.atol * larger, extra=usual.extra * larger)
-        if loose.wrong(self.got, value).any():
-            return False
-        return _distance(self.got, value) <= _UNEXPLAINED * _distance(self.got, self.expected)
+        return is_like(self.got, value, self.expected, self.budget)
 
     def first_like(self, clues: Iterable[tuple[str, Tensor]]) -> str:
         """The first of some mistakes that gives what was found."""

@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 from torch.autograd import Function
 
 from manual_bp.verify import Report, check_function
+from manual_bp.verify._budget import exact_budget
+from manual_bp.verify._diagnose import is_like
 
 Shapes = tuple[tuple[int, ...], ...]
 EPS = 1e-5
@@ -298,3 +300,15 @@ def test_a_mistake_that_is_like_none_gets_no_diagnosis(
         "",
         "not linear in the upstream gradient",
     )
+
+
+def test_a_known_mistake_is_recognized_in_another_shape_and_where_it_is_infinite() -> None:
+    right = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    budget = exact_budget(right)
+    total = right.sum()
+    assert is_like(total, total.clone(), right, budget)
+    assert not is_like(total, 2 * total, right, budget)
+    assert not is_like(total, right, right, budget)
+    overflown = torch.tensor([0.5, torch.inf], dtype=torch.float64)
+    assert is_like(overflown, overflown.clone(), right, budget)
+    assert not is_like(overflown, right, right, budget)
