@@ -23,7 +23,11 @@ from tests.helpers import refusal
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small networks; for per-sample results, the second one has samples of several rows."""
+    """Small networks, and no compiler, since compiling takes a while.
+
+    For per-sample results, the second network has samples of several rows.
+    """
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(measure, "PAUSE", 0.0)
     monkeypatch.setattr(measure, "TURN", 0.002)
     for question in (step, layers):
@@ -90,17 +94,16 @@ def run(
 
 
 def test_step_compares_all_contenders_on_each_net_and_their_memory(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
     lines, (first, second, memory) = run("step", tmp_path / "new", capsys)
     assert lines[0].startswith("command: python -m experiments.benchmark step --rounds 2 --folder")
     assert f"torch {version('torch')}" in lines[2]
     assert lines[4] == "threads: 1; float32 matrix products: highest"
     assert lines[5].startswith("left out, not available: a C++ compiler")
     names = [row["contender"] for row in first]
-    assert names[:3] == ["ours", "torch, SGD", "torch, fused SGD"]
-    assert (names[3], names[-1]) == ("NumPy", "bare products")
+    assert names[:4] == ["ours", "ours, 32 networks", "torch, SGD", "torch, fused SGD"]
+    assert (names[4], names[-1]) == ("NumPy", "bare products")
     assert [row["net"] for row in (first[0], second[0])] == ["6-5-4", "6-4"]
     assert (first[0]["times ours"], first[-1]["times the products"]) == ("1.000", "1.000")
     assert all(float(row["µs"]) > 0 for row in first + second)
@@ -238,6 +241,8 @@ def raises(contender: Contender) -> None:
 INEXACT = re.compile(r"inexact: off by \d\.\de-\d\d, \d\.\de-\d\d allowed")
 RAISES = re.compile("RuntimeError: not supported on this device")
 
+ONLY_COMPILER = {name: p for name, p in step.PEERS.items() if "compiler" in name}  # missing here
+
 every_fault = pytest.mark.parametrize(
     ("fault", "note"), [(is_inexact, INEXACT), (raises, RAISES)], ids=["inexact", "raises"]
 )
@@ -263,7 +268,7 @@ def test_a_peer_that_fails_gets_a_note_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(step, "PEERS", {})  # an export for onnxruntime takes seconds
+    monkeypatch.setattr(step, "PEERS", ONLY_COMPILER)
     monkeypatch.setattr(module, "contenders", planted(module.contenders, name, fault))
     _, found = run(question, tmp_path, capsys, notes=2)
     for table in found[:2]:
@@ -296,7 +301,7 @@ def test_our_own_failure_ends_the_run_with_exit_code_1_after_the_tables_are_writ
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(step, "PEERS", {})  # an export for onnxruntime takes seconds
+    monkeypatch.setattr(step, "PEERS", ONLY_COMPILER)
     monkeypatch.setattr(module, "contenders", planted(module.contenders, name, fault))
     errors: list[str] = []
     printed = capsys.readouterr
