@@ -9,6 +9,7 @@ import torch
 from manual_bp.verify._case import Case
 from manual_bp.verify._check import Check
 from manual_bp.verify._run import Judged, first_outcome, report_on, require_usable
+from manual_bp.verify._warnings import without_pytorch_warnings
 from manual_bp.verify.checks import CHECKS
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def parametrize_with_checks(cases: Iterable[Case], *, slow: bool = True) -> "pyt
     return pytest.mark.parametrize("check", parameters)
 
 
+@without_pytorch_warnings()
 def _judge(case: Case, check: Check, first: Callable[[], Judged]) -> None:
     import pytest
 

@@ -67,7 +67,6 @@ def run(case: Case, only: Iterable[str] | None = None, *, slow: bool = True) -> 
     return report_on(case, chosen, first_outcome(case))
 
 
-@without_pytorch_warnings()
 def first_outcome(case: Case) -> Judged:
     """Whether calls agree.
 
@@ -77,7 +76,6 @@ def first_outcome(case: Case) -> Judged:
         return _outcome(case, _DETERMINISTIC)
 
 
-@without_pytorch_warnings()
 def report_on(case: Case, checks: Iterable[Check], first: Judged) -> Report:
     """Judge a case, of which it is known whether calls agree."""
     with restored(case.device):

@@ -28,6 +28,8 @@ def without_pytorch_warnings() -> Iterator[None]:
     warning of the code under test may name one too: with stacklevel=2 it names the caller, and
     PyTorch calls forward and backward. Such warnings meet the filters that were set outside, and
     are shown once each or raised.
+
+    Not to be entered twice: the inner one would take the outer one for PyTorch.
     """
     filters, show = list(warnings.filters), warnings.showwarning
     shown: set[tuple[object, ...]] = set()

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from manual_bp.verify import Report, check_function, check_module
+from manual_bp.verify import (
+    Report,
+    check_function,
+    check_module,
+    function_case,
+    parametrize_with_checks,
+)
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = [(torch.randn(5, 3, dtype=torch.float64),)]
@@ -135,6 +141,15 @@ def test_a_warning_is_shown_once(candidate: Any) -> None:
         report = checked(candidate, "always")
     assert report.ok, report
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("candidate", WARNING)
+def test_a_warning_fails_a_test_made_for_a_case(candidate: Any) -> None:
+    tests = parametrize_with_checks([function_case(candidate, SAMPLES, torch.square)]).args[1]
+    (test,) = (t.values[0] for t in tests if t.id.endswith("-gradients_match_reference"))
+    with warnings.catch_warnings(action="error"), pytest.raises(pytest.fail.Exception) as failed:
+        test()
+    assert "UserWarning: a slow path" in str(failed.value)
 
 
 def test_a_warning_is_ignored_if_the_filters_say_so() -> None:
