@@ -48,7 +48,7 @@ from manual_bp.training_step import (
     TrainingStep,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adam",
