@@ -1,7 +1,8 @@
 """A run that was not stopped, one that was, a way to stop one, and runs of several processes."""
 
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from experiments import report
 from experiments.train import main
 from tests.experiments import scenarios
 from tests.experiments.runs import QUICK, interrupt, left_by, let_happen, only
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _can_be_interrupted() -> Iterator[None]:
+    """As on a terminal: what a script starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
