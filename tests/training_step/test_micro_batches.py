@@ -32,7 +32,13 @@ from tests.training_step.networks import (
     values,
 )
 
-ALL = [*DESCENTS, *RULES.values(), {"max_norm": 0.05}, {"max_norm": 0.05, "rule": AdamW()}]
+ALL = [
+    *DESCENTS,
+    *RULES.values(),
+    {"dampening": 0.5},  # which has no meaning without momentum
+    {"max_norm": 0.05},
+    {"max_norm": 0.05, "rule": AdamW()},
+]
 
 
 def follow_in_parts(net: nn.Sequential, cost: Cost, steps: int, **descent: Any) -> None:
