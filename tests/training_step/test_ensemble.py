@@ -191,6 +191,14 @@ def test_any_number_and_shape_of_networks_equals_single_runs(
 
 
 @every_own
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 3), (4, 0), (4, 0, 3), (4, 3, 0)], ids=str)
+def test_layers_of_no_neurons_equal_single_runs(sizes: tuple[int, ...], own: bool) -> None:
+    for rule in ({}, {"rule": Adam()}, {"max_norm": 0.1}):
+        follow(networks(sizes=sizes), QuadraticCost(), 2, own=own, **rule)
+
+
+@every_own
 @pytest.mark.parametrize("rule", [{}, {"rule": AdamW()}, {"max_norm": [0.1, 1.0, 9.0]}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ensemble_is_as_accurate_as_single_runs(
