@@ -227,13 +227,17 @@ class EnsembleStep:
         """Continue from what `state_dicts` returned, or as many of `TrainingStep.state_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: There is not one for each network, one of them does not
-                fit its network (see `TrainingStep`), or they differ in what must be the same for
-                all.
+            KeyError, TypeError, ValueError: states is not a sequence of one for each network, one
+                of them does not fit its network (see `TrainingStep`), or they differ in what must
+                be the same for all.
 
         After one of these errors, nothing has changed.
         """
         plan = self._refresh()
+        if isinstance(states, Mapping) or not isinstance(states, Sequence):
+            raise TypeError(
+                f"states must be a sequence, as state_dicts() gives it; got {type(states).__name__}"
+            )
         if len(states) != len(self.nets):
             raise ValueError(
                 f"states must be one for each of {len(self.nets)} networks; got {len(states)}"

@@ -1,7 +1,8 @@
 """Networks of one shape as one: their parameters in common memory, and numbers for each of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def _notice_changes(parsed: Sequence[Parsed], cost: Cost) -> Callable[[], bool]:
 
 def networks(nets: Any) -> tuple[nn.Sequential, ...]:
     """The networks as a tuple; refuse anything but a sequence of some."""
-    if isinstance(nets, nn.Sequential) or not isinstance(nets, Iterable):
+    if isinstance(nets, nn.Sequential | Mapping | Set) or not isinstance(nets, Iterable):
         raise TypeError(f"nets must be a sequence of networks; got {type(nets).__name__}")
     if not (found := tuple(nets)):
         raise ValueError("nets must hold at least one network; got none")
@@ -127,7 +128,7 @@ def spread(name: str, value: Any, networks: int) -> list[Any]:
     """A number for each network, from one for all or a sequence of them. They are not checked."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    elif isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set):
         value = list(value)
     if not isinstance(value, list):
         return [value] * networks
@@ -222,17 +223,12 @@ def _parse(k: int, net: nn.Sequential) -> Parsed:
 def _require_alike(parsed: Sequence[Parsed]) -> None:
     wanted = _description(parsed[0])
     for k, each in enumerate(parsed):
-        for part, other in zip(_description(each), wanted, strict=False):
+        for part, other in zip_longest(_description(each), wanted, fillvalue="nothing more"):
             if part != other:
                 raise ValueError(
                     f"nets[{k}] must be like nets[0] in all but values; got {part} instead of "
                     f"{other}"
                 )
-        if len(_description(each)) != len(wanted):
-            raise ValueError(
-                f"nets[{k}] must be like nets[0] in all but values; got {len(each.net)} modules "
-                f"instead of {len(parsed[0].net)}"
-            )
 
 
 def _description(parsed: Parsed) -> list[str]:

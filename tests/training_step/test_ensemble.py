@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -480,7 +481,10 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         freeze_one,
         r"nets\[1\] must be like nets\[0\].*got 2.bias .*frozen instead of .*learned",
     ),
-    "modules": (lengthen_one, r"nets\[1\] must be like nets\[0\].*got 7 modules instead of 6"),
+    "modules": (
+        lengthen_one,
+        r"nets\[1\] must be like nets\[0\].*got Tanh\(\) after 4 instead of nothing more",
+    ),
     "option": (
         other_slope,
         r"nets\[1\] must be like nets\[0\].*LeakyReLU\(.*0.7\) after 0 instead",
@@ -520,6 +524,12 @@ X, Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
         ({"nets": network()}, TypeError, "nets must be a sequence of networks; got Sequential"),
         ({"nets": 3}, TypeError, "nets must be a sequence of networks; got int"),
         ({"nets": []}, ValueError, "nets must hold at least one network; got none"),
+        ({"nets": set(NETS)}, TypeError, "nets must be a sequence of networks; got set"),
+        (
+            {"nets": [networks(1, bias=False)[0], NETS[0]]},
+            ValueError,
+            r"nets\[1\] must be like nets\[0\].*got 0.bias of .* instead of Sigmoid",
+        ),
         ({"nets": [NETS[0], NETS[0]]}, ValueError, r"0.weight of nets\[1\] must share no memory"),
         ({"nets": [NETS[0], Linear(2, 3)]}, TypeError, r"nets\[1\]: net must be an nn.Sequential"),
         ({"lr": [0.1]}, ValueError, "lr must be a number, or one for each of 2 networks; got 1"),
@@ -612,6 +622,8 @@ def test_rates_can_be_set_between_steps() -> None:
         ((1, 2, 3), [1, 2, 3]),
         (0.5 * step.lr, [0.05, 0.1, 0.15]),
     ]
+        (np.array(0.25), [0.25] * 3),
+        (np.array([1.0, 2.0, 3.0]), [1, 2, 3]),
     for value, expected in cases:
         step.lr = value
         assert step.lr.tolist() == expected
@@ -664,13 +676,16 @@ def test_states_that_do_not_go_together_are_refused() -> None:
     step = EnsembleStep(nets, QuadraticCost(), 0.3, rule=Adam())
     step(*batch(nets[0], step.cost, 4))
     once = step.state_dicts()
-    for states, message in (
+    cases: list[tuple[Any, str]] = [
+        (None, "states must be a sequence, as state_dicts.. gives it; got NoneType"),
+        (plain[0], "states must be a sequence, as state_dicts.. gives it; got dict"),
         (plain[:1], "states must be one for each of 2 networks; got 1"),
         ([plain[0], adam[1]], r"must be"),
         ([adam[0], once[1]], r"nets\[1\] must have taken as many steps as nets\[0\]"),
         ([plain[0], {}], r"nets\[1\]: state must have the keys"),
-    ):
-        with pytest.raises((KeyError, ValueError), match=message):
+    ]
+    for states, message in cases:
+        with pytest.raises((KeyError, TypeError, ValueError), match=message):
             step.load_state_dicts(states)
     assert step.lr.tolist() == [0.3, 0.3]
 
