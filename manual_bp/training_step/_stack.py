@@ -75,22 +75,32 @@ class EnsemblePlan(Plan):
             together = _together(self.each, stacked[names[0]])
             computation = Computation(first.input_activations, first.layers, cost, together)
             self._prepare(computation, stacked, None, state)
-            self.set_rates(rates)
+            self._use_rates(rates)
             learned = computation.learned
             self.learned = [parameters[name].detach() for parameters in owned for name in learned]
             # Not a method: a reference to itself would keep the memory of a replaced plan.
             self.is_current = _notice_changes(parsed, cost)
 
-    def set_rates(self, rates: Sequence[float]) -> None:
-        """Set the learning rate of each network; they must have been checked."""
-        self.rates = list(rates)
+    def set_rates(self, lr: Any) -> None:
+        """Set the learning rate of all networks, or of each; refuse what is none."""
+        rates = spread("lr", lr, len(self.each))
+        if rates == self.rates:
+            return
+        for k, descent in enumerate(self.each):
+            with naming(k):
+                rates[k] = _checks.checked_number("lr", rates[k])
+                _checks.require_within(self.dtype, rates[k], descent)
+        self._use_rates(rates)
+
+    def _use_rates(self, rates: list[float]) -> None:
+        self.rates = rates
         # Always a new tensor: by that, a pass notices.
         self.lr = _of_each(self.rates, next(iter(self.parameters.values())))
 
     @property
-    def given(self) -> tuple[list[float], Descent, State]:
-        """The last three arguments, with which another plan continues this one."""
-        return self.rates, gathered(self.each), self.state
+    def given(self) -> tuple[Descent, State]:
+        """The last two arguments, with which another plan continues this one."""
+        return gathered(self.each), self.state
 
 
 def _notice_changes(parsed: Sequence[Parsed], cost: Cost) -> Callable[[], bool]:
@@ -126,7 +136,7 @@ def naming(k: int) -> Iterator[None]:
 
 def spread(name: str, value: Any, networks: int) -> list[Any]:
     """A number for each network, from one for all or a sequence of them. They are not checked."""
-    if isinstance(value, Tensor):
+    if hasattr(value, "tolist"):  # a tensor, or an array of NumPy
         value = value.tolist()
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set):
         value = list(value)

@@ -536,6 +536,8 @@ X, Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
         ({"lr": torch.ones(3)}, ValueError, "lr must be a number, or one for each of 2 .*; got 3"),
         ({"lr": [0.1, -1]}, ValueError, r"nets\[1\]: lr must be at least 0; got -1"),
         ({"lr": "0.1"}, TypeError, r"nets\[0\]: lr must be a number; got str"),
+        ({"lr": {0.1, 0.2}}, TypeError, r"nets\[0\]: lr must be a number; got set"),
+        ({"lr": b"ab"}, TypeError, r"nets\[0\]: lr must be a number; got bytes"),
         ({"momentum": [0.1, math.nan]}, ValueError, r"nets\[1\]: momentum must be at least 0"),
         (
             {"momentum": [0.1, 0.0], "nesterov": True},
@@ -620,10 +622,10 @@ def test_rates_can_be_set_between_steps() -> None:
     cases: list[tuple[Any, list[float]]] = [
         (0.5, [0.5] * 3),
         ((1, 2, 3), [1, 2, 3]),
-        (0.5 * step.lr, [0.05, 0.1, 0.15]),
-    ]
         (np.array(0.25), [0.25] * 3),
         (np.array([1.0, 2.0, 3.0]), [1, 2, 3]),
+        (0.5 * step.lr, [0.05, 0.1, 0.15]),
+    ]
     for value, expected in cases:
         step.lr = value
         assert step.lr.tolist() == expected
@@ -635,7 +637,38 @@ def test_rates_can_be_set_between_steps() -> None:
     for value, message in refused:
         with pytest.raises(ValueError, match=message):
             step.lr = value
+    with pytest.raises(TypeError, match=r"nets\[0\]: lr must be a number; got NoneType"):
+        step.lr = None  # type: ignore[assignment]
     assert step.lr.tolist() == [0.05, 0.1, 0.15]
+
+
+def test_rates_can_be_changed_in_place() -> None:
+    nets, cost, rates = networks(), QuadraticCost(), [0.1, 0.2, 0.3]
+    step, singles = EnsembleStep(nets, cost, 0.1), Singles(nets, cost, lr=0.1)
+    base = step.lr
+    step.lr = rates
+    assert base.tolist() == [0.1] * 3  # a schedule may start from it
+    for change in (lambda _: None, moved, lambda _: None):  # a new plan in between, too
+        change(nets)
+        step.lr[1] *= 2
+        step.lr *= 0.5
+        for single, rate in zip(singles.steps, step.lr.tolist(), strict=True):
+            single.lr = rate
+        assert [state["lr"] for state in step.state_dicts()] == step.lr.tolist()
+        x, y = batch(nets[0], cost, 4)
+        torch.testing.assert_close(step(x, y), singles(x, y))
+    assert_all_follow(nets, singles.nets)
+    assert step.lr.tolist() == [0.0125, 0.2, 0.0375]
+    before = [v for net in nets for v in values(net)]
+    step.lr[2] = math.nan
+    for call in (lambda: step(x, y), lambda: step.epoch(x, y, torch.arange(4), 2)):
+        with pytest.raises(ValueError, match=r"nets\[2\]: lr must be at least 0; got nan"):
+            call()
+    assert all(
+        torch.equal(*p) for p in zip(before, (v for n in nets for v in values(n)), strict=True)
+    )
+    step.lr = 0.1
+    step(x, y)
 
 
 @pytest.mark.parametrize(
