@@ -363,6 +363,8 @@ def test_what_does_not_fit_a_package_is_refused(package: Path, tmp_path: Path) -
         (TypeError, "must be of float64 on the CPU, as compiled; got float32",
          good | {"0.weight": w.float()}),
         (ValueError, "5.bias must share no memory with 5.weight",
+        (ValueError, r"'0.weight'\] must hold its values themselves; got a negated view",
+         good | {"0.weight": torch.complex(w, -w).conj().imag}),
          good | {"5.weight": shared[:3].view(3, 1), "5.bias": shared[2:5]}),
     ]  # fmt: skip
     for error, message, parameters in wrong:
