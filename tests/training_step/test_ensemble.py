@@ -732,7 +732,7 @@ def test_step_is_the_same_in_every_grad_mode_and_in_compiled_code() -> None:
             step(x, y)
         singles(x.clone(), y.clone())
     assert_all_follow(nets, singles.nets)
-    with pytest.raises(RuntimeError, match=r"EnsembleStep must be called outside of torch.func"):
+    with pytest.raises(RuntimeError, match=r"^EnsembleStep must be called outside of torch.func"):
         torch.func.vmap(step)(x.clone()[None], y.clone()[None])
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="outside of autocast"):
         step(x, y)
