@@ -46,7 +46,8 @@ class EnsembleStep:
 
     Memory: K times that of a `TrainingStep`, without its (N, N) matrices, as gradients are always
     computed for clipping. If all networks read the same x, clipping also needs the δ of the first
-    layers a second time.
+    layers a second time. The common memory lasts as long as any of the networks: to keep one only,
+    keep a `copy.deepcopy` of it.
 
     Raises:
         TypeError, ValueError: As for `TrainingStep`; or networks are not alike, share memory with
