@@ -109,7 +109,7 @@ class CompiledStep:
         given = dict(parameters) | {f"{n} of {s}": t for s in kept for n, t in kept[s].items()}
         _checks.require_all_apart(given)
         step._require_current = partial(
-            _require_unmoved, [(name, t, t.detach()) for name, t in given.items()]
+            _require_unmoved, [(name, t, t.detach(), t.data_ptr()) for name, t in given.items()]
         )
         step.lr = lr
         return step
@@ -243,10 +243,10 @@ class CompiledStep:
         return t
 
 
-def _require_unmoved(given: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+def _require_unmoved(given: Sequence[tuple[str, Tensor, Tensor, int]]) -> None:
     """Refuse to go on in memory that parameters or state, given by name, have left."""
-    for name, tensor, memory in given:
-        if not tensor.is_set_to(memory):
+    for name, tensor, memory, address in given:
+        if not tensor.is_set_to(memory) or tensor.data_ptr() != address:
             raise RuntimeError(
                 f"parameters and state must be in the memory that they had when the step was "
                 f"loaded; got {name} in another: load again"

@@ -1,6 +1,6 @@
 """Networks of one shape as one: their parameters in common memory, and numbers for each of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -78,8 +78,8 @@ class EnsemblePlan(Plan):
             self._use_rates(rates)
             learned = computation.learned
             self.learned = [parameters[name].detach() for parameters in owned for name in learned]
-            # Not a method: a reference to itself would keep the memory of a replaced plan.
-            self.is_current = _notice_changes(parsed, cost)
+            snapshot = Snapshot([(each.net, each.layers) for each in parsed], cost)
+            self.is_current = snapshot.is_unchanged
 
     def set_rates(self, lr: Any) -> None:
         """Set the learning rate of all networks, or of each; refuse what is none."""
@@ -101,19 +101,6 @@ class EnsemblePlan(Plan):
     def given(self) -> tuple[Descent, State]:
         """The last two arguments, with which another plan continues this one."""
         return gathered(self.each), self.state
-
-
-def _notice_changes(parsed: Sequence[Parsed], cost: Cost) -> Callable[[], bool]:
-    """Whether networks and cost are still what they are now, and parameters where they are now."""
-    snapshot = Snapshot([(each.net, each.layers) for each in parsed], cost)
-    moved = [p.detach() for each in parsed for p in each.parameters.values()]
-    addresses = [p.data_ptr() for p in moved]
-
-    def are_unchanged() -> bool:
-        # share_memory_ changes the address of a storage, which remains the same object.
-        return addresses == [*map(Tensor.data_ptr, moved)] and snapshot.is_unchanged()
-
-    return are_unchanged
 
 
 def networks(nets: Any) -> tuple[nn.Sequential, ...]:

@@ -260,7 +260,7 @@ def test_refused_batch_changes_nothing(package: Path) -> None:
             compiled(*pair)
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="outside of autocast"):
         compiled(x, y)
-    with pytest.raises(RuntimeError, match="^CompiledStep must be called outside of"):
+    with pytest.raises(RuntimeError, match=r"^CompiledStep must be called outside of"):
         torch.func.vmap(lambda x: compiled(x, y))(x[None])
     assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
 
@@ -396,7 +396,7 @@ def join_an_ensemble(net: nn.Sequential) -> None:
     EnsembleStep([net], SoftmaxCrossEntropyCost(), 0.1)
 
 
-@pytest.mark.parametrize("change", [double, join_an_ensemble])
+@pytest.mark.parametrize("change", [double, join_an_ensemble, nn.Module.share_memory])
 def test_a_loaded_step_refuses_parameters_and_state_that_have_moved(
     change: Callable[[nn.Sequential], None], package: Path
 ) -> None:
