@@ -124,11 +124,12 @@ def above(name: str, value: object, least: float) -> None:
         raise ValueError(f"{name} must be above {least}; got {value}")
 
 
-def count(name: str, value: object) -> None:
-    """Refuse anything but an integer of at least 1."""
-    if not isinstance(value, Integral):
+def count(name: str, value: object) -> int:
+    """The integer as an int, NumPy's too; refuse anything but one of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     at_least(name, int(value), 1)
+    return int(value)
 
 
 def not_zero(name: str, value: float) -> None:

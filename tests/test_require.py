@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,9 @@ ROW = torch.ones(1, 3)
         ("matrix", ("a", ROW[0], "(m, n)"), ValueError, r"a must have shape \(m, n\); got \(3,\)"),
         ("components", ("a", ROW[0, 0]), ValueError, "a must have at least one dimension"),
         ("components", ("a", ROW, 4, "why"), ValueError, "a must have last dimension 4, why; got"),
+        ("count", ("n", 0), ValueError, "n must be at least 1; got 0"),
+        ("count", ("n", 2.0), TypeError, "n must be an integer; got float"),
+        ("count", ("n", True), TypeError, "n must be an integer; got bool"),
         ("one_of", ("a", "c", ("a", "b")), ValueError, "a must be one of 'a', 'b'; got 'c'"),
         ("indices", ("y", ROW[0].bool(), "z", ROW), TypeError, "y must hold integers or prob"),
         ("indices", ("y", torch.tensor([3]), "z", ROW), ValueError, "class indices from 0 to 2"),
@@ -74,6 +78,7 @@ def test_a_bad_argument_is_refused_by_its_name(
         ("shape", ("a", ROW, (1, 3), "why")),
         ("matrix", ("a", ROW, "(m, n)")),
         ("components", ("a", ROW, 3, "why")),
+        ("count", ("n", np.int64(1))),
         ("one_of", ("a", "b", ("a", "b"))),
         ("indices", ("y", torch.tensor([2]), "z", ROW)),
         ("indices", ("y", torch.tensor([], dtype=torch.int64), "z", ROW[:0])),

@@ -228,7 +228,7 @@ class Trace:
             TypeError: size is not an integer.
             ValueError: size is below 1; or the layers saw different numbers of samples.
         """
-        _require.count("size", size)
+        size = _require.count("size", size)
         layers, batch = self._layers_of_samples(), self.samples
         for start in range(0, batch, size):
             parts = tuple(layer.part(start, start + size) for layer in layers)

@@ -224,12 +224,12 @@ def refuse_tracing(step: object) -> None:
     kind = type(step).__name__
     if transforms_are_active():
         raise RuntimeError(
-            f"a {kind} must be called outside of torch.func's transforms (vmap, grad, jvp ...), "
+            f"{kind} must be called outside of torch.func's transforms (vmap, grad, jvp ...), "
             f"because it updates parameters in place and has no derivative"
         )
     if is_exporting():
         raise RuntimeError(
-            f"a {kind} must not be traced by torch.export; for a TrainingStep, use its own "
+            f"{kind} must not be traced by torch.export; for a TrainingStep, use its own "
             f"export() and export_onnx()"
         )
 
@@ -247,6 +247,6 @@ def refuse_autocast() -> None:
     """Refuse to run in an autocast region."""
     if any_autocast_is_on():
         raise RuntimeError(
-            "a TrainingStep must be called outside of autocast; it trains in its parameters' "
+            "a training step must be called outside of autocast; it trains in its parameters' "
             "own dtype"
         )

@@ -1,6 +1,7 @@
 """A training step as machine code, called as a TrainingStep is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,7 @@ class CompiledStep:
     Attributes:
         lr: The learning rate η. If a TrainingStep was compiled, that of the TrainingStep.
         state: What the rule keeps, as velocities: by the kind of it, and then by the names of the
-            parameters. Empty without momentum.
+            parameters. Empty without momentum. Copy values into these tensors to change them.
 
     Examples:
         >>> step = TrainingStep(nn.Sequential(Linear(3, 2), Sigmoid()), QuadraticCost(), lr=3.0)
@@ -62,12 +63,12 @@ class CompiledStep:
         for slot, wanted in of.state.items():
             _checks.require_mapping(slot, state[slot])
             _package.require_fitting(slot, state[slot], wanted)
-        self.state = {
+        self._kept = {
             slot: {n: state[slot][n].detach() for n in of.state[slot]} for slot in of.state
         }
         self._norm = norm if of.clips else None
         self._state = [parameters[name].detach() for name in of.parameters]
-        self._state += (t for kept in self.state.values() for t in kept.values())
+        self._state += (t for kept in self._kept.values() for t in kept.values())
         self._state += [] if self._norm is None else [self._norm]
         self._memories = [memory_of(tensor) for tensor in self._state]
         self._dtype: torch.dtype = getattr(torch, of.dtype)
@@ -104,10 +105,19 @@ class CompiledStep:
         if state is not None:
             _checks.require_mapping("state", state)
         step = cls(path, parameters, state, None, SimpleNamespace(lr=0.0))
-        kept = {f"{n} of {slot}": t for slot in step.state for n, t in step.state[slot].items()}
-        _checks.require_all_apart(dict(parameters) | kept)
+        kept = state or {}
+        given = dict(parameters) | {f"{n} of {s}": t for s in kept for n, t in kept[s].items()}
+        _checks.require_all_apart(given)
+        step._require_current = partial(
+            _require_unmoved, [(name, t, t.detach(), t.data_ptr()) for name, t in given.items()]
+        )
         step.lr = lr
         return step
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the rule keeps: by the kind of it, and then by the names of the parameters."""
+        return self._kept
 
     @property
     def lr(self) -> float:
@@ -139,7 +149,8 @@ class CompiledStep:
         Raises:
             TypeError, ValueError: x or y does not fit.
             RuntimeError: Network, cost, momentum or velocities have changed since (see
-                `TrainingStep`); or autocast is on, or a transform traces the call.
+                `TrainingStep`); or tensors given to `load` have been moved or cast since; or
+                autocast is on, or a transform traces the call.
         """
         if _checks.is_traced():
             return _checks.call_untraced(self, self, x, y)
@@ -230,6 +241,16 @@ class CompiledStep:
             if start < last and first < end:
                 return t.clone()
         return t
+
+
+def _require_unmoved(given: Sequence[tuple[str, Tensor, Tensor, int]]) -> None:
+    """Refuse to go on in memory that parameters or state, given by name, have left."""
+    for name, tensor, memory, address in given:
+        if not tensor.is_set_to(memory) or tensor.data_ptr() != address:
+            raise RuntimeError(
+                f"parameters and state must be in the memory that they had when the step was "
+                f"loaded; got {name} in another: load again"
+            )
 
 
 def compile_step(

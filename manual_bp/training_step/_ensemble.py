@@ -36,7 +36,7 @@ class EnsembleStep:
 
     Attributes:
         nets, cost: As given; nets is a tuple.
-        lr: The learning rates, (K,), of float64; may be set, as the argument.
+        lr: The learning rates, (K,), of float64; may be set, as the argument, or changed in place.
         grad_norm: The norm of the last gradient of each network before it was clipped, (K,).
 
     The step moves the parameters into common memory, when it is made and whenever they have been
@@ -46,7 +46,8 @@ class EnsembleStep:
 
     Memory: K times that of a `TrainingStep`, without its (N, N) matrices, as gradients are always
     computed for clipping. If all networks read the same x, clipping also needs the δ of the first
-    layers a second time.
+    layers a second time. The common memory lasts as long as any of the networks: to keep one only,
+    keep a `copy.deepcopy` of it.
 
     Raises:
         TypeError, ValueError: As for `TrainingStep`; or networks are not alike, share memory with
@@ -79,7 +80,11 @@ class EnsembleStep:
         self._nets, self._cost = networks(nets), cost
         groups = {} if groups is None else groups
         descent = Descent(momentum, weight_decay, dampening, nesterov, rule, groups, max_norm)
-        self._plan = EnsemblePlan(self._nets, cost, lr, descent, {})
+        self._adopt(EnsemblePlan(self._nets, cost, lr, descent, {}))
+
+    def _adopt(self, plan: EnsemblePlan) -> None:
+        with torch.inference_mode(False):
+            self._plan, self._lr = plan, torch.tensor(plan.rates, dtype=torch.float64, device="cpu")
 
     @property
     def nets(self) -> tuple[nn.Sequential, ...]:
@@ -93,18 +98,13 @@ class EnsembleStep:
 
     @property
     def lr(self) -> Tensor:
-        """The learning rate η of each network, (K,)."""
-        return torch.tensor(self._plan.rates, dtype=torch.float64)
+        """The learning rate η of each network, (K,), on the CPU."""
+        return self._lr
 
     @lr.setter
     def lr(self, value: Numbers) -> None:
-        plan = self._refresh()
-        rates = spread("lr", value, len(self.nets))
-        for k, descent in enumerate(plan.each):
-            with naming(k):
-                rates[k] = _checks.checked_number("lr", rates[k])
-                _checks.require_within(plan.dtype, rates[k], descent)
-        plan.set_rates(rates)
+        # A new tensor: the old one may be what a schedule starts from.
+        self._adopt(self._refresh(spread("lr", value, len(self.nets))))
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -199,12 +199,13 @@ class EnsembleStep:
                 f"y must have the first sizes of x, {tuple(x.shape[:-1])}; got {tuple(y.shape)}"
             )
 
-    def _refresh(self) -> EnsemblePlan:
-        """The plan for networks and cost as they are now."""
-        plan = self._plan
+    def _refresh(self, lr: Numbers | None = None) -> EnsemblePlan:
+        """The plan for networks, cost and rates as they are now, or for other rates."""
+        plan, lr = self._plan, self._lr if lr is None else lr
         if not plan.is_current():
-            plan = EnsemblePlan(self._nets, self._cost, *plan.given)
+            plan = EnsemblePlan(self._nets, self._cost, lr, *plan.given)
             self._plan = plan
+        plan.set_rates(lr)
         return plan
 
     def state_dicts(self) -> list[dict[str, Any]]:
@@ -215,7 +216,7 @@ class EnsembleStep:
         """
         plan = self._plan
         found = []
-        for k, (lr, descent) in enumerate(zip(plan.rates, plan.each, strict=True)):
+        for k, (lr, descent) in enumerate(zip(self.lr.tolist(), plan.each, strict=True)):
             state = {
                 slot: {n: t if slot == STEPS else t[k] for n, t in kept.items()}
                 for slot, kept in plan.state.items()
@@ -227,13 +228,17 @@ class EnsembleStep:
         """Continue from what `state_dicts` returned, or as many of `TrainingStep.state_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: There is not one for each network, one of them does not
-                fit its network (see `TrainingStep`), or they differ in what must be the same for
-                all.
+            KeyError, TypeError, ValueError: states is not a sequence of one for each network, one
+                of them does not fit its network (see `TrainingStep`), or they differ in what must
+                be the same for all.
 
         After one of these errors, nothing has changed.
         """
         plan = self._refresh()
+        if isinstance(states, Mapping) or not isinstance(states, Sequence):
+            raise TypeError(
+                f"states must be a sequence, as state_dicts() gives it; got {type(states).__name__}"
+            )
         if len(states) != len(self.nets):
             raise ValueError(
                 f"states must be one for each of {len(self.nets)} networks; got {len(states)}"
@@ -244,7 +249,8 @@ class EnsembleStep:
                 own = {name: t[k] for name, t in plan.parameters.items()}
                 read.append(_state.read(state, own))
         rates, descents, kept = zip(*read, strict=True)
-        self._plan = EnsemblePlan(self._nets, self._cost, rates, gathered(descents), stacked(kept))
+        descent, state = gathered(descents), stacked(kept)
+        self._adopt(EnsemblePlan(self._nets, self._cost, rates, descent, state))
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the plan: see TrainingStep.
@@ -252,10 +258,10 @@ class EnsembleStep:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._plan = EnsemblePlan(self._nets, self._cost, *state["_plan"])
+        self._plan = EnsemblePlan(self._nets, self._cost, self._lr, *state["_plan"])
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.nets)} times {self.nets[0]!r}, cost={self.cost!r}, "
-            f"lr={self._plan.rates})"
+            f"lr={self.lr.tolist()})"
         )

@@ -45,6 +45,7 @@ def run_epoch(
     batch_size: int,
 ) -> Tensor:
     """The cost of each batch, from samples in this order; the last batch may be smaller."""
+    batch_size = int(batch_size)  # torch.split refuses integers of NumPy
     size = max(1, x[:1].numel() * x.itemsize * batch_size)
     block = min(len(order), max(1, GATHERED // size) * batch_size)
     # Always the same memory: new memory would have to be mapped, which takes longer than the copy.

@@ -135,10 +135,10 @@ class PassLayer:
 
         self.times_sigma_prime_ = times_sigma_prime_
         self.mm, self.addmm = torch.mm, torch.addmm
-        self.w_t = self.w.view(wide, -1).mT
+        self.w_t = self.w.flatten(0, 1).mT
         self.b = None if self.b is None else self.b.view(wide)
         if self.learned_w is not None:
-            self.add_grad_w_ = self.learned_w.target.view(wide, -1).addmm_
+            self.add_grad_w_ = self.learned_w.target.flatten(0, 1).addmm_
 
     def keep_a(self, backup: Tensor) -> None:
         """Have σ' leave a as it is, by means of a copy in a buffer (N, out)."""
@@ -172,7 +172,8 @@ class PassLayer:
             if self.delta_t.ndim == w.ndim:
                 self.blocks.append((rows, self.delta_t[rows], grad_w, grad_w))
             else:
-                delta_t = self.delta_t.view(*self.w.shape[:2], -1)[rows].flatten(0, 1)
+                samples = self.delta_t.shape[-1]
+                delta_t = self.delta_t.view(*self.w.shape[:2], samples)[rows].flatten(0, 1)
                 self.blocks.append((rows, delta_t, product, grad_w))
 
 

@@ -30,7 +30,7 @@ class MicroBatches:
     def __call__(self, x: Tensor, y: Tensor, size: int) -> Tensor:
         """Take one step on a whole batch; returns C before it."""
         plan = self._plan
-        _require.count("micro_batch", size)
+        size = _require.count("micro_batch", size)
         _net.require_input(x, plan.computation.layers[0])
         _require.tensor("y", y)
         if x.ndim < 2:

@@ -241,6 +241,8 @@ def require_fitting(name: str, tensors: Mapping[str, Tensor], wanted: dict[str, 
                 f"{place} must be of {dtype} on the CPU, as compiled; got {_name(tensor.dtype)} on "
                 f"{tensor.device}"
             )
+        if tensor.is_neg():
+            raise ValueError(f"{place} must hold its values themselves; got a negated view")
         if list(tensor.stride()) != strides:
             raise ValueError(
                 f"{place} must have the strides {tuple(strides)}, as compiled; got "

@@ -48,7 +48,7 @@ class SGD:
         share: Any = 1.0  # of g in v: PyTorch dampens from the second step on
         if isinstance(t, Tensor):
             share = 1 - self.dampening * (t > 1).to(t.dtype)
-        elif is_used(self.dampening) and t > 1:
+        elif STEPS in self.slots and t > 1:
             share = 1 - self.dampening
         return lr, weight_decay, share, self.momentum
 

@@ -98,20 +98,25 @@ class Snapshot:
         # A bind of the cost's own may have captured the value of any attribute. Otherwise forward
         # and gradient read them at each call, and may set some, such as a counter.
         self._cost = CostAttributes(cost, None if bind_fits(cost) else _READ_ONCE)
-        self._held: list[tuple[dict[str, Any], str, Any, bool, Any]] = []
+        self._held: list[tuple[dict[str, Any], str, Any, bool, Any, int]] = []
         for layer in [layer for _, layers in networks for layer in layers]:
             holders = own_parameters(layer.module), own_buffers(layer.module)
             for name, p in (("weight", layer.w), ("bias", layer.b)):
-                then = (p, False, None) if p is None else (p, p.requires_grad, p.detach())
+                then: Any = (p, False, None, 0)
+                if p is not None:
+                    then = (p, p.requires_grad, p.detach(), p.data_ptr())
                 self._held += [(held, name, *then) for held in holders if p is None or name in held]
 
     def is_unchanged(self) -> bool:
         """Whether network and cost are what they were."""
-        for held, name, parameter, learns, memory in self._held:
+        for held, name, parameter, learns, memory, address in self._held:
             if held.get(name) is not parameter:
                 return False
+            # share_memory_ changes the address of a storage, which remains the same object.
             if parameter is not None and (
-                parameter.requires_grad is not learns or not parameter.is_set_to(memory)
+                parameter.requires_grad is not learns
+                or not parameter.is_set_to(memory)
+                or parameter.data_ptr() != address
             ):
                 return False
         for module, name, option in self._options:

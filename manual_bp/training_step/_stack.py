@@ -1,7 +1,8 @@
 """Networks of one shape as one: their parameters in common memory, and numbers for each of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -74,40 +75,37 @@ class EnsemblePlan(Plan):
             together = _together(self.each, stacked[names[0]])
             computation = Computation(first.input_activations, first.layers, cost, together)
             self._prepare(computation, stacked, None, state)
-            self.set_rates(rates)
+            self._use_rates(rates)
             learned = computation.learned
             self.learned = [parameters[name].detach() for parameters in owned for name in learned]
-            # Not a method: a reference to itself would keep the memory of a replaced plan.
-            self.is_current = _notice_changes(parsed, cost)
+            snapshot = Snapshot([(each.net, each.layers) for each in parsed], cost)
+            self.is_current = snapshot.is_unchanged
 
-    def set_rates(self, rates: Sequence[float]) -> None:
-        """Set the learning rate of each network; they must have been checked."""
-        self.rates = list(rates)
+    def set_rates(self, lr: Any) -> None:
+        """Set the learning rate of all networks, or of each; refuse what is none."""
+        rates = spread("lr", lr, len(self.each))
+        if rates == self.rates:
+            return
+        for k, descent in enumerate(self.each):
+            with naming(k):
+                rates[k] = _checks.checked_number("lr", rates[k])
+                _checks.require_within(self.dtype, rates[k], descent)
+        self._use_rates(rates)
+
+    def _use_rates(self, rates: list[float]) -> None:
+        self.rates = rates
         # Always a new tensor: by that, a pass notices.
         self.lr = _of_each(self.rates, next(iter(self.parameters.values())))
 
     @property
-    def given(self) -> tuple[list[float], Descent, State]:
-        """The last three arguments, with which another plan continues this one."""
-        return self.rates, gathered(self.each), self.state
-
-
-def _notice_changes(parsed: Sequence[Parsed], cost: Cost) -> Callable[[], bool]:
-    """Whether networks and cost are still what they are now, and parameters where they are now."""
-    snapshot = Snapshot([(each.net, each.layers) for each in parsed], cost)
-    moved = [p.detach() for each in parsed for p in each.parameters.values()]
-    addresses = [p.data_ptr() for p in moved]
-
-    def are_unchanged() -> bool:
-        # share_memory_ changes the address of a storage, which remains the same object.
-        return addresses == [*map(Tensor.data_ptr, moved)] and snapshot.is_unchanged()
-
-    return are_unchanged
+    def given(self) -> tuple[Descent, State]:
+        """The last two arguments, with which another plan continues this one."""
+        return gathered(self.each), self.state
 
 
 def networks(nets: Any) -> tuple[nn.Sequential, ...]:
     """The networks as a tuple; refuse anything but a sequence of some."""
-    if isinstance(nets, nn.Sequential) or not isinstance(nets, Iterable):
+    if isinstance(nets, nn.Sequential | Mapping | Set) or not isinstance(nets, Iterable):
         raise TypeError(f"nets must be a sequence of networks; got {type(nets).__name__}")
     if not (found := tuple(nets)):
         raise ValueError("nets must hold at least one network; got none")
@@ -125,9 +123,9 @@ def naming(k: int) -> Iterator[None]:
 
 def spread(name: str, value: Any, networks: int) -> list[Any]:
     """A number for each network, from one for all or a sequence of them. They are not checked."""
-    if isinstance(value, Tensor):
+    if hasattr(value, "tolist"):  # a tensor, or an array of NumPy
         value = value.tolist()
-    elif isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set):
         value = list(value)
     if not isinstance(value, list):
         return [value] * networks
@@ -222,17 +220,12 @@ def _parse(k: int, net: nn.Sequential) -> Parsed:
 def _require_alike(parsed: Sequence[Parsed]) -> None:
     wanted = _description(parsed[0])
     for k, each in enumerate(parsed):
-        for part, other in zip(_description(each), wanted, strict=False):
+        for part, other in zip_longest(_description(each), wanted, fillvalue="nothing more"):
             if part != other:
                 raise ValueError(
                     f"nets[{k}] must be like nets[0] in all but values; got {part} instead of "
                     f"{other}"
                 )
-        if len(_description(each)) != len(wanted):
-            raise ValueError(
-                f"nets[{k}] must be like nets[0] in all but values; got {len(each.net)} modules "
-                f"instead of {len(parsed[0].net)}"
-            )
 
 
 def _description(parsed: Parsed) -> list[str]:

@@ -26,6 +26,7 @@ from tests.training_step.networks import (
     Reference,
     assert_follows,
     batch,
+    both,
     network,
     values,
 )
@@ -195,6 +196,18 @@ def test_moved_or_replaced_parameters_are_noticed(change: Any) -> None:
         step(x, y)
         reference(x, y)
         change(net)
+    assert_follows(net, reference.net)
+
+
+def test_parameter_as_input_is_read_before_its_update_in_shared_memory_too() -> None:
+    net, cost = network(), QuadraticCost()
+    step, reference = both(net, cost, 0.1)
+    x, y = batch(net, cost, 5)
+    torch.testing.assert_close(step(x, y), reference(x, y))
+    net.share_memory()
+    w = net.get_parameter("0.weight").detach()
+    expected = reference(w.clone(), y)
+    torch.testing.assert_close(step(w, y), expected)
     assert_follows(net, reference.net)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from manual_bp import (
     CompiledStep,
     Cost,
+    EnsembleStep,
     LeakyReLU,
     Linear,
     QuadraticCost,
@@ -259,7 +260,7 @@ def test_refused_batch_changes_nothing(package: Path) -> None:
             compiled(*pair)
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="outside of autocast"):
         compiled(x, y)
-    with pytest.raises(RuntimeError, match="a CompiledStep must be called outside of"):
+    with pytest.raises(RuntimeError, match=r"^CompiledStep must be called outside of"):
         torch.func.vmap(lambda x: compiled(x, y))(x[None])
     assert all(torch.equal(*pair) for pair in zip(values(step.net), before, strict=True))
 
@@ -362,6 +363,8 @@ def test_what_does_not_fit_a_package_is_refused(package: Path, tmp_path: Path) -
          good | {"0.weight": w.t().contiguous().t()}),
         (TypeError, "must be of float64 on the CPU, as compiled; got float32",
          good | {"0.weight": w.float()}),
+        (ValueError, r"'0.weight'\] must hold its values themselves; got a negated view",
+         good | {"0.weight": torch.complex(w, -w).conj().imag}),
         (ValueError, "5.bias must share no memory with 5.weight",
          good | {"5.weight": shared[:3].view(3, 1), "5.bias": shared[2:5]}),
     ]  # fmt: skip
@@ -383,6 +386,46 @@ def test_what_does_not_fit_a_package_is_refused(package: Path, tmp_path: Path) -
     (tmp_path / "renamed").write_bytes(package.read_bytes())
     with pytest.raises(ValueError, match=r"path must end in \.pt2; got"):
         CompiledStep.load(tmp_path / "renamed", good, 0.1)
+
+
+def double(net: nn.Sequential) -> None:
+    net.float().double()
+
+
+def join_an_ensemble(net: nn.Sequential) -> None:
+    EnsembleStep([net], SoftmaxCrossEntropyCost(), 0.1)
+
+
+@pytest.mark.parametrize("change", [double, join_an_ensemble, nn.Module.share_memory])
+def test_a_loaded_step_refuses_parameters_and_state_that_have_moved(
+    change: Callable[[nn.Sequential], None], package: Path
+) -> None:
+    step = new_step()
+    net, (x, y) = step.net, batch(step.net, step.cost, 4, indices=True)
+    parameters = dict(net.named_parameters())
+    later = CompiledStep.load(package, parameters, 0.1)
+    later(x, y)
+    net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()})
+    later(x, y)
+    change(net)
+    before, message = values(net), "got 0.weight in another: load again"
+    with pytest.raises(RuntimeError, match=message):
+        later(x, y)
+    with pytest.raises(RuntimeError, match=message):
+        later.epoch(x, y, torch.arange(4), 2)
+    assert all(torch.equal(*pair) for pair in zip(values(net), before, strict=True))
+    again = CompiledStep.load(package, parameters, 0.1, state=later.state)
+    again(x, y)
+    velocity = later.state["velocities"]["3.bias"]
+    velocity.data = velocity.data.clone()
+    with pytest.raises(RuntimeError, match=r"got 3\.bias of velocities in another: load again"):
+        again(x, y)
+
+
+def test_state_is_changed_in_its_tensors_and_cannot_be_replaced(package: Path) -> None:
+    compiled: Any = attached(new_step(), package)
+    with pytest.raises(AttributeError, match="state"):
+        compiled.state = {}
 
 
 def test_a_package_of_another_machine_or_that_is_damaged_is_refused(

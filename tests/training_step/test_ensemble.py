@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -188,6 +189,14 @@ def test_any_number_and_shape_of_networks_equals_single_runs(
     count: int, sizes: list[int], cost: Cost, rule: dict[str, Any], bias: bool, own: bool
 ) -> None:
     follow(networks(count, sizes=sizes, bias=bias), cost, 2, own=own, **rule)
+
+
+@every_own
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 3), (4, 0), (4, 0, 3), (4, 3, 0)], ids=str)
+def test_layers_of_no_neurons_equal_single_runs(sizes: tuple[int, ...], own: bool) -> None:
+    for rule in ({}, {"rule": Adam()}, {"max_norm": 0.1}):
+        follow(networks(sizes=sizes), QuadraticCost(), 2, own=own, **rule)
 
 
 @every_own
@@ -472,7 +481,10 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         freeze_one,
         r"nets\[1\] must be like nets\[0\].*got 2.bias .*frozen instead of .*learned",
     ),
-    "modules": (lengthen_one, r"nets\[1\] must be like nets\[0\].*got 7 modules instead of 6"),
+    "modules": (
+        lengthen_one,
+        r"nets\[1\] must be like nets\[0\].*got Tanh\(\) after 4 instead of nothing more",
+    ),
     "option": (
         other_slope,
         r"nets\[1\] must be like nets\[0\].*LeakyReLU\(.*0.7\) after 0 instead",
@@ -512,12 +524,20 @@ X, Y = torch.zeros(4, 7).double(), torch.zeros(4, 3).double()
         ({"nets": network()}, TypeError, "nets must be a sequence of networks; got Sequential"),
         ({"nets": 3}, TypeError, "nets must be a sequence of networks; got int"),
         ({"nets": []}, ValueError, "nets must hold at least one network; got none"),
+        ({"nets": set(NETS)}, TypeError, "nets must be a sequence of networks; got set"),
+        (
+            {"nets": [networks(1, bias=False)[0], NETS[0]]},
+            ValueError,
+            r"nets\[1\] must be like nets\[0\].*got 0.bias of .* instead of Sigmoid",
+        ),
         ({"nets": [NETS[0], NETS[0]]}, ValueError, r"0.weight of nets\[1\] must share no memory"),
         ({"nets": [NETS[0], Linear(2, 3)]}, TypeError, r"nets\[1\]: net must be an nn.Sequential"),
         ({"lr": [0.1]}, ValueError, "lr must be a number, or one for each of 2 networks; got 1"),
         ({"lr": torch.ones(3)}, ValueError, "lr must be a number, or one for each of 2 .*; got 3"),
         ({"lr": [0.1, -1]}, ValueError, r"nets\[1\]: lr must be at least 0; got -1"),
         ({"lr": "0.1"}, TypeError, r"nets\[0\]: lr must be a number; got str"),
+        ({"lr": {0.1, 0.2}}, TypeError, r"nets\[0\]: lr must be a number; got set"),
+        ({"lr": b"ab"}, TypeError, r"nets\[0\]: lr must be a number; got bytes"),
         ({"momentum": [0.1, math.nan]}, ValueError, r"nets\[1\]: momentum must be at least 0"),
         (
             {"momentum": [0.1, 0.0], "nesterov": True},
@@ -602,6 +622,8 @@ def test_rates_can_be_set_between_steps() -> None:
     cases: list[tuple[Any, list[float]]] = [
         (0.5, [0.5] * 3),
         ((1, 2, 3), [1, 2, 3]),
+        (np.array(0.25), [0.25] * 3),
+        (np.array([1.0, 2.0, 3.0]), [1, 2, 3]),
         (0.5 * step.lr, [0.05, 0.1, 0.15]),
     ]
     for value, expected in cases:
@@ -615,7 +637,38 @@ def test_rates_can_be_set_between_steps() -> None:
     for value, message in refused:
         with pytest.raises(ValueError, match=message):
             step.lr = value
+    with pytest.raises(TypeError, match=r"nets\[0\]: lr must be a number; got NoneType"):
+        step.lr = None  # type: ignore[assignment]
     assert step.lr.tolist() == [0.05, 0.1, 0.15]
+
+
+def test_rates_can_be_changed_in_place() -> None:
+    nets, cost, rates = networks(), QuadraticCost(), [0.1, 0.2, 0.3]
+    step, singles = EnsembleStep(nets, cost, 0.1), Singles(nets, cost, lr=0.1)
+    base = step.lr
+    step.lr = rates
+    assert base.tolist() == [0.1] * 3  # a schedule may start from it
+    for change in (lambda _: None, moved, lambda _: None):  # a new plan in between, too
+        change(nets)
+        step.lr[1] *= 2
+        step.lr *= 0.5
+        for single, rate in zip(singles.steps, step.lr.tolist(), strict=True):
+            single.lr = rate
+        assert [state["lr"] for state in step.state_dicts()] == step.lr.tolist()
+        x, y = batch(nets[0], cost, 4)
+        torch.testing.assert_close(step(x, y), singles(x, y))
+    assert_all_follow(nets, singles.nets)
+    assert step.lr.tolist() == [0.0125, 0.2, 0.0375]
+    before = [v for net in nets for v in values(net)]
+    step.lr[2] = math.nan
+    for call in (lambda: step(x, y), lambda: step.epoch(x, y, torch.arange(4), 2)):
+        with pytest.raises(ValueError, match=r"nets\[2\]: lr must be at least 0; got nan"):
+            call()
+    assert all(
+        torch.equal(*p) for p in zip(before, (v for n in nets for v in values(n)), strict=True)
+    )
+    step.lr = 0.1
+    step(x, y)
 
 
 @pytest.mark.parametrize(
@@ -656,13 +709,16 @@ def test_states_that_do_not_go_together_are_refused() -> None:
     step = EnsembleStep(nets, QuadraticCost(), 0.3, rule=Adam())
     step(*batch(nets[0], step.cost, 4))
     once = step.state_dicts()
-    for states, message in (
+    cases: list[tuple[Any, str]] = [
+        (None, "states must be a sequence, as state_dicts.. gives it; got NoneType"),
+        (plain[0], "states must be a sequence, as state_dicts.. gives it; got dict"),
         (plain[:1], "states must be one for each of 2 networks; got 1"),
         ([plain[0], adam[1]], r"must be"),
         ([adam[0], once[1]], r"nets\[1\] must have taken as many steps as nets\[0\]"),
         ([plain[0], {}], r"nets\[1\]: state must have the keys"),
-    ):
-        with pytest.raises((KeyError, ValueError), match=message):
+    ]
+    for states, message in cases:
+        with pytest.raises((KeyError, TypeError, ValueError), match=message):
             step.load_state_dicts(states)
     assert step.lr.tolist() == [0.3, 0.3]
 
@@ -676,7 +732,7 @@ def test_step_is_the_same_in_every_grad_mode_and_in_compiled_code() -> None:
             step(x, y)
         singles(x.clone(), y.clone())
     assert_all_follow(nets, singles.nets)
-    with pytest.raises(RuntimeError, match=r"EnsembleStep must be called outside of torch.func"):
+    with pytest.raises(RuntimeError, match=r"^EnsembleStep must be called outside of torch.func"):
         torch.func.vmap(step)(x.clone()[None], y.clone()[None])
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="outside of autocast"):
         step(x, y)

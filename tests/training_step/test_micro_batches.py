@@ -1,7 +1,9 @@
 """A batch that is read in parts gives the step of the whole batch."""
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,13 @@ from tests.training_step.networks import (
     values,
 )
 
-ALL = [*DESCENTS, *RULES.values(), {"max_norm": 0.05}, {"max_norm": 0.05, "rule": AdamW()}]
+ALL = [
+    *DESCENTS,
+    *RULES.values(),
+    {"dampening": 0.5},  # which has no meaning without momentum
+    {"max_norm": 0.05},
+    {"max_norm": 0.05, "rule": AdamW()},
+]
 
 
 def follow_in_parts(net: nn.Sequential, cost: Cost, steps: int, **descent: Any) -> None:
@@ -69,6 +77,17 @@ def test_first_of_several_dimensions_is_split() -> None:
         x, y = batch(net, cost, 5, 3, 2)
         torch.testing.assert_close(step(x, y, micro_batch=size), reference(x, y))
     assert_follows(net, reference.net)
+
+
+def test_an_integer_of_numpy_counts_samples() -> None:
+    net, cost = network(), QuadraticCost()
+    steps = [TrainingStep(copy.deepcopy(net), cost, 0.1) for _ in range(2)]
+    x, y = batch(net, cost, 7)
+    sizes: list[Any] = [3, np.int64(3)]
+    for step, size in zip(steps, sizes, strict=True):
+        step(x, y, micro_batch=size)
+        step.epoch(x, y, torch.arange(7), size)
+    assert all(torch.equal(*pair) for pair in zip(*(values(s.net) for s in steps), strict=True))
 
 
 def test_frozen_or_changed_parameters_are_noticed() -> None:

@@ -522,7 +522,7 @@ def test_autocast_is_refused(device: torch.device) -> None:
     net = network(dtype=torch.float32, device=device)
     step = TrainingStep(net, QuadraticCost(), 0.1)
     x, y = batch(net, step.cost, 4)
-    message = re.escape("a TrainingStep must be called outside of autocast")
+    message = re.escape("a training step must be called outside of autocast")
     with (
         torch.autocast(device.type, torch.bfloat16),
         pytest.raises(RuntimeError, match=message),
