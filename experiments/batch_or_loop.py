@@ -196,8 +196,8 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
         f"times as long as all of them in matrices; the gradients differ by {exact:.1g} at most, "
         f"relative to their norm.",
         f"Finite differences need a forward pass for each of {slow['parameters']:,} parameters, "
-        f"and took {slow['times_batch']:,.0f} times as long as backpropagation, which does with "
-        f"one forward and one backward; with a relative error of up to {inexact:.1g}.",
+        f"and took {slow['times_batch']:,.0f} times as long as backpropagation, which needs "
+        f"only one forward and one backward pass; with a relative error of up to {inexact:.1g}.",
     ]
 
 

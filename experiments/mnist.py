@@ -127,6 +127,7 @@ def _find(folder: Path, name: str) -> Path:
 def _download(name: str) -> Path:
     """The file in the cache; it is downloaded from the first mirror that has it whole."""
     import pooch  # takes a while
+    import requests
 
     pooch.get_logger().setLevel("WARNING")
     cache = pooch.os_cache("manual_bp") / "mnist"
@@ -143,7 +144,8 @@ def _download(name: str) -> Path:
                 progressbar=sys.stderr is not None and sys.stderr.isatty(),
             )
         except (OSError, ValueError) as error:
-            failures.append(f"{mirror}: {error}")
+            is_away = isinstance(error, ConnectionError | requests.ConnectionError)
+            failures.append(f"{mirror}: {'cannot be reached' if is_away else error}")
         else:
             return Path(found)
     raise OSError(f"{name} cannot be downloaded: {'; '.join(failures)}")

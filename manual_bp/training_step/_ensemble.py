@@ -28,9 +28,12 @@ class EnsembleStep:
             activations and their options, dtypes, devices, and what is frozen.
         cost: As for `TrainingStep`. A cost without a `bind` of ours is called for each network.
         lr: The learning rate η of all networks, or K of them.
-        momentum, weight_decay, dampening: Likewise.
-        nesterov, rule, groups: As for `TrainingStep`, the same for all networks. A weight decay in
-            groups counts for all networks.
+        momentum: μ of all networks, or K of them.
+        weight_decay: λ, likewise.
+        dampening: τ, likewise.
+        nesterov: As for `TrainingStep`, the same for all networks.
+        rule: Likewise.
+        groups: Likewise: a weight decay in them is that of all networks.
         max_norm: What the norm of the gradient of each network is clipped to, or K such limits;
             infinity only measures.
 
