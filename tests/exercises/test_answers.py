@@ -1,5 +1,6 @@
 """A learner's file: how it is run, and what is said where it cannot be."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,36 @@ def test_what_is_no_result_is_called_that(body: str, says: str, written: Write) 
     verdict = on_grad_b(written(grad_b(body)))
     assert verdict.state == "wrong"
     assert says in verdict.says
+
+
+NOT_WRITTEN = {
+    "the stub": ("import numpy as np", "raise NotImplementedError"),
+    "with a message": ("import torch", 'raise NotImplementedError("later")'),
+    "begun": ("import numpy as np", "total = delta.sum(0)\nraise NotImplementedError"),
+}
+WRITTEN = {
+    "in NumPy": ("import numpy as np", "return delta - delta ^ 2"),
+    "in PyTorch": ("import torch", "return delta ^ 2"),
+    "in both": ("import numpy as np, torch", "return delta ^ 2"),
+    "by a helper": (
+        "def total(x):\n    raise NotImplementedError",
+        "return total(delta)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("head", "body"), NOT_WRITTEN.values(), ids=NOT_WRITTEN)
+def test_what_raises_as_the_stub_does_is_to_do(head: str, body: str, written: Write) -> None:
+    assert on_grad_b(written(grad_b(body, head))).state == "to do"
+
+
+@pytest.mark.parametrize(("head", "body"), WRITTEN.values(), ids=WRITTEN)
+def test_a_written_function_in_which_something_is_not_implemented_is_wrong(
+    head: str, body: str, written: Write
+) -> None:
+    verdict = on_grad_b(written(grad_b(body, head)))
+    assert verdict.state == "wrong"
+    assert re.match(r"line \d+, `.*`: (TypeError|NotImplementedError)", verdict.lines[0])
 
 
 def test_too_few_results_and_lists_are_counted(written: Write) -> None:
