@@ -89,11 +89,11 @@ class Answers:
         function = self.names.get(name)
         if not callable(function):
             raise UnwrittenError
-        used, uses_autograd = self._looked_up(function)
+        tries, uses_autograd = self._looked_up(function)
         if uses_autograd:
             raise ByAutogradError
         first = None
-        for as_torch in (True, False) if used else (False, True):
+        for as_torch in tries:
             values = arguments(as_torch)
             try:
                 return self._run(function, values), values
@@ -118,8 +118,8 @@ class Answers:
                     raise ByAutogradError from None
                 raise RaisedError(error, place_of(error, self.path)) from None
 
-    def _looked_up(self, function: Any) -> tuple[bool, bool]:
-        """Whether a function uses PyTorch, and whether autograd, itself or through others."""
+    def _looked_up(self, function: Any) -> tuple[list[bool], bool]:
+        """Whether to try a function with tensors, likeliest first, and whether it uses autograd."""
         todo, seen = [function], set()
         names: set[str] = set()
         modules: set[str] = set()
@@ -133,17 +133,23 @@ class Answers:
             names |= {part for name in used for part in name.split(".")}
             names |= {name for c in (code, *inner) for name in _keywords(c)}
             found = [self.names[name] for name in used if name in self.names]
-            modules |= {
-                str(getattr(f, "__module__", None) or getattr(f, "__name__", "")) for f in found
-            }
+            modules |= set(map(_module_of, found))
             todo += [f for f in found if isinstance(f, types.FunctionType)]
         libraries = names | {module.partition(".")[0] for module in modules}
-        uses_torch = "torch" in libraries
+        imported = {_module_of(value).partition(".")[0] for value in self.names.values()}
+        known = {"torch", "numpy"}
+        uses_torch = "torch" in libraries or (
+            not libraries & known and imported & known == {"torch"}
+        )
+        # The error of another library's arrays would be no help, nor a right answer by them.
+        is_only_one = len((libraries | imported) & known) == 1
+        tries = [uses_torch] if is_only_one else [uses_torch, not uses_torch]
         of_autograd = any(m.startswith(("torch.autograd", "torch._functorch")) for m in modules)
-        if not libraries & {"torch", "numpy"}:
-            imported = {id(value) for value in self.names.values()}
-            uses_torch = id(torch) in imported and id(np) not in imported
-        return uses_torch, of_autograd or (uses_torch and bool(names & _AUTOGRAD))
+        return tries, of_autograd or (uses_torch and bool(names & _AUTOGRAD))
+
+
+def _module_of(value: Any) -> str:
+    return str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
 
 
 def _is_from_stub(error: BaseException) -> bool:

@@ -100,6 +100,10 @@ class Layer:
         ("import torch", "return torch.sum(delta, 0)"),
         ("import torch", "return delta.sum(dim=0)"),
         ("import numpy as np, torch", "return delta.sum(dim=0)"),
+        ("import numpy as np", "import torch\nreturn torch.as_tensor(delta).sum(dim=0)"),
+        ("import torch", "return torch.as_tensor(delta).sum(0).numpy()"),
+        ("import torch", "return delta.sum(0).numpy()"),
+        ("", "return delta.sum(dim=0)"),
         ("import numpy as np, torch", "return delta.astype(float).sum(0)"),
         ("from torch import einsum", "return einsum('nj->j', delta)"),
         ("", "return [sum(column) for column in zip(*delta.tolist())]"),
@@ -128,6 +132,24 @@ def test_what_is_no_result_is_called_that(body: str, says: str, written: Write) 
     verdict = on_grad_b(written(grad_b(body)))
     assert verdict.state == "wrong"
     assert says in verdict.says
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "says"),
+    [
+        ("import numpy as np", "return delta.sum(dim=0)", "TypeError"),
+        ("import numpy.linalg as la", "return delta.sum(dim=0)", "TypeError"),
+        ("from numpy import exp", "return delta.sum(dim=0)", "TypeError"),
+        ("import torch", "return delta.astype(float).sum(0)", "AttributeError"),
+        ("from torch import exp", "return delta.astype(float).sum(0)", "AttributeError"),
+    ],
+)
+def test_a_file_with_one_library_is_judged_with_its_arrays_alone(
+    head: str, body: str, says: str, written: Write
+) -> None:
+    verdict = on_grad_b(written(grad_b(body, head)))
+    assert verdict.state == "wrong"
+    assert says in verdict.lines[0]
 
 
 NOT_WRITTEN = {
