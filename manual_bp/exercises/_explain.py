@@ -18,6 +18,22 @@ UNKNOWN = (
     "by hand"
 )
 
+# What is wrong where an error, as "Type: message", matches.
+_HINTS = {
+    r"only .*(scalar|one element)|(truth|Boolean) value of .* is ambiguous": (
+        "what is for one number got an array: math.exp, float(...) and `if` take one number only; "
+        "np.exp and np.where, or torch.exp and torch.where, take an array"
+    ),
+    r"'(numpy\.\w+|Tensor|float|int)' object is not callable": (
+        "an array or a number is called like a function: is a * missing before the bracket?"
+    ),
+    r"name 'sigmoid' is not defined|module 'numpy' has no attribute 'sigmoid'": (
+        "there is no such function: write σ yourself: 1 / (1 + np.exp(-z)), or with torch.exp"
+    ),
+    r"bitwise_xor|for \^: ": "^ is no power in Python: write a ** 2 for a²",
+    "NotImplementedError$": "it calls a function that is still to do",
+}
+
 # Numerical gradients are this good, and sums in float32.
 _RTOL = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -64,6 +80,12 @@ def diagnosis(exercise: Exercise, values: Values, got: list[Tensor], expected: l
     if not text or len(names) == 1 or text in [says for says, _ in clues]:
         return text
     return f"{names[first]}: {text}"
+
+
+def hint(error: BaseException) -> str:
+    """What is wrong where a function raised this error; empty if nothing is known of it."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return next((says for pattern, says in _HINTS.items() if re.search(pattern, text)), "")
 
 
 def words(says: str) -> str:

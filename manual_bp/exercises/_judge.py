@@ -17,7 +17,7 @@ from manual_bp.exercises._answers import (
     one_line,
 )
 from manual_bp.exercises._exercise import Exercise, Values, flat
-from manual_bp.exercises._explain import UNKNOWN, diagnosis, fields, is_right, words
+from manual_bp.exercises._explain import UNKNOWN, diagnosis, fields, hint, is_right, words
 from manual_bp.exercises._show import difference, example, shapes
 from manual_bp.exercises._values import MalformedError, changed, given, taken
 
@@ -31,10 +31,6 @@ _OTHER_FORM = "it would be right if samples were"
 _BY_HAND = (
     "autograd computed this gradient. Here it is your turn: write the derivative by hand, as a "
     "formula of ordinary operations"
-)
-_ONE_NUMBER = (
-    "a function for one number got an array: math.exp and float(...) take one number only; np.exp "
-    "and torch.exp take an array"
 )
 
 
@@ -196,8 +192,8 @@ def _of_error(
     lines = (line, f"with {shapes(exercise, attempt.values, columns=answers.columns)}")
     if isinstance(error.cause, TooLongError):
         return Verdict("wrong", str(error.cause), (), (error.place.removesuffix(": "), lines[1]))
-    if isinstance(error.cause, TypeError) and str(error.cause).startswith("only "):
-        return Verdict("wrong", _ONE_NUMBER, (), lines)
+    if says := hint(error.cause):
+        return Verdict("wrong", says, (), lines)
     sizes = dict.fromkeys(exercise.size_names(), 3)
     square = _attempt(exercise, answers, exercise.problem(sizes, seed))
     says, note = _other_form(exercise, answers, seed), ""

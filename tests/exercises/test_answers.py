@@ -152,6 +152,29 @@ def test_a_file_with_one_library_is_judged_with_its_arrays_alone(
     assert says in verdict.lines[0]
 
 
+HINTED = {
+    "s = sigmoid(delta)\nreturn s": "write σ yourself",
+    "return np.sigmoid(delta)": "write σ yourself",
+    "return delta (1 - delta)": "is a * missing before the bracket?",
+    "return delta[0, 0] (1 - delta)": "is a * missing before the bracket?",
+    "return sum(d if d > 0 else 0 for d in delta)": "one number only",
+    "return float(delta)": "one number only",
+    "return delta ^ 2": "write a ** 2 for a²",
+    "return sum(other(d) for d in delta)": "calls a function that is still to do",
+}
+
+
+@pytest.mark.parametrize(("body", "says"), HINTED.items())
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_an_error_of_a_known_kind_gets_its_hint(
+    body: str, says: str, library: str, written: Write
+) -> None:
+    head = f"import {library}, numpy as np\ndef other(x):\n    raise NotImplementedError"
+    verdict = on_grad_b(written(grad_b(f"{library}.e\n{body}", head)))
+    assert says in verdict.says
+    assert verdict.lines[0].startswith("line ")
+
+
 NOT_WRITTEN = {
     "the stub": ("import numpy as np", "raise NotImplementedError"),
     "with a message": ("import torch", 'raise NotImplementedError("later")'),

@@ -111,9 +111,14 @@ SIGMOID_PRIME = Exercise(
             lambda v: -slope(v.z.sigmoid()),
         ),
         *combined(lambda slope: slope, slopes(lambda v: v.z)),
-        Mistake(
-            "e^(−z) is added to 1 / 1: write parentheses around the denominator",
-            lambda v: 1 + torch.exp(-v.z),
+        *(
+            Mistake(
+                "1 / 1 + e^(−z) divides only 1 by 1: brackets are missing around 1 + e^(−z)", gives
+            )
+            for gives in (
+                lambda v: 1 + torch.exp(-v.z),
+                lambda v: slope(1 + torch.exp(-v.z)),
+            )
         ),
         Mistake(
             "right for moderate z, but e^(−z) overflows for large ones: a formula in terms of "
@@ -148,8 +153,10 @@ OUTPUT_DELTA = Exercise(
             ),
         ),
         *(
-            Mistake("⊙ multiplies element by element, and this is a matrix product", product)
+            Mistake("a matrix product where ⊙, element by element, belongs", product)
             for product in (
+                lambda v: (v.a - v.y) @ slope(v.a) / len(v.a),
+                lambda v: (v.a - v.y) @ slope(v.a),
                 lambda v: (v.a - v.y) @ slope(v.a).mT / len(v.a),
                 lambda v: (v.a - v.y).mT @ slope(v.a) / len(v.a),
                 lambda v: (v.a - v.y) @ slope(v.a).mT,
@@ -223,6 +230,10 @@ HIDDEN_DELTA = Exercise(
             "σ'(z^l) is multiplied before the weights: it belongs to layer l, so it comes after "
             "them",
             lambda v: (v.delta_next * slope(v.z.sigmoid())) @ v.w_next,
+        ),
+        Mistake(
+            "a matrix product where ⊙, element by element, belongs",
+            lambda v: v.delta_next @ v.w_next @ slope(v.z.sigmoid()),
         ),
         Mistake(
             "σ'(z) is added, where ⊙ multiplies",

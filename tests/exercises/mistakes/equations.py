@@ -79,6 +79,59 @@ def of_a_scalar(z):
     return s * (1 - s)
 
 
+@mistake("sigmoid_prime", "the * of mathematics left out", "is a \\* missing before the bracket")
+def without_times(z):
+    a = sigmoid(z)
+    return a(1 - a)
+
+
+@mistake("sigmoid_prime", "the same in PyTorch", "is a \\* missing before the bracket")
+def without_times_in_torch(z):
+    a = torch.sigmoid(z)
+    return a(1 - a)
+
+
+@mistake("sigmoid_prime", "σ taken to exist", "write σ yourself: 1 / \\(1 \\+ np.exp\\(-z\\)\\)")
+def undefined(z):
+    return np.sigmoid(z) * (1 - np.sigmoid(z))
+
+
+@mistake("sigmoid_prime", "one number in mind: if z > 500", "`if` take one number only")
+def of_two_cases(z):
+    if z > 500:
+        return 0 * z
+    return sigmoid(z) * (1 - sigmoid(z))
+
+
+@mistake("sigmoid_prime", "the same in PyTorch", "`if` take one number only")
+def of_two_cases_in_torch(z):
+    return torch.zeros_like(z) if z > 500 else torch.sigmoid(z) * (1 - torch.sigmoid(z))
+
+
+@mistake("sigmoid_prime", "math.exp on a tensor", "math.exp, .* take one number only")
+def of_a_scalar_in_torch(z):
+    s = torch.as_tensor(1 / (1 + math.exp(-z)))
+    return s * (1 - s)
+
+
+@mistake("sigmoid_prime", "the brackets of a fraction left out", "brackets are missing around 1")
+def without_brackets(z):
+    a = 1 / 1 + np.exp(-z)
+    return a * (1 - a)
+
+
+@mistake("sigmoid_prime", "^ for a power", "write a \\*\\* 2")
+def power(z):
+    a = sigmoid(z)
+    return a - a ^ 2
+
+
+@mistake("sigmoid_prime", "^ for a power in PyTorch", "write a \\*\\* 2")
+def power_in_torch(z):
+    a = torch.sigmoid(z)
+    return a - a ^ 2
+
+
 # 2: BP1
 
 
@@ -124,6 +177,11 @@ def averaged_over_components(z, a, y):
     return (a - y) * sigmoid_prime(z) / a.size
 
 
+@mistake("output_delta", "@ for ⊙, the shapes as they are", "a matrix product where ⊙")
+def matrix_product_as_it_is(z, a, y):
+    return (a - y) @ sigmoid_prime(z)
+
+
 @mistake("output_delta", "⊙ read as a matrix product", "element by element")
 def matrix_product(z, a, y):
     return np.dot(a - y, sigmoid_prime(z).T) / len(a)
@@ -141,6 +199,11 @@ def propagates_the_cost(z, a, y):
 
 
 # 3: BP2
+
+
+@mistake("hidden_delta", "@ for ⊙, the shapes as they are", "a matrix product where ⊙")
+def product_of_both(delta_next, w_next, z):
+    return delta_next @ w_next @ sigmoid_prime(z)
 
 
 @mistake(
