@@ -176,6 +176,8 @@ def load(path: Path) -> Answers:
     """
     try:
         source = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UnusableError(f"{path} does not exist; `start {path}` writes it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UnusableError(f"{path} cannot be read: {error}") from None
     module = types.ModuleType(_MODULE)
@@ -228,8 +230,6 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def place_of(error: BaseException, path: Path) -> str:
     """The line of the learner's file where an error comes from; empty if it has none."""
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: "
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if not frames:
         return ""

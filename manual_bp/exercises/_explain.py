@@ -175,12 +175,12 @@ def _of_one(
 def _lost(got: Tensor, expected: Tensor) -> str:
     """What a shape with too few dimensions looks like."""
     if got.numel() == 1:
-        return "is everything summed up?"
+        return "is everything summed or averaged to one number?"
     is_part = any(
         got.shape == expected.shape[:dim] + expected.shape[dim + 1 :]
         for dim in range(expected.ndim)
     )
-    return "is there a sum or a mean too much?" if is_part else ""
+    return "is there one sum or mean too many?" if is_part else ""
 
 
 def _escaped(text: str) -> str:

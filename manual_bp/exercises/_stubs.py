@@ -6,7 +6,7 @@ from textwrap import indent
 
 from manual_bp.exercises._exercise import Axes, Exercise, Spec, each
 
-_HEADER = '''"""My answers to the exercises of manual_bp. To hear what is right and what is not yet:
+_HEADER = '''"""My answers to the exercises of manual_bp. To see what is right and what is not yet:
 
     python -m manual_bp.exercises check {name}
 

@@ -261,7 +261,8 @@ def test_what_a_function_prints_is_kept_and_its_exit_is_an_error(
 
 
 UNUSABLE = {
-    "def grad_b(delta:\n    pass": "cannot be run: line 1: SyntaxError",
+    "def grad_b(delta:\n    pass": "SyntaxError: '(' was never closed (answers.py, line 1)",
+    "\nx = = 1": "answers.py cannot be run: SyntaxError: invalid syntax (answers.py, line 2)",
     "import numpy\nnumpy.zeros(3)[5]": "cannot be run: line 2, `numpy.zeros(3)[5]`: IndexError",
     "import no_such_module": "cannot be run: line 1, `import no_such_module`: ModuleNotFoundError",
     'SAMPLES = "diagonals"': 'must be "rows" or "columns"; got \'diagonals\'',

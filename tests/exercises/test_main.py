@@ -119,7 +119,8 @@ def test_every_place_that_is_named_exists() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["check", "nothing.py"], "nothing.py cannot be read"),
+        (["check", "nothing.py"], "nothing.py does not exist; `start nothing.py` writes it"),
+        (["check", "."], ". cannot be read"),
         (["check", "answers.py", "13"], "number must be from 1 to 12; got 13"),
         (["check", "answers.py", "two"], "invalid int value: 'two'"),
         (["check"], "file"),

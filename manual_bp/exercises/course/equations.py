@@ -33,8 +33,8 @@ def sums() -> Part:
     """The factor 1 of BP3 and BP4, and what it is mistaken for."""
     return {
         "": lambda _: 1.0,
-        "averaged over the {N} samples: here it is their sum (the 1/N of the cost is already in "
-        "delta)": lambda v: 1 / v.sizes["N"],
+        "averaged over the {N} samples, but the gradient is their sum (the 1/N of the cost is "
+        "already in delta)": lambda v: 1 / v.sizes["N"],
         "the sign is wrong: the minus of gradient descent belongs to the update, not to the "
         "gradient": lambda _: -1.0,
         "N = {N} times too large": lambda v: v.sizes["N"],
