@@ -129,10 +129,11 @@ def _with_another(
     exercise: Exercise, values: Values, known: list[tuple[str, list[Tensor]]]
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Each known mistake together with a wrong order or a wrong factor."""
-    factors = {"the sign is wrong": -1.0, "a factor 2 is too much": 2.0, "a factor ½ too much": 0.5}
+    extra = "there is an extra factor of"
+    factors = {"the sign is wrong": -1.0, f"{extra} 2": 2.0, f"{extra} ½": 0.5}
     if "N" in values.sizes:
         n = values.sizes["N"]
-        factors |= {"a factor N = {N} is too much": n, "a factor 1/N = 1/{N} is too much": 1 / n}
+        factors |= {f"{extra} N = {{N}}": n, f"{extra} 1/N = 1/{{N}}": 1 / n}
     for says, found in known:
         for besides, factor in factors.items():
             yield together([says, besides]), [factor * t for t in found]
