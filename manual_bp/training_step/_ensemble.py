@@ -44,8 +44,8 @@ class EnsembleStep:
 
     The step moves the parameters into common memory, when it is made and whenever they have been
     moved since. They remain the same parameters of the networks, which can be used, saved, moved,
-    cast and loaded between any two steps; frozen, too, if all of them are. But what had been a view
-    of a parameter before is none any more, as after `net.to(...)`.
+    cast and loaded between any two steps, and frozen if it is done in all of them. Views of a
+    parameter that were made before no longer share its memory, as after `net.to(...)`.
 
     Memory: K times that of a `TrainingStep`, without its (N, N) matrices, as gradients are always
     computed for clipping. If all networks read the same x, clipping also needs the δ of the first
