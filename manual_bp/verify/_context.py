@@ -27,11 +27,22 @@ from manual_bp.verify._compare import Mismatch, NotApplicable, compare
 from manual_bp.verify._diagnose import threshold
 from manual_bp.verify._domain import projected, projected_directions
 from manual_bp.verify._global_state import seed_pytorch
-from manual_bp.verify._precision import WIDE, Loss, loss, narrowest, widened
+from manual_bp.verify._precision import (
+    WIDE,
+    Loss,
+    distance,
+    exact,
+    loss,
+    narrowest,
+    widened,
+)
 from manual_bp.verify._rounding import is_rounding
 
 # How long a failed check looks at the other samples, and elsewhere.
 _SECONDS = 2
+# How near to a sample, relative to it, its gradient is looked at, and how much it then jumps.
+_NEAR = 1e-6
+_JUMP = 1e-3
 
 
 class CheckContext:
@@ -143,6 +154,25 @@ class CheckContext:
     def upstream(self, call: Call, sample: Sample) -> list[Tensor]:
         """A random upstream gradient for every output of a call."""
         return [self.random_like(t) for t in outputs_of(call(*leaves(sample, ())))]
+
+    def is_at_kink(self, sample: Sample) -> bool:
+        """Whether the exact gradient differs on two sides of a sample, very near to it."""
+        wide, call = widened(sample), self.trusted
+        steps = [_NEAR * t.abs() * self.random_like(t) if is_differentiable(t) else 0 for t in wide]
+        sides: list[Gradients] = []
+        try:
+            upstream = self.upstream(call, wide)
+            for sign in (1, -1):
+                pairs = zip(wide, steps, strict=True)
+                moved = tuple(t + sign * s if is_differentiable(t) else t for t, s in pairs)
+                sides.append(exact(call, self.in_domain(moved), upstream)[1])
+        except Exception:
+            return False  # out of the domain
+        return any(
+            distance(one, sides[1][i]) > _JUMP * float(one.norm())
+            for i, one in sides[0].items()
+            if one is not None
+        )
 
     def each(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """One sample after the other; each is the current one in its turn."""

@@ -1,5 +1,6 @@
 """The exact results in float64, and what the reference loses in a lower precision."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,11 @@ def exact(
 ) -> tuple[Any, Gradients]:
     """The result and the gradients in float64, from the arguments as they were rounded."""
     return gradients(call, leaves(widened(arguments), wanted), widened(upstream))
+
+
+def distance(one: Tensor, other: Tensor | None) -> float:
+    """The norm of the difference of two gradients; infinity if they do not compare."""
+    return math.inf if other is None or one.shape != other.shape else float((one - other).norm())
 
 
 @dataclass

@@ -91,6 +91,25 @@ class Softmax(Function):
         return (weighted - y.float() * weighted.sum(-1, keepdim=True)).to(y.dtype)
 
 
+class Sparsemax(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ordered = x.float().sort(-1, descending=True).values
+        rank = torch.arange(1, x.shape[-1] + 1)
+        threshold = ((ordered.cumsum(-1) - 1) / rank).amax(-1, keepdim=True)
+        y = (x.float() - threshold).clamp(min=0)
+        ctx.save_for_backward(y > 0)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (positive,) = ctx.saved_tensors
+        wide = grad.float() * positive
+        mean = wide.sum(-1, keepdim=True) / positive.sum(-1, keepdim=True)
+        return ((wide - mean) * positive).to(grad.dtype)
+
+
 class LogSoftmax(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -94,6 +94,15 @@ def softmax_by_steps(x: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
+def sparsemax(x: Tensor) -> Tensor:
+    """The projection onto the probabilities, whose slope jumps where an output becomes 0."""
+    ordered = x.sort(-1, descending=True).values
+    excess = ordered.cumsum(-1) - 1
+    rank = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    count = (ordered * rank > excess).sum(-1, keepdim=True)
+    return (x - excess.gather(-1, count - 1) / count).clamp(min=0)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√d) v."""
     return softmax(q @ k.mT / math.sqrt(q.shape[-1])) @ v
@@ -145,6 +154,7 @@ FUSED = [
     low("layer_norm", fused.LayerNorm, normal(ROWS, ROW, ROW), layer_norm, in_dims=(0, None, None)),
     low("softmax", fused.Softmax, normal(ROWS), softmax, in_dims=(0,)),
     low("log_softmax", fused.LogSoftmax, normal(ROWS), lambda x: x.log_softmax(-1), in_dims=(0,)),
+    low("sparsemax", fused.Sparsemax, normal(ROWS), sparsemax, in_dims=(0,)),
     low("swiglu", fused.SwiGLU, normal(ROWS, ROWS), swiglu, in_dims=(0, 0)),
     low("gelu", fused.GELU, normal(ROWS), F.gelu, in_dims=(0,)),
     low("l2_norm", fused.L2Norm, normal(ROWS), l2_norm, in_dims=(0,)),

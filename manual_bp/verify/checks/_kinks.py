@@ -28,7 +28,7 @@ def compare_except_at_kinks(
     """Compare with the reference; where a slope jumps, any gradient in between is right, too."""
     arguments = ctx.in_domain(arguments)
     try:
-        compare_with_reference(ctx, arguments, where, is_cast=is_cast)
+        compare_with_reference(ctx, arguments, where, is_cast=is_cast, judges_kinks=True)
     except Mismatch as mismatch:
         upstream = ctx.upstream(ctx.call, arguments)
         result, found = gradients(ctx.call, leaves(arguments), upstream)
@@ -43,7 +43,7 @@ def compare_except_at_kinks(
         jumping = require_slopes_between(ctx, arguments, some, where)
         excused = differing if len(jumping) == len(some) else jumping
         ours = _replaced(found, expected, excused)
-        compare_slopes(ctx, arguments, ours, expected, lost, where)
+        compare_slopes(ctx, arguments, ours, expected, lost, where, judges_kinks=True)
 
 
 def judge_slopes(

@@ -35,6 +35,7 @@ from tests.verify.low_precision import (
     normal,
     rms_norm,
     softmax,
+    sparsemax,
     swiglu,
     with_labels,
 )
@@ -125,14 +126,6 @@ def _rotated(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     cos, sin = COS.to(q)[:, None], SIN.to(q)[:, None]
     turned = [torch.cat([-x[..., 4:], x[..., :4]], -1) for x in (q, k)]
     return tuple(x * cos + t * sin for x, t in zip((q, k), turned, strict=True))
-
-
-def _sparsemax(x: Tensor) -> Tensor:
-    ordered = x.sort(-1, descending=True).values
-    excess = ordered.cumsum(-1) - 1
-    rank = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    count = (ordered * rank > excess).sum(-1, keepdim=True)
-    return (x - excess.gather(-1, count - 1) / count).clamp(min=0)
 
 
 def _poly_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -239,7 +232,7 @@ LIGER = [
     ),
     _case("relu_squared", LigerReLUSquaredFunction, normal(ROWS), lambda x: F.relu(x).square()),
     _case("softmax", LigerSoftmaxFunction, normal(ROWS), softmax),
-    _case("sparsemax", lambda x: LigerSparsemaxFunction.apply(x, -1), normal(ROWS), _sparsemax),
+    _case("sparsemax", lambda x: LigerSparsemaxFunction.apply(x, -1), normal(ROWS), sparsemax),
     _case(
         "rope",
         _rope,
