@@ -299,6 +299,17 @@ def writes_call(operator: Any, function: str, count: int) -> bool:
     return True
 
 
+def adding_cpp(operator: Any, source: str) -> dict[str, Any]:
+    """The options with which AOTInductor compiles C++ that an operator calls, too."""
+    # It writes these declarations into a block of extern "C", each after the word extern.
+    text = f"""int manual_bp_begins;
+}}
+{source}
+extern "C" {{
+extern int manual_bp_ends"""
+    return {"aot_inductor.custom_ops_to_c_shims": {operator: [text]}}
+
+
 # --- Only for `record`.
 
 

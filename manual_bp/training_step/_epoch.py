@@ -50,10 +50,13 @@ def run_epoch(
     block = min(len(order), max(1, GATHERED // size) * batch_size)
     # Always the same memory: new memory would have to be mapped, which takes longer than the copy.
     buffers = [t.new_empty(block, *t.shape[1:]) for t in (x, y)]
+    batches = [torch.split(buffer, batch_size) for buffer in buffers]
     costs: list[Tensor] = []
     for part in torch.split(order, block) if block else ():
-        gathered = [buffer[: len(part)] for buffer in buffers]
-        for t, into in zip((x, y), gathered, strict=True):
+        if len(part) < block:
+            buffers = [buffer[: len(part)] for buffer in buffers]
+            batches = [torch.split(buffer, batch_size) for buffer in buffers]
+        for t, into in zip((x, y), buffers, strict=True):
             torch.index_select(t, 0, part, out=into)
-        costs += map(take_step, *(torch.split(t, batch_size) for t in gathered))
+        costs += map(take_step, *batches)
     return torch.stack(costs) if costs else x.new_empty(0)

@@ -159,10 +159,9 @@ def build(plan: Plan, x: Tensor, y: Tensor, path: str | PathLike[str]) -> None:
     options = {
         "aot_inductor.metadata": {KEY: json.dumps(signature(plan, y)._asdict())},
         "cpp.threads": _lowering.threads(plan, samples),
-    } | _lowering.update_in_place(program)
+    } | _lowering.call_products(program, samples)
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about its own code
-        program = program.run_decompositions(_lowering.loops(samples))
         built = str(Path(folder, "step.pt2"))
         compile_ahead(program, built, options)
         write(path, Path(built).read_bytes())

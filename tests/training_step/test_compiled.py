@@ -625,7 +625,7 @@ def test_a_transposed_weight_and_a_layer_without_bias_compile() -> None:
 def test_updates_are_right_where_they_cannot_be_made_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_lowering, "in_place_product", lambda: None)
+    monkeypatch.setattr(_lowering, "product", lambda: None)
     trains(TrainingStep(network(), QuadraticCost(), 0.1, **DESCENT))
 
 
