@@ -75,12 +75,21 @@ struct Product {
     return lane >= T(LANES - count);
   }
 
-  static T sum(Vector v) {
-    T lanes[LANES];
-    std::memcpy(lanes, &v, BYTES);
-    for (int half = LANES / 2; half; half /= 2)
-      for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+  // The sum of a vector, of the two halves of which one is added to the other.
+  template <int COUNT = LANES>
+  static T sum(const void* from) {
+    if constexpr (COUNT == 1) {
+      T total;
+      std::memcpy(&total, from, sizeof(T));
+      return total;
+    } else {
+      typedef T Half __attribute__((vector_size(COUNT / 2 * sizeof(T))));
+      Half one, other;
+      std::memcpy(&one, from, sizeof(Half));
+      std::memcpy(&other, (const char*)from + sizeof(Half), sizeof(Half));
+      one += other;
+      return sum<COUNT / 2>(&one);
+    }
   }
 
   // Forward: rows of a times columns of b, both contiguous.
@@ -123,7 +132,7 @@ struct Product {
     for (int m = 0; m < I; m++)
       for (int n = 0; n < J; n++) {
         const T old = beta ? beta * c[(i + m) * c_row + (j + n) * c_column] : T(0);
-        out[(i + m) * out_row + j + n] = old + alpha * sum(total[m][n]);
+        out[(i + m) * out_row + j + n] = old + alpha * sum(&total[m][n]);
       }
   }
 
