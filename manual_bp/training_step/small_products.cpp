@@ -33,7 +33,7 @@ struct Matrix {
     aoti_torch_get_dim(tensor, &dims);
     aoti_torch_get_sizes(tensor, &size);
     aoti_torch_get_strides(tensor, &stride);
-    for (int d = 0; d < 2; d++) {  // a vector is every row of a matrix
+    for (int d = 0; d < 2; d++) {  // a vector, or a single row, may be c for every row of out
       const int from = d - 2 + int(dims);
       sizes[d] = from < 0 ? 1 : size[from];
       strides[d] = from < 0 || size[from] == 1 ? 0 : stride[from];
@@ -191,7 +191,7 @@ bool multiply(
   if (product.rows * product.columns * product.depth > MOST || !out.has_rows()) return false;
   if (a.has_rows() && b.has_columns()) {
     product.dots();
-  } else if (!b.has_rows() || (beta && !c.has_rows())) {
+  } else if (!b.has_rows() || (beta && c.strides[1] != 1 && product.columns > 1)) {
     return false;
   } else if (a.has_columns()) {
     product.template sums<true>();

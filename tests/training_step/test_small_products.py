@@ -153,17 +153,36 @@ def test_nan_is_not_hidden_and_not_spread(multiply: Any) -> None:
 @pytest.mark.parametrize(
     "tensors",
     {
-        "large": (torch.ones(100, 50), torch.ones(50, 100)),
-        "bfloat16": (torch.ones(3, 4).bfloat16(), torch.ones(4, 5).bfloat16()),
-        "every other element": (torch.ones(3, 4), torch.ones(4, 10)[:, ::2]),
+        "large": (torch.zeros(100, 100), torch.ones(100, 50), torch.ones(50, 100)),
+        "bfloat16": [torch.zeros(shape).bfloat16() for shape in ((3, 5), (3, 4), (4, 5))],
+        "b in steps": (torch.zeros(3, 5), torch.ones(3, 4), torch.ones(4, 10)[:, ::2]),
+        "out in steps": (torch.zeros(3, 10)[:, ::2], torch.ones(3, 4), torch.ones(5, 4).mT),
     }.items(),
     ids=lambda item: item[0],
 )
 def test_other_products_are_left_to_the_library(multiply: Any, tensors: Any) -> None:
-    a, b = tensors[1]
-    out = torch.zeros(len(a), b.shape[1], dtype=a.dtype)
+    out, a, b = tensors[1]
     assert not multiply(out, out, a, b, 1.0, 1.0)
     assert not out.any()
+
+
+def test_c_may_lie_otherwise_than_out(multiply: Any) -> None:
+    a, w, wide = torch.randn(7, 20), torch.randn(9, 20), torch.randn(7, 18)
+    for c in (wide[:, :9], wide[:, ::2], wide[0, :9], wide[:1, :9], wide[:, :1], wide[:1, :1]):
+        for b in (w.mT, w.mT.contiguous()):
+            z = torch.full((7, 9), torch.nan)
+            if multiply(z, c, a, b, 0.5, 1.0):
+                assert_right(z, c, a, b, expected(c, a, b, 0.5, 1.0))
+            else:
+                assert c.shape[-1] == 1 or c.stride(-1) == 2
+                assert b.stride(1) == 1
+
+
+def test_the_stride_of_a_single_row_or_column_means_nothing(multiply: Any) -> None:
+    z = torch.zeros(3, 1)
+    a, b = torch.ones(3, 1).as_strided((3, 1), (1, 7)), torch.ones(1).as_strided((1, 1), (5, 3))
+    assert multiply(z, z, a, b, 1.0, 1.0)
+    assert z.flatten().tolist() == [1.0, 1.0, 1.0]
 
 
 def test_both_sides_agree_on_what_is_small() -> None:
