@@ -263,21 +263,22 @@ _JAX_PRECISION = {"highest": "highest", "high": "high", "medium": "default"}
 
 
 def jax_steps(problem: Problem) -> list[Contender]:
-    """JAX: compiled; compiled and not waited for; and many steps in one call."""
+    """JAX: compiled; compiled and not waited for; many steps in one call; and as an epoch."""
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
     precision = _JAX_PRECISION[torch.get_float32_matmul_precision()]
     jax.config.update("jax_default_matmul_precision", precision)
     x, y = jnp.asarray(problem.x.numpy()), jnp.asarray(problem.y.numpy())
 
-    def cost(parameters: Any) -> Any:
+    def cost(parameters: Any, x: Any, y: Any) -> Any:
         a = x
         for w, b in parameters:
             a = jax.nn.sigmoid(a @ w.T + b)
         return ((a - y) ** 2).sum() / (2 * len(x))
 
-    def step(parameters: Any, _: Any = None) -> tuple[Any, Any]:
-        found, gradients = jax.value_and_grad(cost)(parameters)
+    def step(parameters: Any, rows: Any = None) -> tuple[Any, Any]:
+        batch = (x, y) if rows is None else (x[rows], y[rows])
+        found, gradients = jax.value_and_grad(cost)(parameters, *batch)
         new = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, parameters, gradients)
         return new, found
 
@@ -299,10 +300,13 @@ def jax_steps(problem: Problem) -> list[Contender]:
 
     length = many_steps(problem)
     scan = partial(jax.lax.scan, step, xs=None, length=length)
+    order = jnp.tile(jnp.arange(len(x)), (length, 1))
+    epoch = partial(jax.lax.scan, step, xs=order)
     return [
         contender("jax.jit", step),
         contender("jax.jit, not waited for", step, waits=False),
         contender(f"jax.lax.scan, {length} steps", scan, length),
+        contender(f"jax.lax.scan, epoch of {length} steps", epoch, length),
     ]
 
 
