@@ -29,40 +29,40 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def reopened(path: Path) -> RunFolder:
-    """The folder of a run; refuse any other."""
+def reopened(path: Path, option: str) -> RunFolder:
+    """The folder of a run, which an option has chosen; refuse any other."""
     if not is_run(path):
-        refuse(COMMAND, f"--resume must be the folder of a run, with a file {LAST}; got {path}")
+        refuse(COMMAND, f"{option} must be the folder of a run, with a file {LAST}; got {path}")
     try:
         return RunFolder.reopened(path)
     except (OSError, ValueError) as error:
-        refuse(COMMAND, f"--resume must be a folder that a run can go on in: {error}")
+        refuse(COMMAND, f"{option} must lead to a folder that a run can go on in: {error}")
 
 
-def locked(folder: RunFolder) -> AbstractContextManager[object]:
+def locked(folder: RunFolder, option: str) -> AbstractContextManager[object]:
     """A lock on the folder of a run; refuse if another process has it."""
     try:
         return folder.lock()
     except OSError as error:
-        refuse(COMMAND, f"--resume must be a folder that a run can go on in: {error}")
+        refuse(COMMAND, f"{option} must lead to a folder that a run can go on in: {error}")
 
 
-def read(path: Path, whole: bool) -> dict[str, Any]:
+def read(path: Path, whole: bool, option: str) -> dict[str, Any]:
     """The last checkpoint of a run; refuse a damaged one. See `checkpoint.read`."""
     try:
         return checkpoint.read(path / LAST, whole)
     except (OSError, ValueError) as error:
-        refuse(COMMAND, f"--resume: {error}{_advice(path)}")
+        refuse(COMMAND, f"{option}: {error}{_advice(path)}")
 
 
-def load(training: Training, state: dict[str, Any], path: Path) -> None:
+def load(training: Training, state: dict[str, Any], path: Path, option: str) -> None:
     """Let a training go on from a state; refuse other data, or weights that are damaged."""
     try:
         training.load_state_dict(state["training"])
     except OSError as error:  # in weights that several processes read
-        refuse(COMMAND, f"--resume: {error}{_advice(path)}")
+        refuse(COMMAND, f"{option}: {error}{_advice(path)}")
     except ValueError as error:
-        refuse(COMMAND, f"--resume {path}: {error}")
+        refuse(COMMAND, f"{option}: {path}: {error}")
 
 
 def _advice(path: Path) -> str:
@@ -76,7 +76,7 @@ def _advice(path: Path) -> str:
 
 
 def continued(
-    given: Config, state: dict[str, Any], path: Path, arguments: Sequence[str] | None
+    given: Config, state: dict[str, Any], path: Path, arguments: Sequence[str] | None, option: str
 ) -> Config:
     """The options of the run, and those of the free ones that are given now; refuse others."""
     here: dict[str, Any] = {"run_folder": path.parent}  # it may have been moved
@@ -87,14 +87,14 @@ def continued(
     try:
         before = Config(**state["config"] | here)
     except (TypeError, ValueError) as error:
-        refuse(COMMAND, f"--resume: the options in {path / LAST} do not suit: {error}")
+        refuse(COMMAND, f"{option}: the options in {path / LAST} do not suit: {error}")
     # A flag that is set by default could not be given again.
     now = parse(Config, arguments, COMMAND, replace(before, deterministic=False))
     now = replace(now, deterministic=now.deterministic or before.deterministic)
     for name, value in asdict(now).items():
         if name not in _FREE and value != getattr(before, name):
-            option = "--" + name.replace("_", "-")
-            refuse(COMMAND, f"{option} is {getattr(before, name)} in {path}; got {value}")
+            other = "--" + name.replace("_", "-")
+            refuse(COMMAND, f"{other} is {getattr(before, name)} in {path}; got {value}")
     return replace(now, device=before.device)
 
 

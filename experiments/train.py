@@ -39,7 +39,7 @@ from experiments.report import write_report
 from experiments.run_folder import RunFolder, run_path
 from experiments.session import Session, state_of
 from experiments.training import COMMAND, Config, Training
-from experiments.verdicts import is_good, line, verdicts, warn
+from experiments.verdicts import is_good, line, table, verdicts, warn
 
 PROGRAM = COMMAND
 
@@ -114,11 +114,12 @@ def _prepare(config: Config, processes: Processes) -> Training:
     data = processes.in_turn(lambda: _data(config))
     training = processes.alike(lambda: _made(config, data, processes))
     shared = f", in {training.processes} processes" if processes.are_several else ""
+    epochs = f"1 ({config.epochs} without --dry-run)" if config.dry_run else config.epochs
     print(
         f"{training.net_name} {config.activation}, output {_output(config.cost)}, "
         f"{config.cost} cost, on {config.dataset}: "
         f"{len(training.y_train)} training samples, {len(training.y_test)} test samples; "
-        f"epochs: {config.epochs}, updates in each: {training.updates_per_epoch}; "
+        f"epochs: {epochs}, updates in each: {training.updates_per_epoch}; "
         f"on {training.device}{shared}",
         flush=True,
     )
@@ -161,8 +162,9 @@ def _dry_run(config: Config, training: Training, path: Path) -> int:
         if not is_good(cost):
             break
     metrics = training.metrics()
-    print(training.whole_trace().diagnostics(config.learning_rate))
-    print(f"after one epoch: {line(metrics)}")
+    print(table(training.whole_trace(), config.learning_rate))
+    one = training.updates == training.updates_per_epoch
+    print(f"after {'one epoch' if one else f'update {training.updates}'}: {line(metrics)}")
     print(f"a run would write to {path}; nothing was written")
     return warn(training, metrics, cost)
 
@@ -182,20 +184,22 @@ def _start(config: Config, training: Training, path: Path, processes: Processes)
 
     made = processes.from_first(make)
     folder = processes.only_first(lambda: made, made.path)
-    with processes.alike(lambda: resume.locked(folder)):
+    option = "--run-folder" if config.name is None else "--name"
+    with processes.alike(lambda: resume.locked(folder, option)):
         return _run(config, training, folder, state, processes)
 
 
 def _resume(
     given: Config, path: Path, arguments: Sequence[str] | None, processes: Processes
 ) -> int:
-    there = processes.alike(lambda: resume.reopened(path))
+    option = "--resume" if given.name is None else "--name"
+    there = processes.alike(lambda: resume.reopened(path, option))
     folder = processes.only_first(lambda: there, path)
-    with processes.alike(lambda: resume.locked(folder)):
-        state = processes.alike(lambda: resume.read(path, whole=not processes.are_several))
-        config = processes.alike(lambda: resume.continued(given, state, path, arguments))
+    with processes.alike(lambda: resume.locked(folder, option)):
+        state = processes.alike(lambda: resume.read(path, not processes.are_several, option))
+        config = processes.alike(lambda: resume.continued(given, state, path, arguments, option))
         training = _prepare(config, processes)
-        processes.alike(lambda: resume.load(training, state, path))
+        processes.alike(lambda: resume.load(training, state, path, option))
         done, total = training.updates, config.epochs * training.updates_per_epoch
 
         def go_on() -> bool:
@@ -206,12 +210,18 @@ def _resume(
                 folder.go_on(settings(config, training), done)
                 return keep_events(path, state["events"])
             except (OSError, ValueError) as error:
-                refuse(PROGRAM, f"--resume must be a folder that a run can go on in: {error}")
+                refuse(PROGRAM, f"{option} must lead to a folder that a run can go on in: {error}")
 
         has_all = processes.from_first(go_on)
-        print(f"going on after update {done} of {total}", flush=True)
+        print(_where_it_is(done, total), flush=True)
         resume.warn_of_changes(state, has_all)
         return _run(config, training, folder, state, processes)
+
+
+def _where_it_is(done: int, total: int) -> str:
+    if done < total:
+        return f"going on after update {done} of {total}"
+    return f"complete already: all {total} updates were made before; a larger --epochs adds more"
 
 
 def _run(
@@ -224,6 +234,7 @@ def _run(
     """Train, from the state on that the training is in."""
     started = time.perf_counter()
     session = Session(config, training, folder, state)
+    is_complete = training.updates == session.total
     again = [*processes.launcher, PROGRAM.split()[-1], "--resume", str(folder.path)]
     if config.shard:
         again.append("--shard")
@@ -250,16 +261,21 @@ def _run(
         kept = _how_to_go_on(session, again) if is_there else f"{folder.path} is no longer there"
         print(f"stopped: {error}; {kept}", file=sys.stderr)
         return 1
-    print(
-        f"test accuracy {metrics['test_accuracy']:.2%} after {seconds:.1f} s; "
-        f"{board.traces.seconds:.1f} s of that was spent on logging what the layers did"
+    spent = (
+        f" after {seconds:.1f} s; {board.traces.seconds:.1f} s of that was spent on logging what "
+        "the layers did"
     )
+    print(f"test accuracy {metrics['test_accuracy']:.2%}{'' if is_complete else spent}")
+    _print_results(found, folder.path, page)
+    return warn(training, metrics, cost, session.began, session.is_stopped)
+
+
+def _print_results(found: Sequence[str], folder: Path, page: Path) -> None:
     for each in found:
         print(f"verdict on {each}")
-    print(f"run folder: {folder.path}")
+    print(f"run folder: {folder}")
     print(f"report:     {page}")
-    print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder.path))}")
-    return warn(training, metrics, cost, session.began, session.is_stopped)
+    print(f"to see it:  tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 def _how_to_go_on(session: Session, again: Sequence[str]) -> str:

@@ -3,12 +3,13 @@
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from experiments.training import Training
-from manual_bp import Trace
+from manual_bp import Diagnostics, Trace
 
 
 def line(metrics: dict[str, float]) -> str:
@@ -25,6 +26,12 @@ def verdicts(trace: Trace, learning_rate: float) -> list[str]:
     for layer in trace.diagnostics(learning_rate):
         names.setdefault(layer.verdict, []).append(_spelled_out(trace.labels[layer.name]))
     return [f"{', '.join(those)}: {verdict}" for verdict, those in names.items()]
+
+
+def table(trace: Trace, learning_rate: float) -> Diagnostics:
+    """The diagnostics, with the layers numbered as in the verdicts."""
+    found, labels = trace.diagnostics(learning_rate), trace.labels
+    return replace(found, layers=tuple(replace(each, name=labels[each.name]) for each in found))
 
 
 def _spelled_out(label: str) -> str:

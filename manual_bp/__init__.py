@@ -16,6 +16,9 @@
 Each layer and cost has a `torch.autograd.Function`, which is public too: `LinearFunction` etc.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from manual_bp.backprop import backprop
 from manual_bp.convert import ConversionReport, convert, restore
 from manual_bp.costs._cost import Cost
@@ -39,14 +42,16 @@ from manual_bp.layers.softplus import Softplus, SoftplusFunction, softplus
 from manual_bp.layers.tanh import Tanh, TanhFunction, tanh
 from manual_bp.record import record
 from manual_bp.trace import Diagnostics, LayerDiagnostics, LayerTrace, Trace
-from manual_bp.training_step import (
-    Adam,
-    AdamW,
-    CapturedStep,
-    CompiledStep,
-    EnsembleStep,
-    TrainingStep,
-)
+
+if TYPE_CHECKING:
+    from manual_bp.training_step import (
+        Adam,
+        AdamW,
+        CapturedStep,
+        CompiledStep,
+        EnsembleStep,
+        TrainingStep,
+    )
 
 __version__ = "0.2.0"
 
@@ -98,3 +103,18 @@ __all__ = [
     "softplus",
     "tanh",
 ]
+
+if not TYPE_CHECKING:  # else a type checker would take any name for one of the package
+
+    def __getattr__(name: str) -> object:
+        # The training step is the slowest room to import, and many programs do not use it. The
+        # others cannot wait: once anything imports the module `record`, it would hide the function.
+        if name not in __all__ and name != "training_step":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        room = import_module("manual_bp.training_step")
+        globals().update({each: getattr(room, each) for each in room.__all__})
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "training_step"})

@@ -5,6 +5,7 @@ integer tensor, another dtype) is a TypeError; a wrong value (shape, device, opt
 ValueError.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -94,6 +95,12 @@ def one_of(name: str, value: object, options: Sequence[str]) -> None:
         wanted = ", ".join(repr(option) for option in options)
         given = repr(value) if isinstance(value, str) else type(value).__name__
         raise ValueError(f"{name} must be one of {wanted}; got {given}")
+
+
+def path(name: str, value: object) -> None:
+    """Refuse anything but a str or a path-like object of one."""
+    if not (isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)):
+        raise TypeError(f"{name} must be a str or a pathlib.Path; got {type(value).__name__}")
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,11 @@ import torch
 from manual_bp import _require
 
 ROW = torch.ones(1, 3)
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"a"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,13 @@ ROW = torch.ones(1, 3)
         ("count", ("n", 0), ValueError, "n must be at least 1; got 0"),
         ("count", ("n", 2.0), TypeError, "n must be an integer; got float"),
         ("count", ("n", True), TypeError, "n must be an integer; got bool"),
+        ("path", ("p", b"a"), TypeError, r"p must be a str or a pathlib\.Path; got bytes"),
+        (
+            "path",
+            ("p", BytesPath()),
+            TypeError,
+            r"p must be a str or a pathlib\.Path; got BytesPath",
+        ),
         ("one_of", ("a", "c", ("a", "b")), ValueError, "a must be one of 'a', 'b'; got 'c'"),
         ("indices", ("y", ROW[0].bool(), "z", ROW), TypeError, "y must hold integers or prob"),
         ("indices", ("y", torch.tensor([3]), "z", ROW), ValueError, "class indices from 0 to 2"),
@@ -79,6 +92,8 @@ def test_a_bad_argument_is_refused_by_its_name(
         ("matrix", ("a", ROW, "(m, n)")),
         ("components", ("a", ROW, 3, "why")),
         ("count", ("n", np.int64(1))),
+        ("path", ("p", "a")),
+        ("path", ("p", Path("a"))),
         ("one_of", ("a", "b", ("a", "b"))),
         ("indices", ("y", torch.tensor([2]), "z", ROW)),
         ("indices", ("y", torch.tensor([], dtype=torch.int64), "z", ROW[:0])),

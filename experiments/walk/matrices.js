@@ -29,7 +29,8 @@ function writer(largest) {
   const places = Math.max(2 - Math.max(power, 0), 1 - power, 0);
   return (value) => {
     if (!Number.isFinite(value)) return digits(value);
-    return withSigns(isExtreme ? value.toExponential(0) : value.toFixed(places));
+    const text = isExtreme ? value.toExponential(0) : value.toFixed(places);
+    return withSigns(Number(text) === 0 ? text.replace("-", "") : text);  // 0.00, not -0.00
   };
 }
 

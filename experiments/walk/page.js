@@ -11,6 +11,13 @@ function signElement(sign) {
   return span;
 }
 
+// A matrix with the sign before it.
+function newTerm() {
+  const term = document.createElement("span");
+  term.className = "term";
+  return term;
+}
+
 function showForm(id, equation, specs) {
   const form = element(id);
   form.querySelector(".equation").innerHTML = equation;
@@ -18,22 +25,58 @@ function showForm(id, equation, specs) {
   line.replaceChildren();
   const matrices = specs.map((spec) => (typeof spec === "string" ? spec : lookUp(spec, id)));
   const isPainted = matrices.some(({ height, width }) => height * width > MOST_CELLS);
+  let term = newTerm();
   for (const shown of matrices) {
-    if (typeof shown !== "string") {
-      draw(shown, id, shown === matrices.at(-1), isPainted);
-      listen(shown);
+    if (typeof shown === "string") {
+      term.append(signElement(shown));
+      continue;
     }
-    line.append(shown.figure ?? signElement(shown));
+    draw(shown, id, shown === matrices.at(-1), isPainted);
+    listen(shown);
+    term.append(shown.figure);
+    line.append(term);
+    term = newTerm();
   }
   return matrices.filter((shown) => shown.figure);
 }
 
-// The largest cells with which a form fits into its place; if its numbers do not, they are hidden.
+// In pixels. Smaller numbers cannot be read; larger ones do not make a wrapped form clearer.
+const [SMALLEST_FONT, WRAPPED_FONTS] = [8.5, [13, 11, 9]];
+
+// The largest cells with which a form fits into its place: in one line, or else wrapped. If its
+// numbers fit in neither way, they are hidden.
 function fit(drawn) {
-  const line = drawn[0].figure.parentElement;
+  const line = drawn[0].figure.closest(".matrices");
+  if (layOut(line, drawn)) return;
+  for (const font of WRAPPED_FONTS) {
+    if (layOut(line, drawn, font) && isOnScreen(line, drawn)) return;
+  }
+  layOut(line, drawn);
+}
+
+// Lays a form out, wrapped if a font is given, and returns whether its numbers can be read.
+function layOut(line, drawn, wrappedFont = 0) {
+  line.classList.toggle("wrapped", wrappedFont > 0);
+  const letters = Math.max(...drawn.map((each) => each.letters));
+  const size = wrappedFont
+    ? Math.min(sizeAlone(line, drawn), 4 + 0.67 * letters * wrappedFont) : sizeInLine(line, drawn);
+  const height = wrappedFont
+    ? Math.min(size, 2 * wrappedFont + 2) : heightInLine(line, drawn, size);
+  const font = Math.min((size - 4) / (0.67 * letters), 0.6 * height, 22);
+  line.classList.toggle("bare", font < SMALLEST_FONT);
+  line.style.setProperty("--font", `${font}px`);
+  for (const { picture, width, height: rows } of drawn) {
+    picture.style.width = `${lengthOf(width, size)}px`;
+    picture.style.height = `${lengthOf(rows, height)}px`;
+  }
+  return font >= SMALLEST_FONT;
+}
+
+// The width of a cell with which all matrices stand in one line.
+function sizeInLine(line, drawn) {
   const captions = drawn.map(({ figure }) => figure.firstChild.offsetWidth);
   const signs = [...line.querySelectorAll(".sign")].map((sign) => sign.offsetWidth);
-  const between = signs.reduce((sum, width) => sum + width, 14 * line.children.length);
+  const between = signs.reduce((sum, width) => sum + width, 14 * (drawn.length + signs.length));
   const taken = (size) => drawn.reduce(
     (sum, { width }, k) => sum + Math.max(lengthOf(width, size), captions[k]), between);
   // A few columns stay large enough for a finger, even if the form must then be scrolled.
@@ -41,28 +84,42 @@ function fit(drawn) {
   const smallest = columns > 24 ? 0.25 : 16;
   let size = 72;
   while (size > smallest && taken(size) > line.clientWidth) size *= 0.98;
+  return size;
+}
+
+// The width of a cell with which each matrix, with its sign, has a line of its own.
+function sizeAlone(line, drawn) {
+  return Math.min(...drawn.map(({ figure, width }) => {
+    const sign = figure.previousSibling?.offsetWidth ?? 0;
+    return (line.clientWidth - sign - 28) / width;
+  }));
+}
+
+function heightInLine(line, drawn, size) {
   const tallest = Math.max(...drawn.map((each) => each.height));
-  const height = Math.min(size, 56, roomBelow(line) / tallest);
-  const letters = Math.max(...drawn.map((each) => each.letters));
-  const font = Math.min((size - 4) / (0.67 * letters), 0.6 * height, 22);
-  line.classList.toggle("bare", font < 8.5);
-  line.style.setProperty("--font", `${font}px`);
-  for (const { picture, width, height: rows } of drawn) {
-    picture.style.width = `${lengthOf(width, size)}px`;
-    picture.style.height = `${lengthOf(rows, height)}px`;
-  }
+  return Math.min(size, 56, roomForNumbers(line) / tallest);
 }
 
 // Of a side of a matrix, in pixels. Beside a very long matrix, a short one must still be seen.
 const lengthOf = (cells, size) => Math.max(cells * size, Math.min(cells * 6, 60), 14);
 
 // Where both forms are side by side, all of a step should be on the screen at once.
+const isStacked = () => element("code").offsetTop > element("notes").offsetTop;
+
 function roomBelow(line) {
-  const isStacked = element("code").offsetTop > element("notes").offsetTop;
-  if (isStacked) return 0.5 * window.innerHeight;
   const top = line.getBoundingClientRect().top + window.scrollY;
-  const footer = document.querySelector("footer").offsetHeight;
-  return Math.max(window.innerHeight - top - footer - 120, 100);
+  return window.innerHeight - top - document.querySelector("footer").offsetHeight;
+}
+
+function roomForNumbers(line) {
+  return isStacked() ? 0.5 * window.innerHeight : Math.max(roomBelow(line) - 120, 100);
+}
+
+function isOnScreen(line, drawn) {
+  const boxes = drawn.map(({ figure }) => figure.getBoundingClientRect());
+  const [top, bottom] = [Math.min(...boxes.map((box) => box.top)),
+    Math.max(...boxes.map((box) => box.bottom))];
+  return isStacked() || bottom - top <= roomBelow(line) - 40;
 }
 
 function show() {

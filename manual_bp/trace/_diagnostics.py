@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
@@ -97,6 +95,8 @@ class Diagnostics:
         raise KeyError(f"no layer {name!r}; there are {[layer.name for layer in self.layers]}")
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # a tenth of what the package takes to import
+
         rows = [_row(layer) for layer in self.layers]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         always = ("layer", "‖δ‖", "‖∂C/∂w‖")

@@ -1,7 +1,7 @@
 """A training step in a CUDA graph: captured once, launched as one; its kernels may be compiled."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class CapturedStep:
                 self._cost = self._run(self._x, self._y, self._lr_tensor)
         # The graph holds the values that they had in the capture.
         self._frozen = Frozen("captur", is_current, plan.computation.cost)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CapturedStep must not be copied or pickled, since its CUDA graph updates the "
+            "tensors captured: copy or pickle the TrainingStep, and capture that again"
+        )
 
     def _warm_up(self, stream: Any) -> None:
         """Make first calls, in which libraries do what must not happen during a capture."""

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, strided
@@ -97,7 +97,7 @@ class CompiledStep:
                 updated in place.
 
         Raises:
-            FileNotFoundError, ValueError: path does not lead to such a package.
+            FileNotFoundError, TypeError, ValueError: path does not lead to such a package.
             KeyError, TypeError, ValueError: The tensors do not fit the package, two of them share
                 memory, or lr is not a number of at least 0.
         """
@@ -113,6 +113,13 @@ class CompiledStep:
         )
         step.lr = lr
         return step
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CompiledStep must not be copied or pickled, since its code updates the tensors that "
+            "it was made for: keep the package (path=... of compile), the parameters and state, "
+            "and use CompiledStep.load"
+        )
 
     @property
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from manual_bp import _require
 from manual_bp.costs._cost import Cost
 from manual_bp.training_step._clip import norm_dtype
 from manual_bp.training_step._layer import fresh_buffers
@@ -90,6 +91,7 @@ def trace(
 
 def require_path(path: str | PathLike[str]) -> None:
     """Refuse a path that no file can be written to, before the export begins."""
+    _require.path("path", path)
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"path must lead into a folder that exists; got {str(path)!r}")
     if Path(path).is_dir():

@@ -75,8 +75,8 @@ class Forms:
             network changes.
 
         Raises:
-            TypeError, ValueError: x or y does not fit, path does not end in .pt2 or is given on a
-                CUDA device, or the parameters are of float16.
+            TypeError, ValueError: x or y does not fit, path is no path, does not end in .pt2 or is
+                given on a CUDA device, or the parameters are of float16.
             OSError: The folder of path does not exist, or path exists and is not a file.
             RuntimeError: There is no C++ compiler (on the CPU), or autocast is on.
         """
@@ -110,7 +110,8 @@ class Forms:
                 output's shape and dtype, as class indices.
 
         Raises:
-            TypeError, ValueError: y does not suit the cost, or the parameters are of float16.
+            TypeError, ValueError: path is no path, y does not suit the cost, or the parameters are
+                of float16.
             OSError: The folder of path does not exist, or path exists and is not a file.
         """
         _export.require_path(path)

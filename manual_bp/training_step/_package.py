@@ -188,6 +188,7 @@ def load(
     path: str | PathLike[str],
 ) -> tuple[Callable[[list[Tensor]], list[Tensor]], Signature]:
     """The function in a package, and what it takes."""
+    _require.path("path", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path must lead to a compiled step; got {str(path)!r}")
     require_suffix(path)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,14 +124,23 @@ def test_a_run_cut_off_anywhere_in_a_checkpoint_ends_with_the_same_bits(
     assert left_by(run) == whole()
 
 
-def test_a_finished_run_can_be_trained_further(
+def named(run: Path) -> list[str]:
+    return [*QUICK, "--run-folder", str(run.parent), "--name", run.name]
+
+
+def test_a_finished_run_says_so_and_can_be_trained_further(
     tmp_path: Path, whole: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*QUICK, "--epochs", "1", "--run-folder", str(tmp_path)]) == 0
     run = only(tmp_path)
     once = left_by(run)
-    assert main(["--resume", str(run)]) == 0
-    assert left_by(run) == once
+    capsys.readouterr()
+    for command in (["--resume", str(run)], [*named(run), "--epochs", "1"]):
+        assert main(command) == 0
+        assert left_by(run) == once
+        _, first, _, accuracy, *_ = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"complete already: all {TOTAL // 3} updates were made before; ")
+        assert re.fullmatch(r"test accuracy \d+\.\d+%", accuracy)
     assert main(["--resume", str(run), "--epochs", "3"]) == 0
     assert left_by(run) == whole()
     said = refusal(main, ["--resume", str(run), "--epochs", "2"], capsys)

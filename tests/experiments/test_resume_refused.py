@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from experiments.run_folder import RunFolder
 from experiments.train import main
-from tests.experiments.runs import damaged, files_in
+from tests.experiments.runs import QUICK, damaged, files_in
 from tests.helpers import refusal
 
 
@@ -88,10 +89,57 @@ def test_a_dry_run_does_not_go_on(stopped: Path, capsys: pytest.CaptureFixture[s
     assert "--dry-run trains a new network; it does not go with --resume" in said
 
 
-def test_a_run_in_use_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunFolder.reopened(stopped).lock():
-        said = refusal(main, ["--resume", str(stopped)], capsys)
-    assert said.endswith(f": another process is training in {stopped}\n")
+def in_use(stopped: Path) -> AbstractContextManager[object]:
+    return RunFolder.reopened(stopped).lock()
+
+
+def without_its_checkpoint(stopped: Path) -> AbstractContextManager[object]:
+    damaged(stopped / "last.pt")
+    return nullcontext()
+
+
+def without_its_options(stopped: Path) -> AbstractContextManager[object]:
+    damaged(stopped / "config.json")
+    return nullcontext()
+
+
+def without_its_metrics(stopped: Path) -> AbstractContextManager[object]:
+    (stopped / "metrics.csv").write_text("step\nmany\n", "utf-8")
+    return nullcontext()
+
+
+def trained_on_other_data(stopped: Path) -> AbstractContextManager[object]:
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    state["training"]["data"] = "others"
+    torch.save(state, stopped / "last.pt")
+    return nullcontext()
+
+
+@pytest.mark.parametrize("option", ["--resume", "--name"])
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        (in_use, " must lead to a folder that a run can go on in: another process is training in "),
+        (without_its_options, " must lead to a folder that a run can go on in: "),
+        (without_its_metrics, " must lead to a folder that a run can go on in: "),
+        (without_its_checkpoint, ": "),
+        (trained_on_other_data, ": "),
+    ],
+)
+def test_a_refusal_names_the_option_that_chose_the_run(
+    option: str,
+    spoiled: Callable[[Path], AbstractContextManager[object]],
+    reason: str,
+    stopped: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = {
+        "--resume": ["--resume", str(stopped)],
+        "--name": [*QUICK, "--run-folder", str(stopped.parent), "--name", stopped.name],
+    }
+    with spoiled(stopped):
+        said = refusal(main, chosen[option], capsys)
+    assert said.startswith(f"python -m experiments.train: {option}{reason}{stopped}")
 
 
 @pytest.fixture
@@ -117,7 +165,7 @@ def _as_nobody(stopped: Path) -> Iterator[None]:
 def test_a_read_only_run_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (stopped / "config.json").read_bytes()
     said = refusal(main, ["--resume", str(stopped)], capsys)
-    assert "--resume must be a folder that a run can go on in: " in said
+    assert "--resume must lead to a folder that a run can go on in: " in said
     assert "Permission denied" in said
     assert said.count("\n") == 1
     assert (stopped / "config.json").read_bytes() == before

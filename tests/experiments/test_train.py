@@ -211,9 +211,31 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
     assert "nothing was written" in printed
-    assert re.search(r"^ *0  learns$", printed, flags=re.MULTILINE)
-    assert re.search(r"^ *2  learns$", printed, flags=re.MULTILINE)
+    assert "; epochs: 1 (30 without --dry-run), updates in each: 144; " in printed
     assert "after one epoch: cost 0." in printed
+
+
+def test_a_dry_run_names_the_layers_as_the_verdicts_of_a_run_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", "iris", "--hidden", "8", "5", "--epochs", "1"]
+    assert main([*options, "--dry-run"]) == 0
+    dry = dict(re.findall(r"^(\d: \S+ sigmoid)  (\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert list(dry) == ["1: 4→8 sigmoid", "2: 8→5 sigmoid", "3: 5→3 sigmoid"]
+    assert main([*options, "--run-folder", str(tmp_path)]) == 0
+    run: dict[str, str] = {}
+    for layers, verdict in re.findall(r"^verdict on (.*): (.*)$", capsys.readouterr().out, re.M):
+        names = re.findall(r"layer (\d) \((.*?)\)", layers)
+        run |= {f"{place}: {shape}": verdict for place, shape in names}
+    assert dry == run
+
+
+def test_a_dry_run_that_does_not_reach_the_end_of_the_epoch_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    diverges = ["--activation", "relu", "--cost", "softmax-cross-entropy", "--learning-rate"]
+    assert main([*diverges, "1e38", "--dry-run"]) == 1
+    assert re.search(r"^after update \d+: cost nan", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_dry_run_reports_dead_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
 """What a step refuses, and that a refusal changes nothing."""
 
+import copy
+import io
+import pickle
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from manual_bp import (
+    CapturedStep,
+    CompiledStep,
     Cost,
     Linear,
     QuadraticCost,
@@ -588,3 +593,37 @@ def test_learning_rate_is_checked_when_set() -> None:
     with pytest.raises(ValueError, match="lr must be at least 0; got -2"):
         step.lr = -2
     assert step.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"),
+    [(CompiledStep, "use CompiledStep.load"), (CapturedStep, "the TrainingStep, and capture that")],
+)
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, pickle.dumps, lambda step: torch.save({"step": step}, io.BytesIO())],
+    ids=["copy", "deepcopy", "pickle", "torch.save"],
+)
+def test_a_step_that_is_bound_to_its_tensors_refuses_to_be_copied(
+    duplicate: Callable[[object], object], kind: Any, instead: str
+) -> None:
+    refusal = f"^a {kind.__name__} must not be copied or pickled, .*{re.escape(instead)}"
+    with pytest.raises(TypeError, match=refusal):
+        duplicate(kind.__new__(kind))
+
+
+@pytest.mark.parametrize("path", [None, 3, b"step.pt2", ["step.pt2"]])
+def test_what_is_no_path_is_refused_by_its_name(path: Any) -> None:
+    step = TrainingStep(network(), QuadraticCost(), 0.1)
+    pair = batch(step.net, step.cost, 4)
+    calls: list[Callable[[], object]] = [
+        lambda: step.export(path),
+        lambda: step.export_onnx(path),
+        lambda: CompiledStep.load(path, dict(step.net.named_parameters()), 0.1),
+    ]
+    if path is not None:  # then compile keeps no package
+        calls.append(lambda: step.compile(*pair, path=path))
+    message = rf"^path must be a str or a pathlib\.Path; got {type(path).__name__}$"
+    for call in calls:
+        with pytest.raises(TypeError, match=message):
+            call()

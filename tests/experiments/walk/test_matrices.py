@@ -84,6 +84,28 @@ def test_every_number_in_both_forms_is_that_of_backprop(text: str, tmp_path: Pat
 
 
 @needs_chromium
+def test_a_number_that_is_rounded_to_0_has_no_sign(text: str, tmp_path: Path) -> None:
+    found = watch(
+        text,
+        """
+        const written = (largest, ...values) => values.map(writer(largest));
+        return [
+          written(1, -0.001, -0.0049, -0, 0, 0.004), written(1, -0.0051, 0.0051),
+          written(100, -0.4, -0.6), written(0.01, -0.0004, -0.0006), written(1e5, -1e-9, -0),
+        ];
+        """,
+        tmp_path,
+    )
+    assert found == [
+        ["0.00"] * 5,
+        ["−0.01", "0.01"],
+        ["0", "−1"],
+        ["0.000", "−0.001"],
+        ["−1e−9", "0e+0"],
+    ]
+
+
+@needs_chromium
 def test_a_number_of_a_result_marks_what_makes_it_in_both_forms(text: str, tmp_path: Path) -> None:
     marks = watch(
         text,

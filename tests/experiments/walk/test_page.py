@@ -2,8 +2,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+from experiments.walk.__main__ import Config, invent, write
 from experiments.walk.page import page
 from tests.experiments.walk.browser import needs_chromium, watch
 
@@ -103,13 +105,22 @@ def test_everything_has_a_name_for_a_screen_reader(text: str, tmp_path: Path) ->
     assert found["resources"] == []
 
 
+def framed(width: int, height: int) -> str:
+    """A page with the walk in a frame: a window of Chromium is never narrower than 500 pixels."""
+    frame = f'<iframe src="walk.html" width="{width}" height="{height}"></iframe>'
+    return f"<title>A frame</title><body>{frame}</body>"
+
+
 @needs_chromium
-def test_a_telephone_needs_no_scrolling_sideways(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "height", "scrolls_down"), [(390, 844, True), (1280, 800, False)]
+)
+def test_a_telephone_and_a_laptop_show_every_number_without_scrolling_sideways(
+    width: int, height: int, scrolls_down: bool, text: str, tmp_path: Path
+) -> None:
     (tmp_path / "walk.html").write_text(text, encoding="utf-8")
-    # A window of Chromium is never narrower than 500 pixels, but a frame is.
-    frame = '<iframe src="walk.html" width="390" height="844"></iframe>'
     found = watch(
-        f"<title>A telephone</title><body>{frame}</body>",
+        framed(width, height),
         """
         const inside = at("iframe").contentWindow;
         const root = inside.document.documentElement;
@@ -117,10 +128,36 @@ def test_a_telephone_needs_no_scrolling_sideways(text: str, tmp_path: Path) -> N
           inside.go(k);
           const cut = all("figure, .equation", inside.document).filter((each) =>
             each.getBoundingClientRect().right > root.clientWidth);
-          return [root.clientWidth, root.scrollWidth, cut.length];
+          const cells = all("td", inside.document);
+          const fonts = cells.map((cell) => parseFloat(getComputedStyle(cell).fontSize));
+          const full = cells.filter((cell) => cell.scrollWidth > cell.clientWidth);
+          return {
+            room: root.clientWidth, width: root.scrollWidth, cut: cut.length, full: full.length,
+            font: Math.min(...fonts), down: root.scrollHeight > root.clientHeight,
+          };
         });
         """,
         tmp_path,
     )
-    assert all(350 < room == width <= 390 for room, width, _ in found)
-    assert sum(cut for *_, cut in found) == 0
+    assert all(width - 40 < step["room"] == step["width"] <= width for step in found)
+    assert not any(step["cut"] or step["full"] for step in found)
+    assert min(step["font"] for step in found) >= 8.5
+    assert any(step["down"] for step in found) is scrolls_down
+
+
+@needs_chromium
+def test_numbers_that_have_no_room_on_a_telephone_are_hidden(tmp_path: Path) -> None:
+    """Not shown in a size that nobody can read, or beyond the edge."""
+    text, _ = write(wide := Config(batch_size=20), invent(wide))
+    (tmp_path / "walk.html").write_text(text, encoding="utf-8")
+    found = watch(
+        framed(390, 844),
+        """
+        const inside = at("iframe").contentWindow;
+        inside.go(1);
+        const root = inside.document.documentElement;
+        return [all(".bare", inside.document).length, root.scrollWidth <= root.clientWidth];
+        """,
+        tmp_path,
+    )
+    assert found == [1, True]  # in the notes; in the code, samples are rows
