@@ -12,29 +12,35 @@ from experiments.benchmark.measure import Conditions, measure, take_peak
 from experiments.benchmark.problem import NETS, Problem, problem
 from experiments.benchmark.report import Table
 
-# Up to how many weights a network has for which many are trained at once.
+# Up to how many weights a network has that Adam trains too, and many of which are trained at once.
 LARGEST_OF_MANY = 2**20
 
 Maker = Callable[[Problem], list[Contender]]
 
-# The peers by what they need.
-PEERS: dict[str, Maker] = {
+# The peers by what they need; they follow any rule.
+PEERS: dict[str, Callable[..., list[Contender]]] = {
     "a C++ compiler": partial(step.autograd, fused=True, compiled=True),
-    "numpy": step.numpy_step,
     "jax": step.jax_steps,
+}
+# Those that follow SGD only.
+SGD_PEERS: dict[str, Maker] = {
+    "numpy": step.numpy_step,
     "onnxruntime and onnxscript": step.onnxruntime_steps,
 }
 
 
 def tables(conditions: Conditions) -> Iterator[Table]:
-    """Time for each network, then memory for all of them."""
+    """Time for each network, then with Adam for all but large ones, then memory for all."""
     tasks = [problem(*net, conditions.device, conditions.threads) for net in NETS]
-    for task in tasks:
-        found = contenders(task)
+    small = [task for task in tasks if _is_small(task)]
+    rules = [(task, step.SGD) for task in tasks] + [(task, step.ADAM) for task in small]
+    for task, rule in rules:
+        found = contenders(task, rule)
         measure(found, conditions)
         cells = partial(_times, found[0], found[-1])
         rows = [c.row(task.label | {"contender": c.name}, cells) for c in found]
-        yield Table(f"A step of {task}", rows, "times ours", "contender", found)
+        what = f"A step of {task}" + ("" if rule is step.SGD else f", with {rule.name}")
+        yield Table(what, rows, "times ours", "contender", found)
     yield _memory(tasks, conditions.device)
 
 
@@ -70,25 +76,28 @@ def _sizes(task: Problem, contender: Contender) -> Row:
     return {column: f"{size / 1e6:.3f}" for column, size in sizes.items()}
 
 
-def contenders(task: Problem) -> list[Contender]:
+def contenders(task: Problem, rule: step.Rule = step.SGD) -> list[Contender]:
     """Ours first, the bare matrix products last, and in between all peers that are available."""
-    captured = {"ours, captured": partial(step.ours, captured=True)} if task.x.is_cuda else {}
-    can_compile = "a C++ compiler" not in left_out(task.x.device.type)
-    compiled = {"ours, compiled": step.ours_compiled} if can_compile else {}
-    whole = {"torch, compiled whole": step.autograd_whole} if can_compile else {}
-    is_small = sum(map(torch.numel, task.w)) <= LARGEST_OF_MANY
+    missing = left_out(task.x.device.type)
+    is_sgd, can_compile = rule is step.SGD, "a C++ compiler" not in missing
+    captured = partial(step.ours, rule=rule, captured=True)
     makers: dict[str, Maker] = {
-        "ours": step.ours,
-        **captured,
-        **compiled,
-        **({"ours, many networks": step.ours_ensemble} if is_small else {}),
-        "torch, SGD": step.autograd,
-        "torch, fused SGD": partial(step.autograd, fused=True),
-        **whole,
-        **{name: peer for name, peer in PEERS.items() if name not in left_out(task.x.device.type)},
+        "ours": partial(step.ours, rule=rule),
+        **({"ours, captured": captured} if task.x.is_cuda else {}),
+        **({"ours, compiled": partial(step.ours_compiled, rule=rule)} if can_compile else {}),
+        **({"ours, many networks": step.ours_ensemble} if is_sgd and _is_small(task) else {}),
+        f"torch, {rule.name}": partial(step.autograd, rule=rule),
+        f"torch, fused {rule.name}": partial(step.autograd, rule=rule, fused=True),
+        **({"torch, whole": partial(step.autograd_whole, rule=rule)} if can_compile else {}),
+        **{name: partial(p, rule=rule) for name, p in PEERS.items() if name not in missing},
+        **{name: p for name, p in SGD_PEERS.items() if is_sgd and name not in missing},
         "bare products": step.bare_products,
     }
     return gather(makers, task)
+
+
+def _is_small(task: Problem) -> bool:
+    return sum(map(torch.numel, task.w)) <= LARGEST_OF_MANY
 
 
 def memory_contenders(task: Problem) -> list[Contender]:
@@ -100,7 +109,7 @@ def memory_contenders(task: Problem) -> list[Contender]:
 
 def left_out(device: str) -> list[str]:
     """What the peers need that are left out on a device."""
-    return [needs for needs in PEERS if not _is_available(needs, device)]
+    return [needs for needs in PEERS | SGD_PEERS if not _is_available(needs, device)]
 
 
 def _is_available(needs: str, device: str) -> bool:

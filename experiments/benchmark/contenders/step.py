@@ -1,7 +1,8 @@
 """A training step, and the contenders for it.
 
 A step is forward, backward and gradient descent on one batch, under the quadratic cost, in float32.
-All contenders start from the same weights, and compute the cost of the batch as well.
+Parameters follow their gradients by the rule of SGD, or of Adam. All contenders start from the same
+weights, and compute the cost of the batch as well.
 """
 
 import copy
@@ -9,8 +10,8 @@ import importlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,9 +25,12 @@ from torch.func import functional_call, grad_and_value
 
 from experiments.benchmark.contender import FLOAT32, Contender, Result, allowance
 from experiments.benchmark.problem import Problem
-from manual_bp import CompiledStep, EnsembleStep, QuadraticCost, TrainingStep
+from manual_bp import Adam, CompiledStep, EnsembleStep, QuadraticCost, TrainingStep
 
 LEARNING_RATE = 0.1
+# With Adam's usual numbers, 0.999 and 1e-8, results would depend on the rounding of 1 - 0.999 and
+# of gradients near 0.
+BETAS, EPS = (0.9, 0.99), 1e-2
 # How many networks an ensemble has.
 NETWORKS = 32
 
@@ -34,7 +38,49 @@ Arrays = dict[str, Any]
 Parameters = Callable[[], Iterable[Any]]
 
 
-def judged(contender: Contender, problem: Problem, parameters: Parameters) -> Contender:
+@dataclass(frozen=True)
+class Rule:
+    """How parameters follow their gradients.
+
+    name: As PyTorch calls it.
+    ours: What makes a TrainingStep follow it.
+    optimizer: Makes PyTorch's, of parameters.
+    slots: How many tensors it keeps for each parameter.
+    update: The new parameter, and the new ones of what is kept, from the parameter, its gradient,
+        the number of the step, and what is kept. For arrays of PyTorch and JAX.
+    """
+
+    name: str
+    ours: Mapping[str, Any]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    slots: int
+    update: Callable[..., tuple[Any, ...]]
+
+
+def _sgd(p: Any, gradient: Any, _t: Any) -> tuple[Any, ...]:
+    return (p - LEARNING_RATE * gradient,)
+
+
+def _adam(p: Any, gradient: Any, t: Any, m: Any, v: Any) -> tuple[Any, ...]:
+    m = m + (1 - BETAS[0]) * (gradient - m)
+    v = v + (1 - BETAS[1]) * (gradient * gradient - v)
+    root = (v / (1 - BETAS[1] ** t)) ** 0.5
+    return p - LEARNING_RATE * (m / (1 - BETAS[0] ** t)) / (root + EPS), m, v
+
+
+SGD = Rule("SGD", {}, partial(torch.optim.SGD, lr=LEARNING_RATE), 0, _sgd)
+ADAM = Rule(
+    "Adam",
+    {"rule": Adam(betas=BETAS, eps=EPS)},
+    partial(torch.optim.Adam, lr=LEARNING_RATE, betas=BETAS, eps=EPS),
+    2,
+    _adam,
+)
+
+
+def judged(
+    contender: Contender, problem: Problem, parameters: Parameters, rule: Rule = SGD
+) -> Contender:
     """The contender, whose first call is judged by what it learns: weights and biases in turn."""
 
     def results() -> list[Result]:
@@ -51,9 +97,9 @@ def judged(contender: Contender, problem: Problem, parameters: Parameters) -> Co
         return found
 
     def expected() -> list[Tensor]:
-        """What autograd and SGD learn in float64."""
+        """What autograd and PyTorch's optimizer learn in float64."""
         net = copy.deepcopy(problem.net).double()
-        optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+        optimizer = rule.optimizer(net.parameters())
         for _ in range(contender.each):
             optimizer.zero_grad()
             cost(net, problem.x.double(), problem.y.double()).backward()
@@ -69,15 +115,15 @@ def cost(net: nn.Module, x: Tensor, y: Tensor) -> Any:
     return F.mse_loss(net(x), y, reduction="sum") / (2 * len(x))
 
 
-def ours(problem: Problem, *, captured: bool = False) -> list[Contender]:
+def ours(problem: Problem, *, rule: Rule = SGD, captured: bool = False) -> list[Contender]:
     """Our TrainingStep, or its CUDA graph."""
     net = copy.deepcopy(problem.net)
-    step: Any = TrainingStep(net, QuadraticCost(), LEARNING_RATE)
+    step: Any = TrainingStep(net, QuadraticCost(), LEARNING_RATE, **rule.ours)
     if captured:
         step = step.cuda_graph(problem.x, problem.y)
     name = "ours, captured" if captured else "ours"
     contender = Contender(name, partial(step, problem.x, problem.y), is_ours=True)
-    return [judged(contender, problem, net.parameters)]
+    return [judged(contender, problem, net.parameters, rule)]
 
 
 def ours_from_scratch(problem: Problem) -> list[Contender]:
@@ -87,16 +133,14 @@ def ours_from_scratch(problem: Problem) -> list[Contender]:
     return [Contender("ours", lambda: new_step()(problem.x, problem.y), is_ours=True)]
 
 
-def ours_compiled(problem: Problem) -> list[Contender]:
+def ours_compiled(problem: Problem, *, rule: Rule = SGD) -> list[Contender]:
     """Our step as machine code: a call for each step and, on the CPU, a call for many of them."""
     x, y = problem.x, problem.y
     nets = [copy.deepcopy(problem.net) for _ in range(2)]
-    step = TrainingStep(nets[0], QuadraticCost(), LEARNING_RATE)
+    step = TrainingStep(nets[0], QuadraticCost(), LEARNING_RATE, **rule.ours)
     if x.is_cuda:
-        call = partial(step.compile(x, y), x, y)
-        return [
-            judged(Contender("ours, compiled", call, is_ours=True), problem, nets[0].parameters)
-        ]
+        contender = Contender("ours, compiled", partial(step.compile(x, y), x, y), is_ours=True)
+        return [judged(contender, problem, nets[0].parameters, rule)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "step.pt2")
         call = partial(step.compile(x, y, path=path), x, y)
@@ -108,7 +152,7 @@ def ours_compiled(problem: Problem) -> list[Contender]:
         Contender("ours, compiled", call, is_ours=True),
         Contender(f"ours, epoch of {each} steps", epoch, each, is_ours=True),
     ]
-    return [judged(c, problem, net.parameters) for c, net in zip(found, nets, strict=True)]
+    return [judged(c, problem, net.parameters, rule) for c, net in zip(found, nets, strict=True)]
 
 
 def ours_ensemble(problem: Problem) -> list[Contender]:
@@ -127,10 +171,12 @@ def many_steps(problem: Problem) -> int:
     return max(2, min(200, round(3e9 / operations)))
 
 
-def autograd_whole(problem: Problem) -> list[Contender]:
-    """Forward, autograd's backward and SGD in one compiled function; on a GPU in a CUDA graph."""
+def autograd_whole(problem: Problem, *, rule: Rule = SGD) -> list[Contender]:
+    """Forward, autograd's backward and update, compiled as one; on a GPU in a CUDA graph."""
     net = copy.deepcopy(problem.net).requires_grad_(False)
     parameters: dict[str, Tensor] = dict(net.named_parameters())
+    kept = {n: [torch.zeros_like(p) for _ in range(rule.slots)] for n, p in parameters.items()}
+    steps = torch.zeros((), device=problem.x.device)
 
     def of_batch(values: Any, x: Tensor, y: Tensor) -> Tensor:
         found = F.mse_loss(functional_call(net, values, (x,)), y, reduction="sum")
@@ -138,15 +184,19 @@ def autograd_whole(problem: Problem) -> list[Contender]:
 
     def step() -> Tensor:
         gradients, found = grad_and_value(of_batch)(parameters, problem.x, problem.y)
+        steps.add_(1)
         for name, value in parameters.items():
-            value.sub_(gradients[name], alpha=LEARNING_RATE)
+            state = (value, *kept[name])
+            new = rule.update(value, gradients[name], steps, *kept[name])
+            for old, changed in zip(state, new, strict=True):
+                old.copy_(changed)
         result: Tensor = found
         return result
 
     call: Callable[[], object] = torch.compile(step, fullgraph=True, dynamic=False)
     if problem.x.is_cuda:
-        call = _captured(call, list(parameters.values()))
-    return [judged(Contender("torch, compiled whole", call), problem, net.parameters)]
+        call = _captured(call, [steps, *parameters.values(), *chain(*kept.values())])
+    return [judged(Contender("torch, compiled whole", call), problem, net.parameters, rule)]
 
 
 def _captured(call: Callable[[], object], state: list[Tensor]) -> Callable[[], object]:
@@ -166,13 +216,15 @@ def _captured(call: Callable[[], object], state: list[Tensor]) -> Callable[[], o
     return graph.replay
 
 
-def autograd(problem: Problem, *, fused: bool = False, compiled: bool = False) -> list[Contender]:
-    """Autograd and SGD, whose kernels may be fused into one, and the cost compiled."""
+def autograd(
+    problem: Problem, *, rule: Rule = SGD, fused: bool = False, compiled: bool = False
+) -> list[Contender]:
+    """Autograd and an optimizer, whose kernels may be fused into one, and the cost compiled."""
     net = copy.deepcopy(problem.net)
     of_batch: Any = partial(cost, net)
     if compiled:
         of_batch = torch.compile(of_batch, dynamic=False)
-    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, fused=fused or None)
+    optimizer = rule.optimizer(net.parameters(), fused=fused or None)
 
     def step() -> object:
         found = of_batch(problem.x, problem.y)
@@ -181,8 +233,8 @@ def autograd(problem: Problem, *, fused: bool = False, compiled: bool = False) -
         optimizer.zero_grad()  # last, so that each call starts without gradients in memory
         return found
 
-    name = f"torch{'.compile' * compiled}, {'fused ' * fused}SGD"
-    return [judged(Contender(name, step), problem, net.parameters)]
+    name = f"torch{'.compile' * compiled}, {'fused ' * fused}{rule.name}"
+    return [judged(Contender(name, step), problem, net.parameters, rule)]
 
 
 def bare_products(problem: Problem) -> list[Contender]:
@@ -262,30 +314,33 @@ def numpy_step(problem: Problem) -> list[Contender]:
 _JAX_PRECISION = {"highest": "highest", "high": "high", "medium": "default"}
 
 
-def jax_steps(problem: Problem) -> list[Contender]:
+def jax_steps(problem: Problem, *, rule: Rule = SGD) -> list[Contender]:
     """JAX: compiled; compiled and not waited for; many steps in one call; and as an epoch."""
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
     precision = _JAX_PRECISION[torch.get_float32_matmul_precision()]
     jax.config.update("jax_default_matmul_precision", precision)
     x, y = jnp.asarray(problem.x.numpy()), jnp.asarray(problem.y.numpy())
+    start = [p.numpy() for pair in zip(problem.w, problem.b, strict=True) for p in pair]
 
     def cost(parameters: Any, x: Any, y: Any) -> Any:
         a = x
-        for w, b in parameters:
+        for w, b in zip(parameters[::2], parameters[1::2], strict=True):
             a = jax.nn.sigmoid(a @ w.T + b)
         return ((a - y) ** 2).sum() / (2 * len(x))
 
-    def step(parameters: Any, rows: Any = None) -> tuple[Any, Any]:
+    def step(state: Any, rows: Any = None) -> tuple[Any, Any]:
+        t, parameters, *kept = state
         batch = (x, y) if rows is None else (x[rows], y[rows])
         found, gradients = jax.value_and_grad(cost)(parameters, *batch)
-        new = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, parameters, gradients)
-        return new, found
+        pairs = zip(parameters, gradients, *kept, strict=True)
+        new = [rule.update(p, g, t + 1, *own) for p, g, *own in pairs]
+        return [t + 1, *map(list, zip(*new, strict=True))], found
 
     def contender(name: str, function: Any, each: int = 1, *, waits: bool = True) -> Contender:
         run = jax.jit(function, donate_argnums=0)
-        pairs = zip(problem.w, problem.b, strict=True)
-        state = [[(jnp.array(w.numpy()), jnp.array(b.numpy())) for w, b in pairs]]
+        kept = [[jnp.zeros(p.shape, p.dtype) for p in start] for _ in range(rule.slots)]
+        state = [[jnp.zeros(()), list(map(jnp.array, start)), *kept]]
 
         def call() -> None:
             state[0], _ = run(state[0])
@@ -296,12 +351,11 @@ def jax_steps(problem: Problem) -> list[Contender]:
             jax.block_until_ready(state[0])
 
         new = Contender(name, call, each, wait)
-        return judged(new, problem, lambda: map(np.array, chain(*state[0])))
+        return judged(new, problem, lambda: map(np.array, state[0][1]), rule)
 
     length = many_steps(problem)
     scan = partial(jax.lax.scan, step, xs=None, length=length)
-    order = jnp.tile(jnp.arange(len(x)), (length, 1))
-    epoch = partial(jax.lax.scan, step, xs=order)
+    epoch = partial(jax.lax.scan, step, xs=jnp.tile(jnp.arange(len(x)), (length, 1)))
     return [
         contender("jax.jit", step),
         contender("jax.jit, not waited for", step, waits=False),

@@ -7,7 +7,7 @@ import torch
 
 from experiments.benchmark import step
 from experiments.benchmark.contender import Contender, InexactError
-from experiments.benchmark.contenders.step import autograd, bare_products, judged
+from experiments.benchmark.contenders.step import ADAM, autograd, bare_products, judged
 from experiments.benchmark.measure import peak_bytes
 from experiments.benchmark.problem import Problem, problem
 from experiments.benchmark.step import contenders, left_out, memory_contenders
@@ -37,7 +37,18 @@ def test_every_contender_makes_the_same_step(task: Problem) -> None:
         assert len(contender.results()) == (0 if contender.name == "bare products" else 4)
 
 
-@pytest.mark.parametrize("peer", [p for p in step.PEERS if p != "a C++ compiler"])
+def test_all_make_the_same_step_with_adam(task: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)  # what is compiled is judged when it runs
+    found = contenders(task, ADAM)
+    listed = [contender.name for contender in found if "jax" not in contender.name]
+    captured = ["ours, captured"] * task.x.is_cuda
+    assert listed == ["ours", *captured, "torch, Adam", "torch, fused Adam", "bare products"]
+    for contender in found:
+        assert not contender.note
+        contender.check()
+
+
+@pytest.mark.parametrize("peer", [*step.PEERS, *step.SGD_PEERS][1:])
 def test_a_peer_whose_library_is_missing_is_left_out_and_named(
     peer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +78,14 @@ def test_a_contender_that_learns_something_else_is_inexact(factor: float) -> Non
         return [old + factor * (new - old) for old, new in zip(first, now, strict=True)]
 
     wrong = judged(Contender("wrong one", lambda: None), task, parameters)
+    with pytest.raises(InexactError, match="inexact: off by "):
+        wrong.check()
+
+
+def test_a_contender_that_follows_another_rule_is_inexact() -> None:
+    task = problem(SIZES, BATCH, "cpu")
+    learned = autograd(task)[0].results
+    wrong = judged(Contender("SGD"), task, lambda: [found for found, _, _ in learned()], ADAM)
     with pytest.raises(InexactError, match="inexact: off by "):
         wrong.check()
 
