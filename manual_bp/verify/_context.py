@@ -155,13 +155,18 @@ class CheckContext:
         """A random upstream gradient for every output of a call."""
         return [self.random_like(t) for t in outputs_of(call(*leaves(sample, ())))]
 
-    def is_at_kink(self, sample: Sample) -> bool:
-        """Whether the exact gradient differs on two sides of a sample, very near to it."""
+    def is_at_kink(self, sample: Sample, upstream: Sequence[Tensor] = ()) -> bool:
+        """Whether the exact gradient differs on two sides of a sample, very near to it.
+
+        Args:
+            sample: The arguments.
+            upstream: The upstream gradients; by default random ones.
+        """
         wide, call = widened(sample), self.trusted
         steps = [_NEAR * t.abs() * self.random_like(t) if is_differentiable(t) else 0 for t in wide]
         sides: list[Gradients] = []
         try:
-            upstream = self.upstream(call, wide)
+            upstream = upstream or self.upstream(call, wide)
             for sign in (1, -1):
                 pairs = zip(wide, steps, strict=True)
                 moved = tuple(t + sign * s if is_differentiable(t) else t for t, s in pairs)
