@@ -12,11 +12,11 @@ namespace {
 
 // How many bytes a register holds, and how large blocks are, so that they fit into all registers.
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, SIDE = 5, ROWS = 6;
+constexpr int BYTES = 64, SIDE = 5, ROWS = 5, WIDE = 3;
 #elif defined(__AVX__)
-constexpr int BYTES = 32, SIDE = 3, ROWS = 6;
+constexpr int BYTES = 32, SIDE = 3, ROWS = 6, WIDE = 2;
 #else
-constexpr int BYTES = 16, SIDE = 3, ROWS = 6;
+constexpr int BYTES = 16, SIDE = 3, ROWS = 6, WIDE = 2;
 #endif
 // Up to how many multiplications a product is small.
 constexpr int64_t MOST = 262144;
@@ -150,33 +150,49 @@ struct Product {
     const int64_t rest = columns % LANES;
     auto read = [](const T* from) { return load(from); };
     auto write = [](T* to, Vector v) { store(to, v); };
-    for (int64_t j = 0; j + LANES <= columns; j += LANES)
-      sums_of_block<I, TRANSPOSED>(i, j, read, write);
+    int64_t j = 0;
+    for (; j + WIDE * LANES <= columns; j += WIDE * LANES)
+      sums_of_block<I, WIDE, TRANSPOSED>(i, j, read, write);
+    for (; j + LANES <= columns; j += LANES)
+      sums_of_block<I, 1, TRANSPOSED>(i, j, read, write);
     if (rest && columns > LANES) {  // a vector that ends with the row, and has begun before
       const auto mask = last(rest);
       auto write_rest = [&](T* to, Vector v) { store(to, mask ? v : load(to)); };
-      sums_of_block<I, TRANSPOSED>(i, columns - LANES, read, write_rest);
+      sums_of_block<I, 1, TRANSPOSED>(i, columns - LANES, read, write_rest);
     } else if (rest) {
       auto read_rest = [&](const T* from) { return load(from, rest); };
       auto write_rest = [&](T* to, Vector v) { std::memcpy(to, &v, rest * sizeof(T)); };
-      sums_of_block<I, TRANSPOSED>(i, 0, read_rest, write_rest);
+      sums_of_block<I, 1, TRANSPOSED>(i, 0, read_rest, write_rest);
     }
   }
 
-  template <int I, bool TRANSPOSED, class Read, class Write>
+  template <int I, int J, bool TRANSPOSED, class Read, class Write>
   void sums_of_block(int64_t i, int64_t j, Read read, Write write) const {
     const int64_t down = TRANSPOSED ? 1 : a_row, right = a_column, next = b_row;
     const T *x = a + i * down, *w = b + j;
-    Vector total[I] = {};
+    Vector total[I][J] = {};
     for (int64_t k = depth; k; k--, x += right, w += next) {
-      Vector v = read(w);
-      for (int m = 0; m < I; m++) total[m] += x[m * down] * v;
+      Vector v[J];
+      for (int n = 0; n < J; n++) v[n] = read(w + n * LANES);
+      for (int m = 0; m < I; m++)
+        for (int n = 0; n < J; n++) total[m][n] += x[m * down] * v[n];
     }
-    for (int m = 0; m < I; m++) {
-      Vector value = alpha * total[m];
-      if (beta) value += beta * read(c + (i + m) * c_row + j);
-      write(out + (i + m) * out_row + j, value);
+    const T times = alpha, keep = beta;
+    const int64_t from_row = c_row, to_row = out_row;
+    const T* from = c + i * from_row + j;
+    T* to = out + i * to_row + j;
+    if (times == 1 && keep == 1) {  // as in BP4, where factors would take as long as a sample
+      for (int m = 0; m < I; m++)
+        for (int n = 0; n < J; n++) total[m][n] += read(from + m * from_row + n * LANES);
+    } else {
+      for (int m = 0; m < I; m++)
+        for (int n = 0; n < J; n++) {
+          total[m][n] *= times;
+          if (keep) total[m][n] += keep * read(from + m * from_row + n * LANES);
+        }
     }
+    for (int m = 0; m < I; m++)
+      for (int n = 0; n < J; n++) write(to + m * to_row + n * LANES, total[m][n]);
   }
 };
 
